@@ -1,0 +1,35 @@
+"""Records, the buffer that keeps them on disk, the order in which they are drawn, and their packing into batches."""
+
+from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.concatenation import concatenate
+from shiq_jax.replay.export import from_dataset, record_from_json, record_to_json, to_dataset, to_jsonl
+from shiq_jax.replay.packing import Batch, Packed, Shape, pack, plan, row_count
+from shiq_jax.replay.records import Record, validate
+from shiq_jax.replay.report import estimate_bytes
+from shiq_jax.replay.sampling import Bundle, Bundles, Schedule, bundles
+from shiq_jax.replay.statistics import Identity, Statistics
+
+__all__ = [
+    "Batch",
+    "Buffer",
+    "Bundle",
+    "Bundles",
+    "Identity",
+    "Packed",
+    "Record",
+    "Schedule",
+    "Shape",
+    "Statistics",
+    "bundles",
+    "concatenate",
+    "estimate_bytes",
+    "from_dataset",
+    "pack",
+    "plan",
+    "record_from_json",
+    "record_to_json",
+    "row_count",
+    "to_dataset",
+    "to_jsonl",
+    "validate",
+]

@@ -1,0 +1,84 @@
+"""The one seam through which every layer attends: training on packed rows and decoding with a cache alike."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+NEVER = np.iinfo(np.int32).max  # as `key_enter`: a key that no query sees
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees, without a [Q, K] array: index and interval of either side.
+
+    Key k is visible to query q iff `key_index[k] <= query_index[q]` and `key_enter[k] <= query_enter[q] < key_exit[k]`.
+    With a token's interval `[enter, exit)` that of its node in a depth-first forest, that is exactly: k is q or one of
+    its ancestors.
+    """
+
+    query_index: Int[Array, "#rows queries"]
+    query_enter: Int[Array, "#rows queries"]
+    key_index: Int[Array, "#rows keys"]
+    key_enter: Int[Array, "#rows keys"]
+    key_exit: Int[Array, "#rows keys"]
+
+
+def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibility:
+    """The visibility of packed rows; plain causal attention over the row when `intervals` is None."""
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    if intervals is None:
+        zeros = jnp.zeros_like(index)
+        return Visibility(index, zeros, index, zeros, zeros + 1)
+    enter, exit_ = intervals[..., 0], intervals[..., 1]
+    return Visibility(index, enter, index, enter, exit_)
+
+
+def cached(valid: Bool[Array, "rows slots"], start: Int[Array, ""] | int, queries: int) -> Visibility:
+    """The visibility of `queries` tokens at cache slots start, start + 1, ...: all valid slots up to their own."""
+    slots = jnp.arange(valid.shape[-1], dtype=jnp.int32)[None]
+    own = jnp.arange(queries, dtype=jnp.int32)[None] + start
+    return Visibility(own, jnp.zeros_like(own), slots, jnp.where(valid, 0, NEVER), jnp.ones_like(slots))
+
+
+def visible(visibility: Visibility) -> Bool[Array, "rows queries keys"]:
+    """The rule of `Visibility` spelled out as a mask."""
+    query_index, query_enter = visibility.query_index[..., :, None], visibility.query_enter[..., :, None]
+    key_index, key_enter, key_exit = (keys[..., None, :] for keys in visibility[2:])
+    return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)
+
+
+def attention(
+    q: Float[Array, "rows queries heads head_dim"],
+    k: Float[Array, "rows keys kv_heads head_dim"],
+    v: Float[Array, "rows keys kv_heads head_dim"],
+    visibility: Visibility,
+    *,
+    scale: float,
+    engine: str = "xla",
+) -> Float[Array, "rows queries heads head_dim"]:
+    """softmax(scale * q k^T) v over the visible keys, the softmax in float32; the result has the dtype of `v`.
+
+    Query head h reads key-value head `h // (heads / kv_heads)`; keys are not repeated in memory. The result of a query
+    that sees no key is finite and means nothing. engine: one of `ENGINES`. Raises ValueError for any other.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"attention engine {engine!r} is unknown; the engines are {', '.join(ENGINES)}")
+    return ENGINES[engine](q, k, v, visibility, scale)
+
+
+def _xla(q, k, v, visibility: Visibility, scale: float):
+    rows, queries, heads, head_dim = q.shape
+    groups = k.shape[2]
+    q = q.reshape(rows, queries, groups, heads // groups, head_dim)
+    precise = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqgrd,bkgd->bgrqk", q, k, preferred_element_type=precise) * scale
+    # The most negative finite number, not -inf: a query that sees nothing then has a finite value and gradient.
+    scores = jnp.where(visible(visibility)[:, None, None], scores, jnp.finfo(precise).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrqk,bkgd->bqgrd", weights, v).reshape(rows, queries, heads, head_dim)
+
+
+ENGINES: Mapping[str, Callable] = {"xla": _xla}

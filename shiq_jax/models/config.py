@@ -1,0 +1,184 @@
+"""The shape of a decoder, read from and written to Hugging Face's `config.json`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shiq_jax.errors import Refusal
+
+SUPPORTED_MODELS = ("llama",)
+SUPPORTED_ROPES = ("default", "linear", "llama3")
+
+# Our field -> the name in config.json. Fields without a default here are required of the file.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+_OPTIONAL = {
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "initializer_range": "initializer_range",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: "linear" divides all by `factor`, "llama3" only the slow ones, smoothly.
+
+    low_freq_factor, high_freq_factor, original_max_positions are used by "llama3" alone: wavelengths beyond
+    `original_max_positions / low_freq_factor` are stretched, those below `original_max_positions / high_freq_factor`
+    kept.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a Llama-family decoder; hashable, so a jitted function may close over it.
+
+    `num_kv_heads` and `head_dim` default to `num_heads` and `hidden_size // num_heads`. `source` is the config.json
+    that it was read from (kept so that what we do not interpret survives an export); it takes no part in comparison.
+    Raises ValueError when the sizes contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    max_positions: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_kv_heads", self.num_heads if self.num_kv_heads is None else self.num_kv_heads)
+        object.__setattr__(
+            self, "head_dim", self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        )
+        for name in (*_REQUIRED, "num_kv_heads", "head_dim", "max_positions"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"model config: {name} is {size!r}; it must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly; "
+                "num_kv_heads must divide num_heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model config: head_dim is {self.head_dim}; rotary positions need an even number")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], name: str = "config.json") -> "DecoderConfig":
+        """The config that a parsed config.json describes; both spellings of rope settings are read.
+
+        name: what error messages call the file.
+        Raises Refusal for a model type, activation, quantisation or rope type that is not supported, or a missing
+        field.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in SUPPORTED_MODELS:
+            raise Refusal(f"{name}: model_type is {model_type!r}; supported: {', '.join(SUPPORTED_MODELS)}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise Refusal(f"{name}: hidden_act is {raw['hidden_act']!r}; supported: silu")
+        if raw.get("quantization_config"):
+            raise Refusal(
+                f"{name}: the weights are quantised (quantization_config); bring a full-precision copy of the model"
+            )
+        missing = [field for field in _REQUIRED.values() if raw.get(field) is None]
+        if missing:
+            raise Refusal(
+                f"{name}: field {missing[0]} is missing; the file must be the config.json of a {model_type} model"
+            )
+        values = {ours: raw[theirs] for ours, theirs in _REQUIRED.items()}
+        values |= {ours: raw[theirs] for ours, theirs in _OPTIONAL.items() if raw.get(theirs) is not None}
+        theta, scaling = _read_rope(raw, values.get("max_positions", cls.max_positions), name)
+        try:
+            return cls(**values, rope_theta=theta, rope_scaling=scaling, source=dict(raw))
+        except ValueError as error:
+            raise Refusal(f"{name}: {error}") from error
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "DecoderConfig":
+        """The config of a Hugging Face model directory; Refusal when its config.json is missing or not JSON."""
+        return cls.from_dict(read_json(Path(directory) / "config.json"), str(Path(directory) / "config.json"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers reads as config.json: everything that `source` held, under the values of this config."""
+        out = dict(self.source) or {"hidden_act": "silu", "model_type": "llama"}
+        out |= {theirs: getattr(self, ours) for ours, theirs in (_REQUIRED | _OPTIONAL).items()}
+        out["architectures"] = ["LlamaForCausalLM"]
+        return _write_rope(out, self)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; Refusal when there is no such file or it does not hold an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file; a Hugging Face model directory with {path.name} is expected") from None
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: cannot be read as JSON ({error}); bring an undamaged copy of the file") from error
+    if not isinstance(content, dict):
+        raise Refusal(f"{path}: holds a JSON {type(content).__name__}; an object with named fields is expected")
+    return content
+
+
+def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[float, RopeScaling | None]:
+    """theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or DecoderConfig.rope_theta)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in SUPPORTED_ROPES:
+        raise Refusal(f"{name}: rope type is {kind!r}; supported: {', '.join(SUPPORTED_ROPES)}")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise Refusal(f"{name}: partial_rotary_factor is set; supported: rotary positions over the whole head")
+    if kind == "default":
+        return theta, None
+    needed = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
+    missing = [field for field in needed if rope.get(field) is None]
+    if missing:
+        raise Refusal(f"{name}: rope type {kind} lacks {missing[0]}; it needs {', '.join(needed)}")
+    if kind == "linear":
+        return theta, RopeScaling(kind, float(rope["factor"]))
+    original = rope.get("original_max_position_embeddings") or max_positions
+    return theta, RopeScaling(kind, *(float(rope[field]) for field in needed), original_max_positions=int(original))
+
+
+def _write_rope(out: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """`out` with the rope settings in the spelling that it already uses; by default the older one, which all read."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default"}
+    if scaling:
+        rope["factor"] = scaling.factor
+    if scaling and scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        rope["original_max_position_embeddings"] = scaling.original_max_positions
+    newer = "rope_parameters" in out
+    for field in ("rope_parameters", "rope_theta", "rope_scaling"):
+        out.pop(field, None)
+    if newer:
+        return out | {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
+    return out | {"rope_theta": config.rope_theta, "rope_scaling": rope if scaling else None}

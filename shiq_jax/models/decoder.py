@@ -1,0 +1,104 @@
+"""The whole decoder: embedding, a scanned stack of layers, the final norm and, when it is not tied, the head."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from shiq_jax.models import cache as caches
+from shiq_jax.models import rope
+from shiq_jax.models.attention import Visibility, attention, cached
+from shiq_jax.models.cache import Cache
+from shiq_jax.models.config import DecoderConfig
+from shiq_jax.models.layers import Declaring, Embedding, Layer, Norm, Projection, Settings
+
+# What the backward pass keeps of a layer. "none": nothing is recomputed. "dots": results of the weight matrices are
+# kept, the rest (attention scores, activations, norms) is recomputed. "full": only the layer's input is kept.
+REMAT: Mapping[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """A Llama-family decoder; its layers are stacked along a leading axis, so its program does not grow with depth."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        single = Declaring(rngs, dtype)
+        self.config = config
+        self.embed = Embedding(single, config.vocab_size, config.hidden_size, config.initializer_range)
+        self.layers = Layer(Declaring(rngs, dtype, config.num_layers), config)
+        self.norm = Norm(single, config.hidden_size, config.rms_norm_eps)
+        if config.tie_word_embeddings:
+            self.head = None
+        else:
+            features, vocabulary = {"embed": config.hidden_size}, {"vocab": config.vocab_size}
+            self.head = Projection(single, features, vocabulary, bias=False, std=config.initializer_range)
+
+    def unembedding(self) -> Float[Array, "features vocab"]:
+        """The matrix from hidden states to logits; the transposed embedding table when they are tied."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def hidden(
+        self,
+        tokens: Int[Array, "rows length"],
+        positions: Int[Array, "#rows length"],
+        visibility: Visibility,
+        settings: Settings,
+    ) -> Float[Array, "rows length features"]:
+        """Hidden states after the final norm."""
+        attend, rotation = self._attention(settings), self._rotation(positions)
+        definition, stack = nnx.split(self.layers)
+
+        def body(x, weights):
+            return nnx.merge(definition, weights)(
+                x, rotation, lambda q, k, v: (attend(q, k, v, visibility), None), settings
+            )
+
+        if REMAT[settings.remat] is not None:
+            # Inside a scan nothing can be merged across iterations, so the barrier against it would only cost.
+            body = jax.checkpoint(body, policy=REMAT[settings.remat], prevent_cse=False)
+        return self.norm(jax.lax.scan(body, self.embed(tokens, settings), stack)[0])
+
+    def extend(
+        self,
+        cache: Cache,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
+        valid: Bool[Array, "batch new"],
+        start: Int[Array, ""] | int,
+        settings: Settings,
+    ) -> tuple[Float[Array, "batch new features"], Cache]:
+        """Hidden states of new tokens after the final norm, and the cache with them at slots start, start + 1, ..."""
+        attend, rotation = self._attention(settings), self._rotation(positions)
+        cache = cache._replace(valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, start)))
+        visibility = cached(cache.valid, start, tokens.shape[1])
+        definition, stack = nnx.split(self.layers)
+
+        def body(carry, scanned):
+            x, cache = carry
+            index, weights = scanned
+
+            def remember(q, k, v):
+                grown = caches.write(cache, index, k, v, start)
+                keys, values = (jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in grown[:2])
+                return attend(q, keys, values, visibility), grown
+
+            x, cache = nnx.merge(definition, weights)(x, rotation, remember, settings)
+            return (x, cache), None
+
+        # The cache is carried, not scanned over, so that each write happens in place instead of copying a layer's
+        # slots.
+        carry = (self.embed(tokens, settings), cache)
+        (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
+        return self.norm(x), cache
+
+    def _attention(self, settings: Settings) -> Callable:
+        return functools.partial(attention, scale=self.config.head_dim**-0.5, engine=settings.engine)
+
+    def _rotation(self, positions):
+        return rope.rotation(positions, rope.frequencies(self.config))

@@ -1,0 +1,313 @@
+"""Weights in and out in Hugging Face's format: safetensors slices straight to the devices that hold them, and back."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from shiq_jax.errors import Refusal
+from shiq_jax.models.config import DecoderConfig, read_json
+from shiq_jax.models.model import Model
+from shiq_jax.models.naming import Entry, entries
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a constant that old exports carry; ours comes from the config
+
+
+def load_hf(
+    path_or_hub_id: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: str = "none",
+    engine: str = "xla",
+) -> tuple[Model, dict[str, Any]]:
+    """The model of a Hugging Face directory, or of a hub id, and its parameters in their shardings.
+
+    Each device's region of each parameter is read, cast and handed over by itself, so that the host holds one
+    parameter's regions at a time and never a whole checkpoint. Indexed (sharded) safetensors and mixed float dtypes are
+    understood.
+
+    dtype: of the parameters; the other arguments are those of `Model`.
+    Raises Refusal, naming file and tensor, when something is missing, damaged, quantised, superfluous or of another
+    shape than config.json says: nothing is loaded halfway.
+    """
+    directory = locate(path_or_hub_id)
+    config = DecoderConfig.read(directory)
+    model = Model.from_config(config, mesh=mesh, dtype=dtype, compute_dtype=compute_dtype, remat=remat, engine=engine)
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        model = dataclasses.replace(model, generation_config=read_json(generation))
+    abstract = model.abstract_params()
+    plan = entries(abstract, config.num_layers)
+    with contextlib.ExitStack() as stack:
+        tensors = _Tensors(directory, stack)
+        _check(plan, tensors, config)
+        params: dict[str, Any] = {}
+        for entry in plan:
+            sharding = None if mesh is None else _at(abstract, entry.path).sharding
+            _put(params, entry.path, _load(entry, tensors, model.dtype, sharding))
+    return model, params
+
+
+def save_hf(model: Model, params: Mapping[str, Any], path: str | Path) -> Path:
+    """Writes what transformers and vLLM load: safetensors (in the parameters' dtypes) and the two configs in JSON.
+
+    Above 5 GB the tensors go to numbered shards with an index. Files are written to temporary names and renamed, the
+    weights first; tokenizer files are the caller's to copy. With several processes every one calls this, and process 0
+    writes.
+    Returns the directory. Raises ValueError, naming the parameter, when `params` are not those of `model`.
+    """
+    directory = Path(path)
+    plan = entries(model.abstract_params(), model.config.num_layers)
+    _check_params(plan, params)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    writing = jax.process_index() == 0
+    if writing:
+        directory.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(directory, SHARD_BYTES, total, writing)
+    for entry in plan:
+        _save(entry, _at(params, entry.path), writer)
+    written = writer.finish()
+    if writing:
+        dtype = str(_at(params, plan[0].path).dtype)
+        spelling = "torch_dtype" if "torch_dtype" in model.config.source else "dtype"
+        _write_json(directory / "config.json", model.config.to_dict() | {spelling: dtype})
+        if model.generation_config is not None:
+            _write_json(directory / "generation_config.json", dict(model.generation_config))
+        # Weights of an earlier export under other names would be loaded beside, or instead of, these.
+        for stale in [*directory.glob("model*.safetensors"), directory / INDEX]:
+            if stale.name not in written:
+                stale.unlink(missing_ok=True)
+    return directory
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+    """A local directory as it is; a hub id ("owner/name") as the directory that its files were downloaded to.
+
+    Raises Refusal when it is neither, or the hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    text = str(path_or_hub_id)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
+        raise Refusal(f"{text}: no such directory; give a Hugging Face model directory or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"{text}: neither a local directory nor available from the hub ({reason}); check the name, the network "
+            "and, for gated models, the access token"
+        ) from error
+
+
+class _Tensors(Mapping):
+    """Name -> lazily sliceable tensor, over all safetensors files of a directory."""
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack):
+        self.directory = directory
+        self._handles = {}
+        for file in self._files():
+            try:
+                self._handles[file] = stack.enter_context(safe_open(file, "numpy"))
+            except (SafetensorError, OSError) as error:
+                raise Refusal(
+                    f"{file}: damaged or incomplete safetensors ({error}); download or copy it again"
+                ) from error
+        self._where = {name: file for file, handle in self._handles.items() for name in handle.keys()}
+
+    def _files(self) -> list[Path]:
+        if (self.directory / INDEX).exists():
+            weight_map = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise Refusal(f"{self.directory / INDEX}: lacks weight_map; bring an undamaged copy of the file")
+            files = [self.directory / name for name in sorted(set(weight_map.values()))]
+        else:
+            files = [self.directory / SINGLE]
+        for file in files:
+            if not file.exists():
+                raise Refusal(
+                    f"{file}: no such file; weights are expected in {SINGLE}, or in the files that {INDEX} names "
+                    "(other formats: load them with transformers and save_pretrained)"
+                )
+        return files
+
+    def file(self, name: str) -> Path:
+        return self._where[name]
+
+    def __getitem__(self, name: str):
+        return self._handles[self._where[name]].get_slice(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _check(plan: list[Entry], tensors: _Tensors, config: DecoderConfig) -> None:
+    """Refuses tensors that are missing, superfluous, not floats, or of another shape than the config says."""
+    expected = {name: entry.tensor_shape for entry in plan for name in entry.names}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        hint = " (a model without it usually has tie_word_embeddings true)" if missing[0] == "lm_head.weight" else ""
+        raise Refusal(
+            f"{tensors.directory}: tensor {missing[0]} is missing, and {len(missing) - 1} more; config.json and the "
+            f"weights must belong to the same model{hint}"
+        )
+    for name in tensors:
+        if name in expected:
+            shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+            if shape != expected[name]:
+                raise Refusal(
+                    f"{tensors.file(name)}: tensor {name} has shape {shape}, config.json says {expected[name]}; bring "
+                    "matching files"
+                )
+            if kind not in _FLOATS:
+                raise Refusal(
+                    f"{tensors.file(name)}: tensor {name} holds {kind}; expected one of {', '.join(_FLOATS)}, so bring "
+                    "a copy that is not quantised"
+                )
+        elif name == "lm_head.weight" and config.tie_word_embeddings:
+            _check_tied(tensors)
+        elif not _IGNORED.search(name):
+            raise Refusal(
+                f"{tensors.file(name)}: tensor {name} is not part of the model that config.json describes; bring "
+                "matching files"
+            )
+
+
+def _check_tied(tensors: _Tensors) -> None:
+    """A head that is stored although tied must be the embedding table, or one of the two would be dropped silently."""
+    head, table = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    same = tuple(head.get_shape()) == tuple(table.get_shape())
+    rows = range(0, head.get_shape()[0], 4096) if same else ()
+    if not same or any(not np.array_equal(head[row : row + 4096], table[row : row + 4096]) for row in rows):
+        raise Refusal(
+            f"{tensors.file('lm_head.weight')}: lm_head.weight differs from model.embed_tokens.weight although "
+            "config.json says tie_word_embeddings; set it to false if the head is meant to be used"
+        )
+
+
+def _load(entry: Entry, tensors: _Tensors, dtype: np.dtype, sharding) -> jax.Array:
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    regions: dict[tuple, np.ndarray] = {}  # devices that hold copies of one region read it once
+
+    def region(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, entry.shape, strict=True))
+        key = tuple((each.start, each.stop) for each in bounds)
+        if key not in regions:
+            regions[key] = _read(entry, tensors, dtype, bounds)
+        return regions[key]
+
+    return jax.make_array_from_callback(entry.shape, sharding, region)
+
+
+def _read(entry: Entry, tensors: _Tensors, dtype: np.dtype, bounds: tuple[slice, ...]) -> np.ndarray:
+    if not entry.stacked:
+        return np.ascontiguousarray(entry.read(tensors[entry.names[0]], bounds).astype(dtype, copy=False))
+    out = np.empty([each.stop - each.start for each in bounds], dtype)
+    for place, layer in enumerate(range(bounds[0].start, bounds[0].stop)):
+        out[place] = entry.read(tensors[entry.names[layer]], bounds[1:])
+    return out
+
+
+class _Writer:
+    """Collects tensors and writes them to one file, or to numbered shards of at most `limit` bytes."""
+
+    def __init__(self, directory: Path, limit: int, total: int, writing: bool):
+        self.directory, self.limit, self.single, self.writing = directory, limit, total <= limit, writing
+        self.pending: dict[str, np.ndarray] = {}
+        self.pending_bytes = self.total_bytes = 0
+        self.shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        if not self.writing:
+            return
+        if self.pending and not self.single and self.pending_bytes + tensor.nbytes > self.limit:
+            self._flush()
+        self.pending[name] = tensor
+        self.pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        temporary = self.directory / f".{SINGLE}.{len(self.shards)}.partial"
+        save_file(self.pending, temporary, metadata={"format": "pt"})
+        self.shards.append((temporary, list(self.pending)))
+        self.pending, self.pending_bytes = {}, 0
+
+    def finish(self) -> set[str]:
+        """Gives the shards their names and writes the index; returns the names of all files."""
+        if not self.writing:
+            return set()
+        self._flush()
+        count = len(self.shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for (temporary, _), name in zip(self.shards, names, strict=True):
+            os.replace(temporary, self.directory / name)
+        if count == 1:
+            return set(names)
+        weight_map = {tensor: name for (_, held), name in zip(self.shards, names, strict=True) for tensor in held}
+        _write_json(self.directory / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        return {*names, INDEX}
+
+
+def _check_params(plan: list[Entry], params: Mapping[str, Any]) -> None:
+    given = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    expected = {entry.path: entry.shape for entry in plan}
+    for path in given.keys() | expected.keys():
+        if given.get(path) != expected.get(path):
+            raise ValueError(
+                f"parameter {'.'.join(path)} has shape {given.get(path, 'none: it is missing')}, the model's is "
+                f"{expected.get(path, 'none: it has no such parameter')}; pass the parameters of this model"
+            )
+
+
+def _save(entry: Entry, value: jax.Array, writer: _Writer) -> None:
+    for layer, name in enumerate(entry.names):
+        writer.add(name, entry.to_tensor(_on_host(value[layer] if entry.stacked else value)))
+
+
+def _on_host(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

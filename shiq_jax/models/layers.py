@@ -1,0 +1,145 @@
+"""The building blocks of a decoder, as Flax NNX modules.
+
+Every parameter is declared in one place, by `_parameter`: shape, dtype, initialiser and logical axes. Those four drive
+initialisation, abstract shapes, shardings, loading and saving; nothing else repeats them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from shiq_jax.models import rope
+from shiq_jax.models.config import DecoderConfig
+from shiq_jax.sharding import constrain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Settings(NamedTuple):
+    """How a forward pass is run: dtype of activations, mesh, rematerialisation, attention engine."""
+
+    dtype: jnp.dtype
+    mesh: Mesh | None
+    remat: str
+    engine: str
+
+
+class Declaring(NamedTuple):
+    """What the parameters of one stack have in common: random keys, dtype, and how many layers there are."""
+
+    rngs: nnx.Rngs
+    dtype: jnp.dtype
+    stack: int | None = None
+
+
+def _parameter(declaring: Declaring, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    key = declaring.rngs.params()
+    if declaring.stack is None:
+        return nnx.Param(init(key, shape, declaring.dtype), logical=axes)
+    # One key per layer: initialisers that look at the shape must not see the layer axis as a fan.
+    stacked = jax.vmap(lambda one: init(one, shape, declaring.dtype))(jax.random.split(key, declaring.stack))
+    return nnx.Param(stacked, logical=("layers", *axes))
+
+
+class Projection(nnx.Module):
+    """A linear map from all `inputs` dimensions to all `outputs` dimensions: `x @ kernel + bias`.
+
+    inputs, outputs: logical axis -> size. kernel [*inputs, *outputs]; bias [*outputs], when asked for.
+    """
+
+    def __init__(self, declaring: Declaring, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float):
+        shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
+        self.kernel = _parameter(declaring, nnx.initializers.normal(std), shape, axes)
+        self.bias = (
+            _parameter(declaring, nnx.initializers.zeros, tuple(outputs.values()), tuple(outputs)) if bias else None
+        )
+        self.contracted = len(inputs)
+
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        out = jnp.tensordot(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
+
+
+class Norm(nnx.Module):
+    """x / rms(x) * scale over the features, in float32, returned in the dtype of `x` (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, declaring: Declaring, size: int, epsilon: float):
+        self.scale = _parameter(declaring, nnx.initializers.ones, (size,), ("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(precise), axis=-1, keepdims=True) + self.epsilon)
+        return (precise * inverse * self.scale[...].astype(precise.dtype)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table of token vectors, [vocab_size, hidden_size]."""
+
+    def __init__(self, declaring: Declaring, vocabulary: int, size: int, std: float):
+        self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "rows length"], settings: Settings) -> Float[Array, "rows length features"]:
+        # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
+        # features would first be cut the wrong way.
+        table = constrain(self.table[...], ("vocab", "features"), settings.mesh)
+        return constrain(table[tokens].astype(settings.dtype), ("rows", "length", "features"), settings.mesh)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; what is attended to is the caller's to say."""
+
+    def __init__(self, declaring: Declaring, config: DecoderConfig):
+        std, bias, embed = config.initializer_range, config.attention_bias, {"embed": config.hidden_size}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.query = Projection(declaring, embed, heads, bias, std)
+        self.key = Projection(declaring, embed, kv_heads, bias, std)
+        self.value = Projection(declaring, embed, kv_heads, bias, std)
+        self.output = Projection(declaring, heads, embed, bias, std)
+
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+        q = rope.rotate(self.query(x, settings.dtype), *rotation)
+        k = rope.rotate(self.key(x, settings.dtype), *rotation)
+        v = self.value(x, settings.dtype)
+        q = constrain(q, ("rows", "length", "heads", "head_dim"), settings.mesh)
+        k, v = (constrain(each, ("rows", None, "kv_heads", "head_dim"), settings.mesh) for each in (k, v))
+        mixed, memory = attend(q, k, v)
+        return self.output(mixed, settings.dtype), memory
+
+
+class GatedMlp(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, declaring: Declaring, config: DecoderConfig):
+        std, bias = config.initializer_range, config.mlp_bias
+        embed, hidden = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        self.gate = Projection(declaring, embed, hidden, bias, std)
+        self.up = Projection(declaring, embed, hidden, bias, std)
+        self.down = Projection(declaring, hidden, embed, bias, std)
+
+    def __call__(self, x, settings: Settings):
+        inner = jax.nn.silu(self.gate(x, settings.dtype)) * self.up(x, settings.dtype)
+        return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings.dtype)
+
+
+class Layer(nnx.Module):
+    """One decoder layer: attention and gated MLP, each behind its norm and around its residual."""
+
+    def __init__(self, declaring: Declaring, config: DecoderConfig):
+        self.attention_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(declaring, config)
+        self.mlp_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(declaring, config)
+
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+        """`x` [rows, length, features] after this layer, and whatever `attend` returned beside its result."""
+        mixed, memory = self.attention(self.attention_norm(x), rotation, attend, settings)
+        x = constrain(x + mixed, ("rows", "length", "features"), settings.mesh)
+        x = x + self.mlp(self.mlp_norm(x), settings)
+        return constrain(x, ("rows", "length", "features"), settings.mesh), memory

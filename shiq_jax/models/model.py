@@ -1,0 +1,205 @@
+"""The model as everything else sees it: a frozen description with pure methods over a plain nested dict of arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from shiq_jax.models import cache as caches
+from shiq_jax.models.attention import ENGINES, forest
+from shiq_jax.models.cache import Cache
+from shiq_jax.models.config import DecoderConfig
+from shiq_jax.models.decoder import REMAT, Decoder
+from shiq_jax.models.layers import Settings
+from shiq_jax.models.statistics import sharded_token_stats
+from shiq_jax.objectives import TokenStats, token_stats
+from shiq_jax.sharding import constrain, named_sharding
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder without its weights; hashable, so a jitted function may close over it.
+
+    config: sizes and constants. mesh: where arrays live (None: on one device). dtype: of the parameters. compute_dtype:
+    of activations and matrix products; None takes `dtype`. remat: what the backward pass keeps, one of "none", "dots",
+    "full" (`decoder.REMAT`). engine: of attention (`attention.ENGINES`). generation_config: the source's
+    generation_config.json, when there was one; it takes no part in comparison. Change a copy with
+    `dataclasses.replace(model, remat="full")`. Raises ValueError for an unknown remat or engine.
+    """
+
+    config: DecoderConfig
+    mesh: Mesh | None = None
+    dtype: Any = jnp.float32
+    compute_dtype: Any = None
+    remat: str = "none"
+    engine: str = "xla"
+    generation_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        object.__setattr__(
+            self, "compute_dtype", self.dtype if self.compute_dtype is None else np.dtype(self.compute_dtype)
+        )
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; the policies are {', '.join(REMAT)}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"attention engine {self.engine!r} is unknown; the engines are {', '.join(ENGINES)}")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DecoderConfig,
+        *,
+        mesh: Mesh | None = None,
+        dtype: Any = jnp.float32,
+        compute_dtype: Any = None,
+        remat: str = "none",
+        engine: str = "xla",
+    ) -> "Model":
+        """The model of a config; the arguments are the fields of the class."""
+        return cls(config, mesh, dtype, compute_dtype, remat, engine)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "rows length"],
+        positions: Int[Array, "rows length"] | None = None,
+        intervals: Int[Array, "rows length 2"] | None = None,
+    ) -> Float[Array, "rows length features"]:
+        """Hidden states after the final norm, in `compute_dtype`; the one at index i predicts what follows token i.
+
+        positions: of each token on its own path (default 0, 1, 2, ...). intervals: `[enter, exit)` of each token's node
+        in a depth-first forest; token k is seen by token q iff k comes not later and enter[k] <= enter[q] < exit[k]
+        (default: all earlier tokens of the row are seen). Token ids outside the vocabulary are the caller's fault and
+        are not detected.
+        """
+        length = tokens.shape[-1]
+        tokens = constrain(tokens, ("rows", "length"), self.mesh)
+        positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
+        return self._decoder(params).hidden(tokens, positions, forest(intervals, length), self._settings)
+
+    def token_stats(
+        self,
+        params: Params,
+        hidden: Float[Array, "*rows features"],
+        tokens: Int[Array, "*rows"],
+        *,
+        extra: tuple[str, ...] = (),
+    ) -> TokenStats:
+        """`objectives.token_stats` of `tokens` under this head: hidden [..., D] predicts tokens [...].
+
+        With a mesh the rows (first dimension) and the vocabulary are computed where they live; no logits array is ever
+        whole.
+        """
+        unembedding = self._decoder(params).unembedding()
+        if self.mesh is None:
+            return token_stats(hidden, unembedding, tokens, extra=extra)
+        return sharded_token_stats(hidden, unembedding, tokens, mesh=self.mesh, extra=extra)
+
+    def project(self, params: Params, hidden: Float[Array, "*rows features"]) -> Float[Array, "*rows vocab"]:
+        """Raw logits of hidden states, in float32, for sampling."""
+        precise = jnp.promote_types(self.compute_dtype, jnp.float32)
+        unembedding = self._decoder(params).unembedding().astype(self.compute_dtype)
+        return jnp.matmul(hidden.astype(self.compute_dtype), unembedding, preferred_element_type=precise)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: Int[Array, "rows length"],
+        positions: Int[Array, "rows length"] | None = None,
+        intervals: Int[Array, "rows length 2"] | None = None,
+    ) -> Float[Array, "rows length vocab"]:
+        """Raw logits of whole rows, in float32; an array of rows * length * vocab_size, for tests and small models."""
+        return self.project(params, self.hidden(params, tokens, positions, intervals))
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `length` tokens, left padding included."""
+        return self._placed(caches.empty(self.config, batch, length, self.compute_dtype))
+
+    def repeat_cache(self, cache: Cache, times: int) -> Cache:
+        """The cache with each sequence repeated `times` times in place: [a, b] becomes [a, a, b, b] for 2."""
+        return self._placed(caches.repeat(cache, times))
+
+    def extend(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
+        valid: Bool[Array, "batch new"],
+        start: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch new features"], Cache]:
+        """Hidden states of `new` further tokens per sequence, and the cache that holds them too.
+
+        Their keys and values go to slots start, start + 1, ... of every sequence; each token attends to all valid slots
+        up to its own. Prompts are padded on the left with `valid` False: such slots are never seen, and what is
+        computed at them means nothing. positions: of each token in its sequence, padding not counted. `start` may be
+        traced.
+        Raises ValueError when the tokens do not fit into the cache and `start` is a Python number; a traced `start` is
+        the caller's to keep in bounds.
+        """
+        slots, new = cache.valid.shape[1], tokens.shape[1]
+        if isinstance(start, int) and not 0 <= start <= slots - new:
+            raise ValueError(f"start is {start}: {new} tokens from there do not fit into a cache of {slots} slots")
+        return self._decoder(params).extend(cache, tokens, positions, valid, start, self._settings)
+
+    def abstract_params(self) -> dict[str, Any]:
+        """Shape, dtype and (with a mesh) sharding of every parameter, as a nested dict of `jax.ShapeDtypeStruct`."""
+        _, shapes, axes = _declared(self.config, self.dtype)
+        if self.mesh is None:
+            return jax.tree.map(lambda leaf: leaf, shapes)
+        return jax.tree.map(
+            lambda leaf, names: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=named_sharding(self.mesh, names, leaf.shape)
+            ),
+            shapes,
+            axes,
+        )
+
+    def logical_axes(self) -> dict[str, Any]:
+        """The logical axes of every parameter, as a nested dict of tuples of names (`sharding.RULES`)."""
+        axes = _declared(self.config, self.dtype)[2]
+        return jax.tree.map(lambda names: names, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.compute_dtype, self.mesh, self.remat, self.engine)
+
+    def _decoder(self, params: Params) -> Decoder:
+        return nnx.merge(_declared(self.config, self.dtype)[0], params)
+
+    def _placed(self, cache: Cache) -> Cache:
+        return Cache(*(constrain(each, axes, self.mesh) for each, axes in zip(cache, caches.LOGICAL_AXES, strict=True)))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(config: DecoderConfig, dtype: np.dtype) -> tuple[nnx.GraphDef, dict, dict]:
+    """The decoder's structure, and its parameters' shapes and logical axes as nested dicts; nothing is allocated."""
+    definition, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype)))
+    axes = jax.tree.map(
+        lambda variable: variable.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    return definition, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_params(model: Model, key: Array) -> dict[str, Any]:
+    """Fresh parameters, each born in its sharding; the same numbers on every mesh.
+
+    key: a jax random key. Kernels and the embedding are normal with the config's `initializer_range`, norms 1, biases
+    0.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params())
+
+    def make(key):
+        return nnx.to_pure_dict(nnx.state(Decoder(model.config, nnx.Rngs(key), model.dtype)))
+
+    return jax.jit(make, out_shardings=None if model.mesh is None else shardings)(key)

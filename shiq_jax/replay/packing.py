@@ -1,0 +1,292 @@
+"""Bundles of examples laid out in rows of equal length, each token once, each distinct action once.
+
+A bundle becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible to query `q` exactly when `k <= q` and
+`enter[k] <= enter[q] < exit[k]`; bundles of one row have disjoint intervals, and padding sees only padding.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from shiq_jax.errors import Refusal
+from shiq_jax.objectives.types import Example, TokenStats
+from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.records import Record
+from shiq_jax.replay.sampling import Bundle
+from shiq_jax.replay.statistics import Statistics
+from shiq_jax.replay.trie import Trie, build
+
+
+class Batch(NamedTuple):
+    """What an update step reads; numpy arrays as `pack` makes them.
+
+    The hidden states at `predictors` predict `targets`; the statistics of these distinct actions [rows, A], taken by
+    `gather`, are the policy's TokenStats [rows, slots, K, T].
+
+    Attributes:
+        tokens: int32[rows, L].
+        positions: int32[rows, L], along the path from the beginning of a sequence.
+        intervals: int32[rows, L, 2], (enter, exit) of each token.
+        predictors: int32[rows, A], row index of the token before each distinct action; 0 at padding.
+        targets: int32[rows, A], the token id of that action; 0 at padding.
+        gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
+        example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
+            references {"reference": TokenStats float32[rows, slots, K, T]} or None; 0 at padding.
+        real: bool[rows, slots], the slots that hold an example.
+    """
+
+    tokens: Int32[np.ndarray, "rows L"]
+    positions: Int32[np.ndarray, "rows L"]
+    intervals: Int32[np.ndarray, "rows L 2"]
+    predictors: Int32[np.ndarray, "rows A"]
+    targets: Int32[np.ndarray, "rows A"]
+    gather: Int32[np.ndarray, "rows slots K T"]
+    example: Example
+    real: Bool[np.ndarray, "rows slots"]
+
+
+class Shape(NamedTuple):
+    """Sizes that all batches of a run share, so that few programs are compiled."""
+
+    length: int  # L, tokens per row
+    actions: int  # A, distinct actions per row
+    slots: int  # examples per row
+    sequences: int  # K, sequences per example
+    steps: int  # T, actions per sequence
+
+
+class Packed(NamedTuple):
+    """A batch and where it came from.
+
+    Attributes:
+        batch: see `Batch`.
+        members: int[rows, slots, K], the record number of each sequence; -1 where there is none.
+        fill: the share of the row places that hold a token.
+    """
+
+    batch: Batch
+    members: Int32[np.ndarray, "rows slots K"]
+    fill: float
+
+
+class _Tree(NamedTuple):
+    bundle: Bundle
+    trie: Trie
+    actions: np.ndarray  # indices into the trie of its distinct actions
+    ranks: list[np.ndarray]  # for every sequence of the bundle, in order, its actions as indices into `actions`
+
+
+Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
+
+
+def plan(
+    buffer: Buffer | Mapping[int, Record] | Sequence[Record],
+    bundles: Sequence[Bundle],
+    *,
+    row_length: int | None = None,
+    multiple: int = 64,
+) -> Shape:
+    """Sizes that hold every batch of these bundles; reads all their records once.
+
+    Rows are as long as the largest bundle, and have room for somewhat more actions and examples than a full row has
+    on average.
+
+    Args:
+        buffer: where the records are, or whatever else gives the Record of a number by `buffer[number]`.
+        bundles: all that will be drawn from.
+        row_length: tokens per row; raises Refusal naming the record when a bundle is longer.
+        multiple: rows are a multiple of this long, unless `row_length` is given.
+    """
+    if not bundles:
+        raise Refusal(
+            "there is no example to make batches of; add records, or, for pairs, groups whose rewards differ."
+        )
+    sizes = np.zeros((len(bundles), 3), np.int64)
+    steps = 0
+    for number, bundle in enumerate(bundles):
+        tree = _tree(bundle, buffer)
+        sizes[number] = _demand(tree)
+        steps = max(steps, *(len(ranks) for ranks in tree.ranks))
+        if row_length is not None:
+            _check_length(tree, row_length)
+    longest, most_actions, most_slots = sizes.max(0).tolist()
+    tokens, actions, slots = sizes.sum(0).tolist()
+    length = _round_up(longest, multiple) if row_length is None else row_length
+    # A tenth (for the fewer examples a quarter) above the mean seldom leaves a row half empty, and never refuses a
+    # bundle.
+    room = max(most_actions, min(length, int(1.1 * length * actions / tokens)))
+    return Shape(
+        length=length,
+        actions=_round_up(room, 8),
+        slots=max(most_slots, min(sum(map(len, bundles)), int(1.25 * length * slots / tokens) + 1)),
+        sequences=max(len(example) for bundle in bundles for example in bundle),
+        steps=_round_up(steps, 8),
+    )
+
+
+def pack(
+    batch: Sequence[Bundle],
+    records: Buffer | Mapping[int, Record] | Sequence[Record],
+    statistics: Statistics | Mapping[int, Statistic] | Sequence[Statistic] | None,
+    shape: Shape,
+    *,
+    rows_multiple: int = 1,
+) -> Packed:
+    """Lays bundles out in as few rows as first-fit, longest first, finds.
+
+    Args:
+        batch: the bundles of one step.
+        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself.
+        statistics: whatever gives the reference's (logp, lse) float32[A] by record number; None when no reference is
+            needed.
+        shape: from `plan`; raises Refusal when a bundle exceeds it.
+        rows_multiple: rows come in a multiple of this, and in few different numbers (`row_count`); padding rows hold
+            nothing.
+    """
+    if not batch:
+        raise ValueError("the batch holds no bundle; give at least one.")
+    trees = [_tree(bundle, records) for bundle in batch]
+    for tree in trees:
+        _check(tree, shape)
+    layout = _first_fit(trees, shape)
+    rows = row_count(len(layout), rows_multiple)
+    out = _blank(rows, shape, statistics is not None)
+    for row, contents in enumerate(layout):
+        _fill_row(out, row, [trees[number] for number in contents], records, statistics)
+    tokens = sum(len(tree.trie.tokens) for tree in trees)
+    return Packed(out.batch, out.members, tokens / (rows * shape.length))
+
+
+def row_count(rows: int, multiple: int = 1) -> int:
+    """`rows` rounded up to a multiple, and above eight multiples to one of eight sizes per octave (at most 12.5%
+    more).
+    """
+    units = -(-rows // multiple)
+    step = 1 << max(units.bit_length() - 4, 0)
+    return _round_up(units, step) * multiple
+
+
+def _tree(bundle: Bundle, records: Buffer | Mapping[int, Record] | Sequence[Record]) -> _Tree:
+    members = [records[number] for example in bundle for number in example]
+    trie = build([record.tokens for record in members])
+    acting = np.zeros(len(trie.tokens), np.bool_)
+    for record, path in zip(members, trie.paths, strict=True):
+        acting[path[record.action_mask]] = True
+    rank = np.cumsum(acting, dtype=np.int32) - 1
+    ranks = [rank[path[record.action_mask]] for record, path in zip(members, trie.paths, strict=True)]
+    return _Tree(bundle, trie, np.flatnonzero(acting), ranks)
+
+
+def _demand(tree: _Tree) -> tuple[int, int, int]:
+    return len(tree.trie.tokens), len(tree.actions), len(tree.bundle)
+
+
+def _check_length(tree: _Tree, length: int) -> None:
+    size = len(tree.trie.tokens)
+    if size > length:
+        numbers = [number for example in tree.bundle for number in example]
+        longest = int(np.argmax([len(path) for path in tree.trie.paths]))
+        raise Refusal(
+            f"a bundle of {len(numbers)} sequences takes {size} tokens and a row holds {length} (its longest, record "
+            f"{numbers[longest]}, has {len(tree.trie.paths[longest])}); raise the row length, or split or shorten "
+            "the sequences."
+        )
+
+
+def _check(tree: _Tree, shape: Shape) -> None:
+    _check_length(tree, shape.length)
+    found = {
+        "actions": len(tree.actions),
+        "slots": len(tree.bundle),
+        "sequences": max(map(len, tree.bundle)),
+        "steps": max(map(len, tree.ranks)),
+    }
+    for name, size in found.items():
+        if size > getattr(shape, name):
+            raise Refusal(
+                f"the bundle of record {tree.bundle[0][0]} needs {name}={size} and the shape has "
+                f"{name}={getattr(shape, name)}; make the shape with plan() from all the bundles in use."
+            )
+
+
+def _first_fit(trees: Sequence[_Tree], shape: Shape) -> list[list[int]]:
+    capacity = np.array([shape.length, shape.actions, shape.slots])
+    demands = [np.array(_demand(tree)) for tree in trees]
+    rows: list[list[int]] = []
+    left = np.zeros((len(trees), 3), np.int64)
+    for number in sorted(range(len(trees)), key=lambda number: -demands[number][0]):
+        fits = (left[: len(rows)] >= demands[number]).all(1)
+        row = int(np.argmax(fits)) if fits.any() else len(rows)
+        if row == len(rows):
+            left[row] = capacity
+            rows.append([])
+        rows[row].append(number)
+        left[row] -= demands[number]
+    return rows
+
+
+def _blank(rows: int, shape: Shape, references: bool) -> Packed:
+    def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
+        return np.zeros((rows, *axes), dtype)
+
+    dense = (shape.slots, shape.sequences, shape.steps)
+    stats = TokenStats(zeros(*dense, dtype=np.float32), zeros(*dense, dtype=np.float32)) if references else None
+    intervals = zeros(shape.length, 2)
+    intervals[..., 1] = 1
+    batch = Batch(
+        tokens=zeros(shape.length),
+        positions=zeros(shape.length),
+        intervals=intervals,
+        predictors=zeros(shape.actions),
+        targets=zeros(shape.actions),
+        gather=np.full((rows, *dense), -1, np.int32),
+        example=Example(
+            action_mask=zeros(*dense, dtype=np.bool_),
+            rewards=zeros(*dense, dtype=np.float32),
+            references={"reference": stats} if references else None,
+        ),
+        real=zeros(shape.slots, dtype=np.bool_),
+    )
+    return Packed(batch, np.full((rows, shape.slots, shape.sequences), -1, np.int32), 0.0)
+
+
+def _fill_row(out: Packed, row: int, trees: Sequence[_Tree], records, statistics) -> None:
+    """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
+    batch = out.batch
+    token = action = slot = number = 0
+    for tree in trees:
+        trie, size, acts = tree.trie, len(tree.trie.tokens), len(tree.actions)
+        batch.tokens[row, token : token + size] = trie.tokens
+        batch.positions[row, token : token + size] = trie.depth
+        batch.intervals[row, token : token + size, 0] = trie.enter + number
+        batch.intervals[row, token : token + size, 1] = trie.exit + number
+        batch.predictors[row, action : action + acts] = trie.parent[tree.actions] + token
+        batch.targets[row, action : action + acts] = trie.tokens[tree.actions]
+        sequences = iter(tree.ranks)
+        for example in tree.bundle:
+            batch.real[row, slot] = True
+            for k, member in enumerate(example):
+                out.members[row, slot, k] = member
+                reference = None if statistics is None else statistics[member]
+                _fill_sequence(batch, (row, slot, k), next(sequences) + action, records[member], reference)
+            slot += 1
+        token, action, number = token + size, action + acts, number + len(tree.ranks)
+    batch.intervals[row, token:] = (number, number + 1)
+
+
+def _fill_sequence(
+    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, reference: Statistic | None
+) -> None:
+    count = len(actions)
+    batch.gather[place][:count] = actions
+    batch.example.action_mask[place][:count] = True
+    batch.example.rewards[place][:count] = record.rewards
+    if reference is not None:
+        stats = batch.example.references["reference"]
+        stats.logp[place][:count], stats.lse[place][:count] = reference
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

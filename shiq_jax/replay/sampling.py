@@ -1,0 +1,143 @@
+"""What is drawn together from a buffer, and in which order: a pure function of (seed, step)."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.trie import lexicographic
+
+UNITS = ("trajectory", "pair", "group")
+
+# Record numbers of one example: one for a trajectory, (best, worst) for a pair, all of a group.
+Members = tuple[int, ...]
+# The examples that share one tree of tokens and therefore one row.
+Bundle = tuple[Members, ...]
+
+
+class Bundles(list[Bundle]):
+    """A list of bundles that also counts the groups that gave none (`left_out`)."""
+
+    def __init__(self, bundles: Iterable[Bundle] = (), left_out: int = 0):
+        super().__init__(bundles)
+        self.left_out = left_out
+
+
+def bundles(
+    buffer: Buffer,
+    unit: str,
+    share_prompts: bool = True,
+    *,
+    max_bundle: int | None = None,
+    row_length: int | None = None,
+) -> Bundles:
+    """The bundles of a buffer, in order of first appearance of their groups.
+
+    Args:
+        buffer: whose records are bundled.
+        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the (best,
+            worst) record of each group by summed reward, the earlier one among equals; a group whose records tie
+            gives none and is counted in `left_out`. "group": each group is one example.
+        share_prompts: False puts every trajectory into a bundle of its own. A pair or group always shares its prompt.
+        max_bundle: examples per bundle at most; larger groups of trajectories are split.
+        row_length: tokens per bundle at most, shared ones counted once; larger groups of trajectories are split
+            between the sequences that share least. What cannot be split is left to `plan` to refuse.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit is {unit!r}; choose one of {', '.join(UNITS)}.")
+    if not share_prompts and unit != "trajectory":
+        raise ValueError(
+            f"share_prompts=False goes with unit 'trajectory' only, found {unit!r}; one example is always one tree."
+        )
+    for name, value in (("max_bundle", max_bundle), ("row_length", row_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give a positive number.")
+    groups = _groups(buffer.group_ids())
+    if unit == "group":
+        return Bundles((members,) for members in groups)
+    if unit == "pair":
+        return _pairs(groups, buffer.returns())
+    if not share_prompts:
+        return Bundles(((number,),) for number in range(len(buffer)))
+    return Bundles(
+        bundle for members in groups for bundle in _split(buffer, members, max_bundle or len(members), row_length)
+    )
+
+
+class Schedule:
+    """Which items make up the batch of each step: each epoch visits every item once, in an order of its own.
+
+    The order of an epoch is drawn from (seed, epoch). A batch that reaches the end of an epoch goes on with the next
+    one. There is no state: a resumed run, or another process, gets the same order by asking for the same step.
+
+    Args:
+        size: how many items there are.
+        batch_size: items per step.
+        seed: 0 <= seed < 2**64.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        for name, value in (("size", size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; a schedule needs at least 1.")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; give a number from 0 to 2**64 - 1.")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self._recent: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+        """The items of this step, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step is {step}; steps are counted from 0.")
+        places = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        epochs, within = np.divmod(places, self.size)
+        return np.array([self._order(int(epoch))[at] for epoch, at in zip(epochs, within, strict=True)], np.int64)
+
+    def steps(self, epochs: float = 1) -> int:
+        """The fewest steps that visit every item `epochs` times."""
+        return math.ceil(epochs * self.size / self.batch_size)
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " size"]:
+        if epoch not in self._recent:
+            # Raw bits of a bit generator never change between numpy versions; shuffles may.
+            draws = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(self.size)
+            kept = dict(list(self._recent.items())[-1:])
+            self._recent = {**kept, epoch: np.argsort(draws, kind="stable")}
+        return self._recent[epoch]
+
+
+def _groups(names: Sequence[str]) -> list[Members]:
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        groups.setdefault(name, []).append(number)
+    return [tuple(members) for members in groups.values()]
+
+
+def _pairs(groups: list[Members], returns: np.ndarray) -> Bundles:
+    pairs = []
+    for members in groups:
+        scores = returns[list(members)]
+        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+        if scores[best] > scores[worst]:
+            pairs.append(((members[best], members[worst]),))
+    return Bundles(pairs, left_out=len(groups) - len(pairs))
+
+
+def _split(buffer: Buffer, members: Members, most: int, row_length: int | None) -> list[Bundle]:
+    if row_length is None:
+        return [tuple((number,) for number in members[at : at + most]) for at in range(0, len(members), most)]
+    sequences = [record.tokens for record in buffer.read(members)]
+    order, shared = lexicographic(sequences)
+    # In lexicographic order a tree grows by what each sequence does not share with the one before.
+    parts: list[list[int]] = []
+    used = 0
+    for place, common in zip(order, shared.tolist(), strict=True):
+        length = len(sequences[place])
+        if not parts or len(parts[-1]) == most or used + length - common > row_length:
+            parts.append([])
+            used, common = 0, 0
+        used += length - common
+        parts[-1].append(members[place])
+    return [tuple((number,) for number in sorted(part)) for part in parts]

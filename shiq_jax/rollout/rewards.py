@@ -1,0 +1,96 @@
+"""Rewards by name: `reward(row, completion) -> float`, a pure function of the row of a prompt and a completion's
+text."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shiq_jax.data.sorting import sorting_reward
+from shiq_jax.errors import Refusal
+from shiq_jax.rollout import bfcl_checker
+
+Reward = Callable[[Mapping[str, Any], str], float]
+
+
+def exact(row: Mapping[str, Any], completion: str) -> float:
+    """1.0 when the completion, without white space around it, is `row["answer"]`, else 0.0."""
+    if "answer" not in row:
+        raise Refusal(f"{describe(row)} has no 'answer', which the reward 'exact' compares with: add the field")
+    return float(str(row["answer"]) == completion.strip())
+
+
+def resolve(name: str) -> Reward:
+    """The reward that a name stands for, checked on every call to return a finite number.
+
+    Args:
+      name: "exact", "sorting", "bfcl", or "module:function" of anything that can be imported, the working directory
+        included.
+
+    Raises Refusal when there is no such reward, or when what it needs cannot be had; the returned function raises
+    Refusal, naming the row, when the reward is not a finite number.
+    """
+    if name in _NAMED:
+        reward = _NAMED[name]
+        if name == "bfcl":
+            # Fetch and import now: better refused at the door than after an hour of sampling.
+            bfcl_checker.load_official()
+    else:
+        reward = _imported(name)
+    return _checked(name, reward)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """How a message names a row: by its id where it has one, else by the beginning of its prompt."""
+    if "id" in row:
+        return f"the row {row['id']!r}"
+    return f"the row with the prompt {json.dumps(row.get('prompt'), default=str, ensure_ascii=False)[:80]}"
+
+
+_NAMED: dict[str, Reward] = {"exact": exact, "sorting": sorting_reward, "bfcl": bfcl_checker.bfcl_reward}
+
+
+def _imported(name: str) -> Reward:
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise Refusal(f"the reward {name!r} is unknown: expected {', '.join(_NAMED)}, or module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise Refusal(
+            f"the module of the reward {name!r} cannot be imported ({type(error).__name__}: {error}): expected a "
+            "module that Python finds from here"
+        ) from error
+    reward = getattr(module, function_name, None)
+    if not callable(reward):
+        raise Refusal(
+            f"the module {module_name} has no function {function_name!r}: expected one that takes (row, completion) "
+            "and returns a number"
+        )
+    return reward
+
+
+def _checked(name: str, reward: Reward) -> Reward:
+    @functools.wraps(reward)
+    def checked(row: Mapping[str, Any], completion: str) -> float:
+        value = reward(row, completion)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise Refusal(
+                f"the reward {name!r} gave {value!r} for {describe(row)} and the completion {completion[:80]!r}: "
+                "expected a finite number"
+            )
+        return number
+
+    return checked

@@ -1,0 +1,99 @@
+"""Statistics of a model on stored sequences: the streaming pass that makes a reference model data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from shiq_jax.models import fingerprint
+from shiq_jax.replay import Buffer, Identity, Record, pack, plan
+from shiq_jax.training.batches import data_devices, place
+from shiq_jax.training.metrics import track
+from shiq_jax.training.update import policy_statistics
+
+# Largest difference, per token and in nats, at which the sampler's statistics may stand in for the update step's own.
+PROBE_TOLERANCE = 1e-3
+
+
+def reference_identity(model, params) -> Identity:
+    """What makes the statistics of a reference: weights, arithmetic and attention engine."""
+    return Identity(weights=fingerprint(params), dtype=str(model.compute_dtype), attention=model.engine)
+
+
+@functools.cache
+def _forward(model):
+    return jax.jit(functools.partial(policy_statistics, model))
+
+
+def statistics_of(
+    model, params, records: Sequence[Record], *, prompts_per_batch: int = 32
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(logp, lse) of every action of every record, in nats, by the forward pass of the update step.
+
+    Records of one group share their prompt's computation; batches are made of groups of like length.
+
+    Args:
+        model: the decoder.
+        params: its parameters.
+        records: sequences; their own statistics are not looked at.
+        prompts_per_batch: groups in one compiled call.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        groups.setdefault(record.group, []).append(number)
+    bundles = [tuple((number,) for number in members) for members in groups.values()]
+    shape = plan(records, bundles)
+    forward, out = _forward(model), [None] * len(records)
+    for start in range(0, len(bundles), prompts_per_batch):
+        chosen = bundles[start : start + prompts_per_batch]
+        packed = pack(chosen, records, None, shape, rows_multiple=data_devices(model.mesh))
+        stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
+        for place_, number in np.ndenumerate(packed.members):
+            if number >= 0:
+                actions = len(records[number].rewards)
+                out[number] = (stats.logp[place_][:actions], stats.lse[place_][:actions])
+    return out
+
+
+def probe(model, params, buffer: Buffer, *, sequences: int = 32) -> dict[str, float | bool] | None:
+    """Whether the sampler's own statistics are those of the update step's forward pass, on sequences spread over the buffer.
+
+    Returns:
+        largest |logratio| and |difference of lse| over their actions, and `passed`; None when some record lacks the sampler's
+        statistics.
+    """
+    if buffer.coverage()["lse"] < len(buffer):
+        return None
+    chosen = np.unique(np.linspace(0, len(buffer) - 1, sequences).astype(int))
+    records = buffer.read(chosen)
+    difference = {"max_logratio": 0.0, "max_lse_difference": 0.0}
+    for record, (logp, lse) in zip(records, statistics_of(model, params, records)):
+        difference["max_logratio"] = max(difference["max_logratio"], float(np.abs(logp - record.logp).max()))
+        difference["max_lse_difference"] = max(difference["max_lse_difference"], float(np.abs(lse - record.lse).max()))
+    return difference | {"passed": max(difference.values()) <= PROBE_TOLERANCE}
+
+
+def annotate(model, params, buffer: Buffer, identity: Identity, *, prompts_per_batch: int = 32) -> dict | None:
+    """Fill the buffer with the statistics of a reference model, and say what the probe of the sampler's own found.
+
+    Where the probe passes, the sampler's statistics are adopted as they are; otherwise, shard by shard, a forward pass makes
+    them. Shards that have them are left alone, so an annotation that was stopped goes on.
+
+    Args:
+        model, params: the reference.
+        buffer: is extended on disk.
+        identity: of the reference, see `reference_identity`.
+        prompts_per_batch: groups in one compiled call.
+    """
+    found = probe(model, params, buffer)
+    missing = buffer.missing_statistics(identity)
+    if missing and found and found["passed"]:
+        buffer.adopt_sampler_statistics(identity)
+        return found
+    for shard in track(missing, "reference statistics", len(missing), "shards"):
+        values = statistics_of(model, params, buffer.read(buffer.shards[shard]), prompts_per_batch=prompts_per_batch)
+        buffer.write_statistics(identity, shard, values)
+    return found

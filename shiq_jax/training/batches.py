@@ -1,0 +1,84 @@
+"""Packed batches of a buffer as a function of (seed, step), made ahead of the device in one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from shiq_jax.errors import Refusal
+from shiq_jax.replay import Batch, Buffer, Schedule, bundles, pack, plan
+from shiq_jax.sharding import named_sharding
+
+
+class Step(NamedTuple):
+    """One batch on its devices, with what the host wants to know of it."""
+
+    batch: Batch
+    members: np.ndarray  # [rows, slots, K] record numbers, -1 where there is none
+    tokens: int  # real tokens, each shared prompt counted once
+    fill: float  # part of the row positions that hold real tokens
+
+
+def place(batch: Batch, mesh: Mesh | None) -> Batch:
+    """The batch on its devices, rows over the data axes; every process hands over only the rows that it owns."""
+    if mesh is None:
+        return jax.device_put(batch)
+
+    def put(leaf):
+        sharding = named_sharding(mesh, ("rows", *(None,) * (leaf.ndim - 1)), leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, batch)
+
+
+class Batches:
+    """Batches for passes over a buffer.
+
+    Args:
+        buffer: the records.
+        unit: what an example is: "trajectory", "pair" or "group".
+        batch_size: bundles of a step: prompts with their sampled answers, pairs, or demonstrations.
+        seed: of the order; the batch of step t is a function of (seed, t) alone.
+        statistics: reader of the reference's statistics, None for objectives without a reference.
+        mesh: where the rows go.
+        microbatches: the rows are filled up to a multiple of this and of the data devices.
+    """
+
+    def __init__(self, buffer: Buffer, unit: str, batch_size: int, *, seed: int, statistics=None, mesh=None, microbatches=1):
+        self.buffer, self.statistics, self.mesh = buffer, statistics, mesh
+        self.bundles = bundles(buffer, unit)
+        if not self.bundles:
+            raise Refusal(f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards")
+        self.schedule = Schedule(len(self.bundles), batch_size, seed)
+        self.shape = plan(buffer, self.bundles)
+        self.rows_multiple = microbatches * data_devices(mesh)
+
+    def steps(self, epochs: float) -> int:
+        """Updates in so many passes over the buffer."""
+        return self.schedule.steps(epochs)
+
+    def __call__(self, step: int) -> Step:
+        """The batch of an update step."""
+        chosen = [self.bundles[number] for number in self.schedule.indices(step)]
+        packed = pack(chosen, self.buffer, self.statistics, self.shape, rows_multiple=self.rows_multiple)
+        tokens = round(packed.fill * packed.batch.tokens.size)
+        return Step(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)
+
+    def ahead(self, start: int, stop: int) -> Iterator[Step]:
+        """The batches of steps `start` to `stop - 1`, each made while the one before it is used."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
+            following = worker.submit(self, start) if start < stop else None
+            for step in range(start, stop):
+                current = following.result()
+                following = worker.submit(self, step + 1) if step + 1 < stop else None
+                yield current
+
+
+def data_devices(mesh: Mesh | None) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]

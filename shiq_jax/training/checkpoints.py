@@ -1,0 +1,149 @@
+"""Orbax checkpoints of a `State`: asynchronous, the last few and the best kept, restored into the shardings of the target."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shiq_jax.errors import Refusal
+from shiq_jax.training.state import Params, State, split
+
+# Two parts, so that a policy can be read without the optimiser's memory.
+_PARTS = {"policy": ("trainable",), "memory": ("targets", "opt_state", "step", "key")}
+
+
+class Checkpoints:
+    """The checkpoints of one run in one directory, numbered by update step.
+
+    What learns is saved: `State.frozen` comes from the model's own files and is taken from the state that is restored into.
+
+    Args:
+        directory: made if missing.
+        keep: how many of the latest to keep.
+        best: name of a metric; the checkpoint where it is largest is kept besides.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None):
+        # Orbax logs every file that it touches, which would bury what a run has to say.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        from orbax.checkpoint import v1 as ocp
+
+        policies = ocp.training.preservation_policies
+        preserve = [policies.LatestN(keep)]
+        if best is not None:
+            preserve.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], n=1))
+        self.directory, self.best = Path(directory), best
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._ocp = ocp
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory.absolute(),
+            # The default policy drops a save without a word while another is under way.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        self._checkpointer.wait()
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: State, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Start writing `state` under its step; returns once the arrays are copied, the files follow in the background.
+
+        A step that is already there is left as it is: it holds the same state.
+
+        Args:
+            state: what to save.
+            metadata: JSON values that `restore` gives back; they say which run and data the state belongs to.
+            metrics: numbers that choose the best checkpoint.
+        """
+        step = int(state.step)
+        if any(known.step == step for known in self._checkpointer.checkpoints):
+            return
+        # A numpy float among the metrics would fail when the step is committed, long after this call.
+        metrics = {name: float(value) for name, value in (metrics or {}).items()} or None
+        started = self._checkpointer.save_checkpointables_async(
+            step, {part: _flatten(state, part) for part in _PARTS}, metrics=metrics, custom_metadata=dict(metadata)
+        )
+        if started is None:
+            raise RuntimeError(f"orbax did not start saving step {step} in {self.directory}")
+
+    def restore(self, into: State, step: int | None = None) -> tuple[State, dict]:
+        """The state of a step (default: the latest) in the shardings of `into`, and its metadata.
+
+        Raises:
+            Refusal: there is no checkpoint, or its arrays are not those of `into`.
+        """
+        step = self._existing(step)
+        parts = {part: self._load(step, part, into) for part in _PARTS}
+        fields = {name: value for part in parts.values() for name, value in part.items()}
+        key = jax.random.wrap_key_data(fields.pop("key"), impl=jax.random.key_impl(into.key))
+        return into._replace(**fields, key=key), self.metadata(step)
+
+    def restore_params(self, params: Params, step: int | None = None) -> Params:
+        """`params` with what has learned taken from a step (default: the latest); the optimiser's memory is not read.
+
+        Raises:
+            Refusal: as `restore`; leaves that the checkpoint does not have are left as they are.
+        """
+        step = self._existing(step)
+        names = set(self._checkpointer.checkpointables_metadata(step).metadata["policy"])
+        learned, rest = split(params, lambda path: ".".join(("trainable", *path)) in names)
+        state = State(learned, rest, {}, (), jnp.int32(0), jax.random.key(0))
+        return state._replace(**self._load(step, "policy", state)).params()
+
+    def metadata(self, step: int) -> dict:
+        """The JSON values that were saved with a step."""
+        return dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+
+    def wait(self) -> None:
+        """Return when every started save is complete on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Finish what is under way and let go of the directory."""
+        self._checkpointer.close()
+
+    def _existing(self, step: int | None) -> int:
+        step = self.latest() if step is None else step
+        if step not in {known.step for known in self._checkpointer.checkpoints}:
+            raise Refusal(f"{self.directory} holds no complete checkpoint{'' if step is None else f' {step}'}")
+        return step
+
+    def _load(self, step: int, part: str, into: State) -> dict:
+        like = {name: _storable(into, name) for name in _PARTS[part]}
+        wanted = {name: _abstract(leaf) for name, leaf in _flatten(into, part).items()}
+        self._compare(step, part, wanted)
+        loaded = self._checkpointer.load_checkpointables(step, {part: wanted})[part]
+        return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in wanted])
+
+    def _compare(self, step: int, part: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Orbax reports a mismatch from deep inside a restore; the names and shapes can be compared first."""
+        there = self._checkpointer.checkpointables_metadata(step).metadata[part]
+        where = f"checkpoint {step} in {self.directory} belongs to another configuration"
+        for name in sorted(set(there) ^ set(wanted)):
+            raise Refusal(f"{where}: it has {'no' if name in wanted else 'a'} {name}")
+        for name, leaf in wanted.items():
+            if tuple(there[name].shape) != tuple(leaf.shape):
+                raise Refusal(f"{where}: {name} has shape {tuple(there[name].shape)}, expected is {leaf.shape}")
+
+
+def _storable(state: State, name: str):
+    return jax.random.key_data(state.key) if name == "key" else getattr(state, name)
+
+
+def _flatten(state: State, part: str) -> dict[str, Any]:
+    """A flat dict by path: empty subtrees and optimiser tuples, which formats treat differently, leave no trace in it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path({name: _storable(state, name) for name in _PARTS[part]})
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,148 @@
+"""The options of a run, grouped as the command line shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from shiq_jax.rollout.generate import Sampling
+from shiq_jax.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A few supervised updates on demonstrations before anything is sampled; they make the policy that is the reference."""
+
+    steps: int = 0
+    """Updates; 0 starts from the model as it is."""
+    batch_size: int = 32
+    """Demonstrations of an update."""
+    demonstrations: int = 2048
+    """How many demonstrations to use at most."""
+    optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="cosine")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What is sampled from the reference into the replay buffer."""
+
+    prompts: int = 512
+    """Prompts of the training split."""
+    samples_per_prompt: int = 4
+    """Answers to each of them."""
+    prompts_per_batch: int = 32
+    """Prompts of one compiled call of the sampler."""
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fresh temperature-1 samples on held-out prompts."""
+
+    data: str | None = None
+    """Prompts to evaluate on (JSONL rows with `prompt` and what the reward needs); default: the task's held-out split."""
+    prompts: int = 128
+    """How many of them, at most."""
+    samples_per_prompt: int = 4
+    """Samples of each."""
+    prompts_per_batch: int = 32
+    """Prompts of one compiled call of the sampler."""
+    max_tokens: int = 64
+    """Longest completion."""
+    times: int = 4
+    """Evaluations during the passes, evenly spread; the last one comes after the last update."""
+    greedy: bool = True
+    """Also decode every prompt greedily."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Numbers and memory of the forward pass."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model's layers; parameters, statistics and losses are float32 always."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What is recomputed in the backward pass instead of stored."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A loss without options."""
+
+
+@dataclass(frozen=True)
+class ShiqLoss:
+    """Options of the ShiQ loss."""
+
+    beta: float = 0.1
+    """Temperature of the KL regularisation: rewards are divided by it."""
+    gamma: float = 1.0
+    """Discount per action."""
+    normalisation: Literal["sum_t", "mean_t"] = "sum_t"
+    """Whether squared residuals of a sequence are summed or averaged."""
+    position_weight: Literal["none", "inv_position"] = "none"
+    """Weight of the k-th action's squared residual: 1, or 1/k."""
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Options of the DPO loss."""
+
+    beta: float = 0.1
+    """Temperature of the KL regularisation."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is the wrong way round."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every training command takes."""
+
+    model: str | None = None
+    """Directory in Hugging Face format or hub id; default: the task's own model."""
+    data: str | None = None
+    """Someone's data (.jsonl, .json, .parquet or a hub id) instead of our own samples; see docs/data.md."""
+    task: Literal["sorting", "bfcl"] = "sorting"
+    """Where prompts, demonstrations and rewards come from when there is no --data: the embedded toy, or function calling."""
+    reward: str | None = None
+    """exact, bfcl or module:function(row, completion) -> float; default: the task's own."""
+    output_dir: Path | None = None
+    """Where everything is written; default: runs/COMMAND."""
+    seed: int = 0
+    """Of data order, sampling and the embedded model."""
+    resume: bool = False
+    """Go on with the run in the output directory."""
+    mesh: str | None = None
+    """Devices by axis, such as fsdp=4,tensor=2; default: all devices on fsdp."""
+    batch_size: int = 32
+    """Prompts (with all their answers), pairs or demonstrations of one update."""
+    epochs: float = 2.0
+    """Passes over the buffer."""
+    microbatches: int = 1
+    """Slices of a batch that are run one after the other to save memory."""
+    save_every: int = 100
+    """Updates between checkpoints."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep, besides the best."""
+    optimizer: Optimizer = Optimizer()
+    precision: Precision = Precision()
+    warm_start: WarmStart = WarmStart()
+    collection: Collection = Collection()
+    evaluation: Evaluation = Evaluation()
+    loss: Any = NoOptions()
+
+    command: ClassVar[str] = ""
+    objective: ClassVar[str] = ""
+
+    def directory(self) -> Path:
+        """The output directory."""
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.command
+
+    def settings(self) -> dict[str, Any]:
+        """All options that determine the result, as JSON values."""
+        values = dataclasses.asdict(self)
+        for name in ("resume", "output_dir"):
+            values.pop(name)
+        return {"command": self.command, "objective": self.objective} | values

@@ -1,0 +1,63 @@
+"""Optimisers and schedules by name, all of them optax's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+SCHEDULES = {
+    "constant": lambda rate, steps, final: optax.constant_schedule(rate),
+    "linear": lambda rate, steps, final: optax.linear_schedule(rate, rate * final, steps),
+    "cosine": lambda rate, steps, final: optax.cosine_decay_schedule(rate, steps, final),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax chain: clip the gradient's global norm, then the named rule under a warmed-up schedule."""
+
+    name: Literal["adamw", "lion", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the decay after the warm-up."""
+    warmup: float = 0.1
+    """Part of all steps during which the rate rises linearly from 0."""
+    final: float = 0.0
+    """Last learning rate as a part of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (adamw, lion and adafactor)."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 clips nothing."""
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self):
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate must be at least 0, not {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a part of all steps and must lie in [0, 1), not {self.warmup}")
+
+    def learning_rate_at(self, steps: int) -> optax.Schedule:
+        """The learning rate as a function of the step, for a run of `steps` updates."""
+        rising = round(self.warmup * steps)
+        falling = SCHEDULES[self.schedule](self.learning_rate, max(steps - rising, 1), self.final)
+        if not rising:
+            return falling
+        # Step 0 already moves: a rate of exactly 0 would waste its gradient.
+        rise = optax.linear_schedule(self.learning_rate / (rising + 1), self.learning_rate, rising)
+        return optax.join_schedules([rise, falling], [rising])
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for a run of `steps` updates."""
+        rate = self.learning_rate_at(steps)
+        rules = {
+            "adamw": lambda: optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
+            "lion": lambda: optax.lion(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
+            "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=self.weight_decay or None),
+            "sgd": lambda: optax.sgd(rate, momentum=self.b1 or None),
+        }
+        clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
+        return optax.chain(*clip, rules[self.name]())

@@ -1,0 +1,83 @@
+"""What a run leaves for people: the table, the learning curve and the summary."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shiq_jax.training.metrics import MetricsLog
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import os
+
+    device = jax.devices()[0]
+    return {
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """Print names and values in two columns; None is shown as a dash."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", title=title, show_header=False)
+    for name, value in rows:
+        table.add_row(name, "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The lines of the table at the end of a run."""
+    shown = {
+        "reward before": "reward_before",
+        "reward after": "reward_after",
+        "greedy reward before": "greedy_reward_before",
+        "greedy reward after": "greedy_reward_after",
+        "KL to the reference (nats per sequence)": "kl",
+        "tokens per second (update step)": "tokens_per_second",
+        "updates": "updates",
+        "seconds": "seconds",
+    }
+    return [(label, summary.get(name)) for label, name in shown.items() if name in summary]
+
+
+def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
+    """Reward of fresh samples and KL to the reference at every evaluation, and the loss of every update, as a PNG.
+
+    The reward's band is one standard error over prompts.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    evaluations, updates = log.rows("evaluation"), log.rows("update")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    steps = [row["step"] for row in evaluations]
+    if evaluations and "reward" in evaluations[0]:
+        reward, error = ([row[name] for row in evaluations] for name in ("reward", "reward_stderr"))
+        axes[0].plot(steps, reward, marker="o", color="tab:green")
+        low, high = ([r + sign * e for r, e in zip(reward, error)] for sign in (-1, 1))
+        axes[0].fill_between(steps, low, high, color="tab:green", alpha=0.2, linewidth=0)
+    axes[0].set(title="reward of fresh samples", xlabel="update")
+    axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
+    axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
+    axes[2].plot([row["step"] for row in updates], [row["loss"] for row in updates], color="tab:blue", linewidth=1)
+    axes[2].set(title="loss", xlabel="update")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    # Without the time stamp that matplotlib adds, equal runs give equal files.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)

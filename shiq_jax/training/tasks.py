@@ -1,0 +1,108 @@
+"""Where a run's prompts, demonstrations and rewards come from: the embedded toy, function calling, or someone's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shiq_jax.data import formats
+from shiq_jax.data.files import rows as read_rows
+from shiq_jax.errors import Refusal
+from shiq_jax.rollout import rewards
+from shiq_jax.training.config import Job
+from shiq_jax.training.run_directory import RunDirectory, write_jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a run learns on.
+
+    Attributes:
+        model: directory in Hugging Face format, or hub id.
+        train: prompt rows to sample answers for.
+        held_out: prompt rows to evaluate on.
+        demonstrations: rows with `prompt` and `completion`, for supervised updates.
+        reward: scores the text of a completion to a row, None when nothing does.
+    """
+
+    model: str
+    train: Sequence[Mapping]
+    held_out: Sequence[Mapping]
+    demonstrations: Sequence[Mapping]
+    reward: Callable[[Mapping, str], float] | None
+
+
+def prepare(job: Job, run: RunDirectory) -> Task:
+    """The task of a job; its rows are written to the run's `data/`, so that they can be looked at and used again.
+
+    Raises:
+        Refusal: the job names data without a model, or a reward or data set that cannot be had.
+    """
+    task = (_from_data if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task])(job, run)
+    if job.evaluation.data:
+        task = dataclasses.replace(task, held_out=formats.prompts(job.evaluation.data))
+    if job.reward:
+        task = dataclasses.replace(task, reward=rewards.resolve(job.reward))
+    task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
+    run.data.mkdir(exist_ok=True)
+    for name in ("train", "held_out", "demonstrations"):
+        write_jsonl(run.data / f"{name}.jsonl", list(getattr(task, name)))
+    return task
+
+
+def _sorting(job: Job, run: RunDirectory) -> Task:
+    """The embedded toy: a teacher who writes half of the answers backwards leaves a policy that cannot know the direction."""
+    from shiq_jax.data.sorting import sorting_rows
+    from shiq_jax.data.tiny import tiny_directory
+
+    if job.model is None and not run.model.exists():
+        tiny_directory(run.model, job.seed)
+    rows = sorting_rows(job.collection.prompts + _demonstrations(job), seed=job.seed)
+    backwards = np.random.default_rng(job.seed).random(len(rows)) < 0.5
+    return Task(
+        model=str(job.model or run.model),
+        train=rows[: job.collection.prompts],
+        held_out=sorting_rows(job.evaluation.prompts, split="held_out", seed=job.seed),
+        demonstrations=[
+            row | {"completion": row["answer"][::-1] if turn else row["answer"]}
+            for row, turn in list(zip(rows, backwards))[job.collection.prompts :]
+        ],
+        reward=rewards.resolve("sorting"),
+    )
+
+
+def _bfcl(job: Job, run: RunDirectory) -> Task:
+    from shiq_jax.data import bfcl, fetch
+
+    train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)
+    demonstrations = train[: _demonstrations(job)]
+    return Task(
+        model=job.model or str(fetch.smollm2()),
+        train=train[: job.collection.prompts],
+        held_out=held_out,
+        demonstrations=[row | {"completion": row["target"]} for row in demonstrations],
+        reward=rewards.resolve("bfcl"),
+    )
+
+
+def _demonstrations(job: Job) -> int:
+    return job.warm_start.demonstrations if job.warm_start.steps or job.objective == "sft" else 0
+
+
+def _from_data(job: Job, run: RunDirectory) -> Task:
+    if job.model is None:
+        raise Refusal("--data needs --model: the directory or hub id of the model that is to learn from it")
+    return Task(model=job.model, train=(), held_out=_prompts_of(job.data), demonstrations=(), reward=None)
+
+
+def _prompts_of(data: str) -> list[dict]:
+    """The different prompts of a data file, for measuring the KL where no other prompts are given."""
+    seen: dict[str, dict] = {}
+    for row in read_rows(data):
+        if "prompt" in row:
+            seen.setdefault(json.dumps(row["prompt"]), {"prompt": row["prompt"]})
+    return list(seen.values())

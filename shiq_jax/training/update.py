@@ -1,0 +1,123 @@
+"""The update step: forward over packed rows, statistics of actions, objective, gradient, optimiser; one jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
+from shiq_jax.replay import Batch
+from shiq_jax.sharding import constrain
+from shiq_jax.training.state import Params, State, merge
+
+
+def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -> Float[Array, "rows slots K T"]:
+    """Row-local lookup of per-action floats; padding (-1) reads 0."""
+    flat = gather.reshape(gather.shape[0], -1)
+    taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1).reshape(gather.shape)
+    return jnp.where(gather >= 0, taken, 0)
+
+
+def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...] = ()) -> TokenStats:
+    """Statistics of every action of every example, `[rows, slots, K, T]`, each distinct action of a row computed once."""
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
+    predicting = jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
+    stats = model.token_stats(params, predicting, batch.targets, extra=extra)
+    return jax.tree.map(lambda values: take(values, batch.gather), stats)
+
+
+def make_update(
+    model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    microbatches: int = 1,
+    donate: bool = True,
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """A pure, jitted `update(state, batch) -> (state, metrics)`, sharded when there is a mesh.
+
+    The loss is `sum(value) / sum(weight)` over the global batch, so neither it nor the gradient depends on how the batch is
+    cut into microbatches, rows or devices. The state is donated: use the returned one.
+
+    Args:
+        model: gives `hidden` and `token_stats`; its mesh is used when `mesh` is not given.
+        objective: per-example loss; see `shiq_jax.objectives.OBJECTIVES`.
+        optimizer: any optax transformation; it sees the gradient of the global mean.
+        microbatches: number of equal slices of the rows that are run one after the other; divides the rows.
+        donate: give the old state's memory to the new one.
+
+    Returns:
+        `update`; its metrics are scalars: `loss`, `weight`, `grad_norm` and the objective's own means.
+    """
+    mesh = mesh if mesh is not None else model.mesh
+
+    def examples(params, batch: Batch, coupled) -> Example:
+        return batch.example._replace(policy=policy_statistics(model, params, batch), coupled=coupled)
+
+    def sums(trainable, frozen, batch: Batch, coupled):
+        out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples(merge(trainable, frozen), batch, coupled))
+        total = partial(_masked_sum, real=batch.real)
+        return total(out.value), (total(out.weight), jax.tree.map(total, out.metrics))
+
+    def couple(params, slices: Batch):
+        """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
+
+        def summarise(batch):
+            return jax.vmap(jax.vmap(objective.couple.summary))(examples(params, batch, None))
+
+        summaries = jax.lax.map(summarise, slices)
+        lead = slices.real.shape
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), summaries)
+        combined = objective.couple.combine(flat, slices.real.reshape(-1).astype(jnp.float32))
+        return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), combined))
+
+    def update(state: State, batch: Batch):
+        slices = _slices(batch, microbatches, mesh)
+        coupled = couple(state.params(), slices) if objective.couple else None
+        gradient_of = jax.value_and_grad(sums, has_aux=True)
+
+        def piece_of(piece):
+            (value, (weight, metrics)), grads = gradient_of(state.trainable, state.frozen, *piece)
+            return value, weight, metrics, grads
+
+        pieces = (slices, coupled)
+        if microbatches == 1:
+            totals = piece_of(jax.tree.map(lambda leaf: leaf[0], pieces))
+        else:
+            shapes = jax.eval_shape(piece_of, jax.tree.map(lambda leaf: leaf[0], pieces))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            totals, _ = jax.lax.scan(lambda sum_, piece: (jax.tree.map(jnp.add, sum_, piece_of(piece)), None), zeros, pieces)
+        value, weight, metrics, grads = totals
+        # A batch without any example of weight leaves the parameters to the optimiser's own decay and nothing else.
+        count = jnp.where(weight > 0, weight, 1)
+        grads, metrics = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), (grads, metrics))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": value / count, "weight": weight, "grad_norm": optax.global_norm(grads), **metrics}
+        return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
+
+    return jax.jit(update, donate_argnums=0 if donate else ())
+
+
+def _masked_sum(values, *, real):
+    return jnp.sum(jnp.where(real, values, 0))
+
+
+def _slices(batch: Batch, microbatches: int, mesh: Mesh | None) -> Batch:
+    """`[rows, ...] -> [microbatches, rows / microbatches, ...]`, every device keeping a share of its own rows in each slice."""
+    rows = batch.tokens.shape[0]
+    if rows % microbatches:
+        raise ValueError(f"{rows} rows cannot be cut into {microbatches} equal microbatches: pack with rows_multiple")
+
+    def cut(leaf):
+        leaf = leaf.reshape(rows // microbatches, microbatches, *leaf.shape[1:]).swapaxes(0, 1)
+        return constrain(leaf, (None, "rows", *(None,) * (leaf.ndim - 2)), mesh)
+
+    return jax.tree.map(cut, batch)

@@ -1,0 +1,100 @@
+"""Reading rows: the same rows from every kind of source, and one sentence for every kind of damage."""
+
+import json
+
+import pytest
+
+from shiq_jax.data.files import located_rows, read_jsonl, rows
+from shiq_jax.errors import Refusal
+
+ROWS = [{"prompt": "a", "reward": 1.5}, {"prompt": [{"role": "user", "content": "é"}], "turns": [1, 2]}]
+FLAT = [{"prompt": "a", "scores": [1.0, 2.0]}, {"prompt": "b", "scores": [3.0]}]
+
+
+def _jsonl(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_jsonl_rows_come_back_with_their_lines(tmp_path):
+    path = _jsonl(tmp_path / "data.jsonl", ROWS[0], "", ROWS[1], "  ")
+    assert list(rows(path)) == list(read_jsonl(path)) == ROWS
+    assert [place for place, _ in located_rows(path)] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode())
+    assert list(rows(path)) == ROWS[:1]
+
+
+def test_json_lists_parquet_and_saved_datasets_hold_the_same_rows(tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data.json").write_text(json.dumps(FLAT))
+    pq.write_table(pa.Table.from_pylist(FLAT), tmp_path / "data.parquet")
+    dataset = datasets.Dataset.from_list(FLAT)
+    dataset.save_to_disk(str(tmp_path / "single"))
+    datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("data.json", "data.parquet", "single", "splits"):
+        assert list(rows(tmp_path / name)) == FLAT
+
+
+def test_null_fields_count_as_missing(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{"a": 1, "b": None}, {"a": None, "b": 2}]), tmp_path / "data.parquet")
+    assert list(rows(tmp_path / "data.parquet")) == [{"a": 1}, {"b": 2}]
+    assert list(rows(_jsonl(tmp_path / "data.jsonl", {"a": None, "b": 0}))) == [{"b": 0}]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"a": 1', "line 2 is not JSON"),
+        ("[1]", "line 2 holds a JSON list"),
+        ('{"a": "\\ud800"}', "line 2 holds half of a surrogate pair"),
+        ("7" * 5000, "line 2 is JSON that cannot be held"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path, line, said):
+    with pytest.raises(Refusal, match=said):
+        list(rows(_jsonl(tmp_path / "data.jsonl", ROWS[0], line)))
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path):
+    assert list(rows(_jsonl(tmp_path / "data.jsonl", '{"a": "\\ud83d\\ude00"}'))) == [{"a": "😀"}]
+
+
+def test_other_encodings_are_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+    with pytest.raises(Refusal, match="line 2 is not UTF-8"):
+        list(rows(path))
+
+
+def test_unusable_sources_are_refused(tmp_path):
+    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "data.json").write_text('{"a": 1}')
+    (tmp_path / "data.parquet").write_text("PAR1")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    for name, said in (
+        ("data.csv", "ends in '.csv'"),
+        ("data.json", "expected a list of objects"),
+        ("data.parquet", "not a readable Parquet file"),
+        ("directory", "is not a saved dataset"),
+        ("absent.jsonl", "does not exist"),
+        ("absent/deeper/still", "does not exist"),
+        ("empty.jsonl", "holds no rows"),
+    ):
+        with pytest.raises(Refusal, match=said):
+            list(rows(tmp_path / name))
+
+
+def test_an_unreachable_hub_id_is_refused():
+    with pytest.raises(Refusal, match="neither a file, nor a directory"):
+        list(rows("nobody/nothing:test"))

@@ -1,0 +1,176 @@
+"""Someone's rows become records: which tokens are actions, where rewards stand, which rows form a group."""
+
+import json
+
+import numpy as np
+import pytest
+
+from shiq_jax.data.chat import encode_completion
+from shiq_jax.data.formats import demonstrations, preferences, prompts, trajectories
+from shiq_jax.data.tiny import tiny_tokenizer
+from shiq_jax.errors import Refusal
+from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.export import record_to_json, to_dataset, to_jsonl
+from shiq_jax.replay.records import validate
+
+USER = {"role": "user", "content": "2+2?"}
+CALL = {"role": "assistant", "content": "add(2, 2)"}
+TOOL = {"role": "tool", "content": "4"}
+ANSWER = {"role": "assistant", "content": "4"}
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(*rows, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return path
+
+    return to_file
+
+
+def _said(record):
+    return TOKENIZER.decode(record.tokens[record.action_mask].tolist())
+
+
+def test_a_number_stands_on_the_last_action(write):
+    (record,) = trajectories(write({"prompt": "sort 21:", "completion": "12", "reward": 0.5}), TOKENIZER)
+    assert _said(record) == "12<eos>"
+    assert record.rewards.tolist() == [0.0, 0.0, 0.5]
+    assert json.loads(record.prompt) == {"prompt": "sort 21:"}
+
+
+def test_a_list_stands_on_the_last_action_of_each_turn(write):
+    row = {"prompt": [USER], "completion": [CALL, TOOL, ANSWER], "reward": [0.25, -1.0]}
+    (record,) = trajectories(write(row), TOKENIZER)
+    encoded = encode_completion(TOKENIZER, [USER], [CALL, TOOL, ANSWER])
+    per_token = np.zeros(len(record.tokens))
+    per_token[record.action_mask] = record.rewards
+    assert per_token[encoded.turn_ends].tolist() == [0.25, -1.0]
+    assert np.count_nonzero(per_token) == 2
+    assert _said(record) == "add(2, 2)<|im_end|>4<|im_end|>"
+
+
+def test_rows_with_one_prompt_form_a_group_unless_they_name_theirs(write):
+    rows = [{"prompt": prompt, "completion": "x", "reward": 1} for prompt in ("a", "b", "a")]
+    rows.append(rows[0] | {"group_id": 7, "user_id": "ann"})
+    first, second, third, fourth = trajectories(write(*rows), TOKENIZER)
+    assert first.group == third.group != second.group
+    assert (fourth.group, fourth.user, first.user) == ("7", "ann", None)
+
+
+def test_other_fields_stay_with_the_prompt_and_answers_do_not(write):
+    row = {"prompt": "a", "completion": "x", "reward": 1, "answer": "y", "id": 3}
+    (record,) = trajectories(write(row), TOKENIZER)
+    assert json.loads(record.prompt) == {"prompt": "a", "answer": "y", "id": 3}
+
+
+def test_token_rows_come_back_bit_for_bit(write, tmp_path):
+    rows = [{"prompt": "a", "completion": "xyz", "reward": 0.1}, {"prompt": "b", "completion": "x", "reward": -3}]
+    records = list(trajectories(write(*rows), TOKENIZER))
+    again = list(trajectories(write(*map(record_to_json, records), name="tokens.jsonl"), TOKENIZER))
+    assert again == records
+    buffer = Buffer.create(tmp_path / "buffer")
+    buffer.append(records)
+    to_jsonl(buffer, tmp_path / "exported.jsonl")
+    assert list(trajectories(tmp_path / "exported.jsonl", TOKENIZER)) == records
+    to_dataset(buffer).save_to_disk(str(tmp_path / "dataset"))
+    assert list(trajectories(tmp_path / "dataset", TOKENIZER)) == records
+
+
+def test_statistics_of_token_rows_are_kept(write):
+    row = {"tokens": [1, 5, 6], "action_mask": [False, True, True], "rewards": [0, 0, 1]}
+    row |= {"logp": [None, -1.0, -2.0], "lse": [None, 3.0, 4.0]}
+    (record,) = trajectories(write(row), TOKENIZER)
+    assert record.logp.tolist() == [-1.0, -2.0] and record.lse.tolist() == [3.0, 4.0]
+
+
+def test_a_preference_is_a_group_of_two(write):
+    row = {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, CALL]}
+    good, bad, *others = preferences(write(row, row), TOKENIZER)
+    assert (_said(good), _said(bad)) == ("4<|im_end|>", "add(2, 2)<|im_end|>")
+    assert (good.rewards.sum(), bad.rewards.sum()) == (1.0, 0.0) and good.rewards[-1] == 1.0
+    assert good.group == bad.group
+    # The same pair twice is two pairs: a group of four would lose one.
+    assert len({record.group for record in others}) == 1 and others[0].group != good.group
+
+
+def test_plain_preferences_share_the_tokens_of_their_prompt(write):
+    good, bad = preferences(write({"prompt": "Q:", "chosen": " yes", "rejected": " no"}), TOKENIZER)
+    prompt = TOKENIZER("Q:").input_ids
+    for record, text in ((good, " yes<eos>"), (bad, " no<eos>")):
+        assert record.tokens[: len(prompt)].tolist() == prompt
+        assert _said(record) == text
+
+
+def test_demonstrations_in_three_forms(write):
+    rows = [
+        {"prompt": "Q:", "completion": "A"},
+        {"messages": [USER, CALL, TOOL, ANSWER]},
+        {"text": "once"},
+    ]
+    plain, chat, text = demonstrations(write(*rows), TOKENIZER)
+    assert [_said(record) for record in (plain, chat, text)] == [
+        "A<eos>",
+        "add(2, 2)<|im_end|>4<|im_end|>",
+        "once<eos>",
+    ]
+    for record in (plain, chat, text):
+        validate(record, vocab_size=len(TOKENIZER))
+        assert not record.rewards.any()
+    assert chat.tokens.tolist() == encode_completion(TOKENIZER, [USER], [CALL, TOOL, ANSWER]).tokens.tolist()
+
+
+def test_prompts_keep_what_the_reward_needs(write):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": [USER], "answers": [{"f": {}}]}]
+    assert prompts(write(*rows)) == rows
+
+
+GOOD_ROW = {"prompt": "a", "completion": "b", "reward": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": None}, "'prompt' is missing"),
+        ({"prompt": 5}, "'prompt' is of type int"),
+        ({"prompt": []}, "'prompt' is an empty list"),
+        ({"prompt": [{"content": "x"}]}, "'prompt', message 1 has no 'role'"),
+        ({"prompt": [{"role": "user"}]}, "'prompt', message 1 has no 'content'"),
+        ({"completion": None}, "'completion' is missing"),
+        ({"completion": ""}, "'completion' is empty"),
+        ({"completion": [USER]}, "at least one assistant message"),
+        ({"reward": None}, "'reward' is missing"),
+        ({"reward": "high"}, "'reward' holds"),
+        ({"reward": [1, 2]}, "'reward' has 2 entries"),
+        ({"reward": [float("nan")]}, "'reward' holds NaN"),
+        ({"reward": 10**400}, "'reward' holds 1000"),
+        ({"tokens": [1, 2]}, "'action_mask' is missing"),
+        ({"tokens": [1, 2], "action_mask": [True, True], "rewards": [0, 0]}, "first token"),
+        ({"tokens": [1, 2], "action_mask": [False, False], "rewards": [0, 0]}, "none of its 2 tokens is an action"),
+        ({"tokens": [1, 2], "group": "g"}, "'action_mask' is missing"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line_and_field(write, change, said):
+    path = write(GOOD_ROW, GOOD_ROW | change)
+    with pytest.raises(Refusal, match=said) as refusal:
+        list(trajectories(path, TOKENIZER))
+    assert str(refusal.value).startswith(f"{path}, line 2")
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "said"),
+    [
+        (preferences, {"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
+        (preferences, {"prompt": [USER], "chosen": [USER], "rejected": [USER]}, "'chosen' is an empty list"),
+        (demonstrations, {"prompt": "a"}, "'completion' is missing"),
+        (demonstrations, {"messages": [ANSWER]}, "'messages' has the roles assistant"),
+        (demonstrations, {"text": ""}, "'text' is empty"),
+        (lambda path, _: prompts(path), {"completion": "a"}, "'prompt' is missing"),
+    ],
+)
+def test_rows_of_the_other_formats_are_checked_too(write, read, row, said):
+    with pytest.raises(Refusal, match=said) as refusal:
+        list(read(write(row), TOKENIZER))
+    assert "line 1" in str(refusal.value)

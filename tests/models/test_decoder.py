@@ -1,0 +1,141 @@
+"""The decoder against transformers, and what must not change it: packing, rematerialisation, depth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from shiq_jax.models import DecoderConfig, Model, init_params, load_hf
+from shiq_jax.models.naming import entries
+
+VARIANTS = ["untied", "tied", "biases", "odd heads", "llama3 rope", "linear rope"]
+
+
+def random_tokens(model, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(variant, llama):
+    theirs, directory = llama(variant)
+    model, params = load_hf(directory)
+    tokens = random_tokens(model, 2, 70)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(model.logits(params, jnp.asarray(tokens)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["untied", "tied", "biases"])
+def test_gradients_are_those_of_transformers(variant, llama):
+    theirs, directory = llama(variant)
+    model, params = load_hf(directory)
+    tokens = random_tokens(model, 2, 12)
+    theirs.zero_grad()
+    logp = torch.log_softmax(theirs(torch.tensor(tokens)).logits[:, :-1], -1)
+    (-logp.gather(-1, torch.tensor(tokens[:, 1:, None])).mean()).backward()
+
+    def loss(params):
+        hidden = model.hidden(params, jnp.asarray(tokens))[:, :-1]
+        return -model.token_stats(params, hidden, jnp.asarray(tokens[:, 1:])).logp.mean()
+
+    grads = jax.jit(jax.grad(loss))(params)
+    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    seen = set()
+    for entry in entries(grads, model.config.num_layers):
+        grad = grads
+        for name in entry.path:
+            grad = grad[name]
+        for layer, name in enumerate(entry.names):
+            ours = entry.to_tensor(np.asarray(grad[layer] if entry.stacked else grad))
+            assert np.linalg.norm(ours - expected[name]) <= 1e-3 * np.linalg.norm(expected[name]) + 1e-7, name
+            seen.add(name)
+    assert seen == set(expected)
+
+
+def packed(sequences: list[list[int]], length: int):
+    """A row holding the forest of these sequences, and for each sequence the rows of its tokens. Deliberately naive."""
+    tokens, positions, intervals, where = [], [], [], []
+    nodes: dict[tuple[int, ...], int] = {}
+    for sequence in sorted(sequences):
+        for depth in range(len(sequence)):
+            prefix = tuple(sequence[: depth + 1])
+            if prefix not in nodes:
+                nodes[prefix] = len(tokens)
+                tokens.append(sequence[depth])
+                positions.append(depth)
+                intervals.append([len(intervals), len(intervals) + 1])
+            for shorter in range(1, depth + 1):
+                node = nodes[prefix[:shorter]]
+                intervals[node][1] = max(intervals[node][1], nodes[prefix] + 1)
+    for sequence in sequences:
+        where.append([nodes[tuple(sequence[: depth + 1])] for depth in range(len(sequence))])
+    padding = length - len(tokens)
+    intervals += [[len(tokens) + i, len(tokens) + i + 1] for i in range(padding)]
+    as_row = lambda x: jnp.asarray(x, jnp.int32)[None]  # noqa: E731
+    return as_row(tokens + [0] * padding), as_row(positions + [0] * padding), as_row(intervals), where
+
+
+def test_a_packed_forest_equals_its_sequences(llama):
+    model, params = load_hf(llama("llama3 rope")[1])
+    prompt, other = [5, 9, 9, 2], [7, 1, 30]
+    sequences = [prompt + [3, 4, 5], prompt + [3, 4, 6, 8], prompt + [11], other + [2, 2], other + [2, 5], prompt]
+    tokens, positions, intervals, where = packed(sequences, 24)
+    assert len({node for nodes in where for node in nodes}) == 17  # 33 tokens, 17 of them distinct nodes
+    row = model.hidden(params, tokens, positions, intervals)[0]
+    for sequence, nodes in zip(sequences, where, strict=True):
+        alone = model.hidden(params, jnp.asarray([sequence]))[0]
+        np.testing.assert_allclose(row[jnp.asarray(nodes)], alone, atol=2e-5)
+
+
+def test_positions_default_to_the_row():
+    model = Model.from_config(DecoderConfig(32, 16, 24, 2, 2))
+    params = init_params(model, jax.random.key(0))
+    tokens = jnp.arange(10).reshape(2, 5)
+    explicit = model.hidden(params, tokens, jnp.broadcast_to(jnp.arange(5), (2, 5)))
+    np.testing.assert_array_equal(model.hidden(params, tokens), explicit)
+    assert not np.allclose(model.hidden(params, tokens, 3 * jnp.broadcast_to(jnp.arange(5), (2, 5))), explicit)
+
+
+def test_rematerialisation_changes_no_gradient(llama):
+    model, params = load_hf(llama("biases")[1])
+    tokens = jnp.asarray(random_tokens(model, 2, 9))
+    programs, grads = {}, {}
+    for remat in ("none", "dots", "full"):
+        each = dataclasses.replace(model, remat=remat)
+        gradient = jax.grad(lambda params, each=each: jnp.sum(jnp.sin(each.hidden(params, tokens))))
+        programs[remat] = str(jax.make_jaxpr(gradient)(params))
+        grads[remat] = jax.jit(gradient)(params)
+    assert "remat" not in programs["none"] and "remat" in programs["dots"] and programs["dots"] != programs["full"]
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads[remat], grads["none"])
+
+
+def test_the_program_does_not_grow_with_depth():
+    def instructions(layers: int) -> int:
+        model = Model.from_config(DecoderConfig(32, 16, 24, layers, 2))
+        loss = jax.grad(lambda params, tokens: jnp.sum(model.hidden(params, tokens)))
+        tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        program = jax.jit(loss).lower(model.abstract_params(), tokens).compile().as_text()
+        return sum(" = " in line for line in program.splitlines())
+
+    assert instructions(12) <= instructions(3)
+
+
+def test_activations_have_the_compute_dtype(llama):
+    theirs, directory = llama("untied")
+    model, params = load_hf(directory, compute_dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = random_tokens(model, 2, 8)
+    hidden = model.hidden(params, jnp.asarray(tokens))
+    logits = model.project(params, hidden)
+    stats = model.token_stats(params, hidden, jnp.asarray(tokens))
+    assert (hidden.dtype, logits.dtype, stats.lse.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    np.testing.assert_allclose(stats.lse, jax.nn.logsumexp(logits, -1), atol=1e-5)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert 1e-4 < difference < 0.05

@@ -1,0 +1,81 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shiq_jax.errors import Refusal
+from shiq_jax.replay import Record, validate
+
+
+def record(**changes):
+    base = dict(tokens=[1, 2, 3, 4], action_mask=[0, 0, 1, 1], rewards=[0.0, 1.0], group="g")
+    return Record(**{**base, **changes})
+
+
+def test_plain_lists_become_arrays_of_the_stored_types():
+    made = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
+    assert (made.tokens.dtype, made.action_mask.dtype) == (np.int32, np.bool_)
+    assert {getattr(made, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {np.dtype(np.float32)}
+    validate(made, vocab_size=5)
+
+
+def test_equality_is_that_of_bits():
+    assert record() == record()
+    assert record(rewards=[0.0, 1.0]) != record(rewards=[-0.0, 1.0])
+    for change in (dict(tokens=[1, 2, 3, 5]), dict(group="h"), dict(logp=[-1.0, -1.0]), dict(user="u"), dict(prompt="{}")):
+        assert record() != record(**change)
+    assert record() != "record"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(action_mask=[0, 1, 1]), ["action_mask has 3 entries for 4 tokens"]),
+        (dict(action_mask=[0, 0, 0, 0], rewards=[]), ["none of its 4 tokens is an action"]),
+        (dict(tokens=[], action_mask=[], rewards=[]), ["none of its 0 tokens"]),
+        (dict(action_mask=[1, 0, 0, 1]), ["first token is marked as an action", "BOS"]),
+        (dict(tokens=[1, 2, -3, 4]), ["-3 is negative"]),
+        (dict(tokens=[1, 2, 30, 4]), ["30", "vocabulary of 10", "tokenizer"]),
+        (dict(rewards=[1.0]), ["rewards has 1 entries for 2 actions"]),
+        (dict(rewards=[0.0, float("nan")]), ["rewards is nan at action 1"]),
+        (dict(rewards=[1e39, 0.0]), ["rewards is inf at action 0"]),
+        (dict(logp=[-1.0, -np.inf], lse=[0.0, 0.0]), ["logp is -inf at action 1"]),
+        (dict(logp=[2.0, 1.0]), ["logp holds 2", "sign flipped"]),
+        (dict(behaviour_logp=[-1.0]), ["behaviour_logp has 1 entries"]),
+        (dict(lse=[1.0, 1.0]), ["lse without logp"]),
+        (dict(group=""), ["group is ''"]),
+        (dict(prompt={"a": 1}), ["prompt is of type dict"]),
+        (dict(user="\ud800"), ["user holds a lone surrogate at character 0"]),
+    ],
+)
+def test_each_fault_is_told_in_one_sentence(change, words):
+    with pytest.raises(Refusal) as caught:
+        validate(record(**change), vocab_size=10, name="record 7")
+    text = str(caught.value)
+    assert text.startswith("record 7") and "\n" not in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(tokens=[1.5, 2, 3, 4]), "dtype float64"),
+        (dict(tokens=[1, 2, 3, 2**40]), "32 bits"),
+        (dict(tokens=[[1, 2], [3, 4]]), "shape"),
+        (dict(tokens=[[1], [3, 4]]), "flat list"),
+        (dict(action_mask=[0, 0, 2, 1]), "action_mask"),
+        (dict(rewards=["a", "b"]), "rewards has dtype"),
+    ],
+)
+def test_what_cannot_be_converted_without_loss_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        record(**change)
+
+
+def test_every_field_takes_part_in_equality():
+    full = record(behaviour_logp=[-1, -1], logp=[-2, -2], lse=[3, 3], prompt="{}", user="u")
+    for field in dataclasses.fields(Record):
+        value = getattr(full, field.name)
+        other = value + "x" if isinstance(value, str) else ~value if value.dtype == bool else value + 1
+        assert dataclasses.replace(full, **{field.name: other}) != full
