@@ -3,7 +3,8 @@
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.concatenation import concatenate
 from shiq_jax.replay.export import from_dataset, record_from_json, record_to_json, to_dataset, to_jsonl
-from shiq_jax.replay.packing import Batch, Packed, Shape, pack, plan, row_count
+from shiq_jax.replay.packing import Batch, Packed, Shape, pack, row_count
+from shiq_jax.replay.planning import plan
 from shiq_jax.replay.records import Record, validate
 from shiq_jax.replay.report import estimate_bytes
 from shiq_jax.replay.sampling import Bundle, Bundles, Schedule, bundles

@@ -71,64 +71,29 @@ class Packed(NamedTuple):
     fill: float
 
 
-class _Tree(NamedTuple):
+class Tree(NamedTuple):
+    """A bundle with the trie of its sequences."""
+
     bundle: Bundle
+    records: list[Record]  # of every sequence of the bundle, in order
     trie: Trie
     actions: np.ndarray  # indices into the trie of its distinct actions
-    ranks: list[np.ndarray]  # for every sequence of the bundle, in order, its actions as indices into `actions`
+    ranks: list[np.ndarray]  # for every sequence, its actions as indices into `actions`
+
+    @property
+    def demand(self) -> tuple[int, int, int]:
+        """The tokens, distinct actions and slots that it takes of a row."""
+        return len(self.trie.tokens), len(self.actions), len(self.bundle)
 
 
+# Whatever gives the Record of a number by `records[number]`.
+Records = Buffer | Mapping[int, Record] | Sequence[Record]
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
-
-
-def plan(
-    buffer: Buffer | Mapping[int, Record] | Sequence[Record],
-    bundles: Sequence[Bundle],
-    *,
-    row_length: int | None = None,
-    multiple: int = 64,
-) -> Shape:
-    """Sizes that hold every batch of these bundles; reads all their records once.
-
-    Rows are as long as the largest bundle, and have room for somewhat more actions and examples than a full row has
-    on average.
-
-    Args:
-        buffer: where the records are, or whatever else gives the Record of a number by `buffer[number]`.
-        bundles: all that will be drawn from.
-        row_length: tokens per row; raises Refusal naming the record when a bundle is longer.
-        multiple: rows are a multiple of this long, unless `row_length` is given.
-    """
-    if not bundles:
-        raise Refusal(
-            "there is no example to make batches of; add records, or, for pairs, groups whose rewards differ."
-        )
-    sizes = np.zeros((len(bundles), 3), np.int64)
-    steps = 0
-    for number, bundle in enumerate(bundles):
-        tree = _tree(bundle, buffer)
-        sizes[number] = _demand(tree)
-        steps = max(steps, *(len(ranks) for ranks in tree.ranks))
-        if row_length is not None:
-            _check_length(tree, row_length)
-    longest, most_actions, most_slots = sizes.max(0).tolist()
-    tokens, actions, slots = sizes.sum(0).tolist()
-    length = _round_up(longest, multiple) if row_length is None else row_length
-    # A tenth (for the fewer examples a quarter) above the mean seldom leaves a row half empty, and never refuses a
-    # bundle.
-    room = max(most_actions, min(length, int(1.1 * length * actions / tokens)))
-    return Shape(
-        length=length,
-        actions=_round_up(room, 8),
-        slots=max(most_slots, min(sum(map(len, bundles)), int(1.25 * length * slots / tokens) + 1)),
-        sequences=max(len(example) for bundle in bundles for example in bundle),
-        steps=_round_up(steps, 8),
-    )
 
 
 def pack(
     batch: Sequence[Bundle],
-    records: Buffer | Mapping[int, Record] | Sequence[Record],
+    records: Records,
     statistics: Statistics | Mapping[int, Statistic] | Sequence[Statistic] | None,
     shape: Shape,
     *,
@@ -147,14 +112,14 @@ def pack(
     """
     if not batch:
         raise ValueError("the batch holds no bundle; give at least one.")
-    trees = [_tree(bundle, records) for bundle in batch]
+    trees = [make_tree(bundle, records) for bundle in batch]
     for tree in trees:
         _check(tree, shape)
-    layout = _first_fit(trees, shape)
+    layout = first_fit([tree.demand for tree in trees], shape)
     rows = row_count(len(layout), rows_multiple)
     out = _blank(rows, shape, statistics is not None)
     for row, contents in enumerate(layout):
-        _fill_row(out, row, [trees[number] for number in contents], records, statistics)
+        _fill_row(out, row, [trees[number] for number in contents], statistics)
     tokens = sum(len(tree.trie.tokens) for tree in trees)
     return Packed(out.batch, out.members, tokens / (rows * shape.length))
 
@@ -165,10 +130,11 @@ def row_count(rows: int, multiple: int = 1) -> int:
     """
     units = -(-rows // multiple)
     step = 1 << max(units.bit_length() - 4, 0)
-    return _round_up(units, step) * multiple
+    return round_up(units, step) * multiple
 
 
-def _tree(bundle: Bundle, records: Buffer | Mapping[int, Record] | Sequence[Record]) -> _Tree:
+def make_tree(bundle: Bundle, records: Records) -> Tree:
+    """The tree of a bundle, of the Records of its numbers."""
     members = [records[number] for example in bundle for number in example]
     trie = build([record.tokens for record in members])
     acting = np.zeros(len(trie.tokens), np.bool_)
@@ -176,14 +142,11 @@ def _tree(bundle: Bundle, records: Buffer | Mapping[int, Record] | Sequence[Reco
         acting[path[record.action_mask]] = True
     rank = np.cumsum(acting, dtype=np.int32) - 1
     ranks = [rank[path[record.action_mask]] for record, path in zip(members, trie.paths, strict=True)]
-    return _Tree(bundle, trie, np.flatnonzero(acting), ranks)
+    return Tree(bundle, members, trie, np.flatnonzero(acting), ranks)
 
 
-def _demand(tree: _Tree) -> tuple[int, int, int]:
-    return len(tree.trie.tokens), len(tree.actions), len(tree.bundle)
-
-
-def _check_length(tree: _Tree, length: int) -> None:
+def check_length(tree: Tree, length: int) -> None:
+    """Raises Refusal naming a record of the tree when it is longer than a row."""
     size = len(tree.trie.tokens)
     if size > length:
         numbers = [number for example in tree.bundle for number in example]
@@ -195,8 +158,8 @@ def _check_length(tree: _Tree, length: int) -> None:
         )
 
 
-def _check(tree: _Tree, shape: Shape) -> None:
-    _check_length(tree, shape.length)
+def _check(tree: Tree, shape: Shape) -> None:
+    check_length(tree, shape.length)
     found = {
         "actions": len(tree.actions),
         "slots": len(tree.bundle),
@@ -211,16 +174,15 @@ def _check(tree: _Tree, shape: Shape) -> None:
             )
 
 
-def _first_fit(trees: Sequence[_Tree], shape: Shape) -> list[list[int]]:
-    capacity = np.array([shape.length, shape.actions, shape.slots])
-    demands = [np.array(_demand(tree)) for tree in trees]
+def first_fit(demands: Sequence[tuple[int, int, int]], shape: Shape) -> list[list[int]]:
+    """For each row the numbers of what lies in it: longest first, each in the first row that has room in all three."""
     rows: list[list[int]] = []
-    left = np.zeros((len(trees), 3), np.int64)
-    for number in sorted(range(len(trees)), key=lambda number: -demands[number][0]):
+    left = np.zeros((len(demands), 3), np.int64)
+    for number in sorted(range(len(demands)), key=lambda number: -demands[number][0]):
         fits = (left[: len(rows)] >= demands[number]).all(1)
         row = int(np.argmax(fits)) if fits.any() else len(rows)
         if row == len(rows):
-            left[row] = capacity
+            left[row] = shape.length, shape.actions, shape.slots
             rows.append([])
         rows[row].append(number)
         left[row] -= demands[number]
@@ -252,7 +214,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
     return Packed(batch, np.full((rows, shape.slots, shape.sequences), -1, np.int32), 0.0)
 
 
-def _fill_row(out: Packed, row: int, trees: Sequence[_Tree], records, statistics) -> None:
+def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics) -> None:
     """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
     batch = out.batch
     token = action = slot = number = 0
@@ -264,13 +226,14 @@ def _fill_row(out: Packed, row: int, trees: Sequence[_Tree], records, statistics
         batch.intervals[row, token : token + size, 1] = trie.exit + number
         batch.predictors[row, action : action + acts] = trie.parent[tree.actions] + token
         batch.targets[row, action : action + acts] = trie.tokens[tree.actions]
-        sequences = iter(tree.ranks)
+        sequences = zip(tree.records, tree.ranks, strict=True)
         for example in tree.bundle:
             batch.real[row, slot] = True
             for k, member in enumerate(example):
                 out.members[row, slot, k] = member
                 reference = None if statistics is None else statistics[member]
-                _fill_sequence(batch, (row, slot, k), next(sequences) + action, records[member], reference)
+                record, ranks = next(sequences)
+                _fill_sequence(batch, (row, slot, k), ranks + action, record, reference)
             slot += 1
         token, action, number = token + size, action + acts, number + len(tree.ranks)
     batch.intervals[row, token:] = (number, number + 1)
@@ -288,5 +251,6 @@ def _fill_sequence(
         stats.logp[place][:count], stats.lse[place][:count] = reference
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not less than `value`."""
     return -(-value // multiple) * multiple

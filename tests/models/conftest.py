@@ -31,7 +31,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    """`llama(variant) -> (LlamaForCausalLM, directory that it is saved in)`; parameters are random, norms and biases too."""
+    """`llama(variant) -> (LlamaForCausalLM, directory that holds it)`; all parameters are random, norms and biases too."""
     import torch
     import transformers
 

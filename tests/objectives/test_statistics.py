@@ -65,7 +65,9 @@ def assert_same(found, expected, atol):
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head, chunk_size", [*((head, 7) for head in HEADS), *(("everything", c) for c in (None, 1, ROWS))])
+@pytest.mark.parametrize(
+    "head, chunk_size", [(head, 7) for head in HEADS] + [("everything", size) for size in (None, 1, ROWS)]
+)
 def test_equals_the_dense_computation(x64, head, chunk_size):
     expected = value_and_gradients(partial(dense, **HEADS[head]), *inputs())
     found = value_and_gradients(partial(chunked, chunk_size=chunk_size, **HEADS[head]), *inputs())

@@ -33,7 +33,9 @@ def random_groups(rng, groups=5, size=4, **options):
     records = []
     for number in range(groups):
         prompt = rng.integers(7, size=rng.integers(1, 12)).tolist()
-        records += [random_record(rng, group=f"g{number}", prompt=prompt, **options) for _ in range(rng.integers(1, size + 1))]
+        records += [
+            random_record(rng, group=f"g{number}", prompt=prompt, **options) for _ in range(rng.integers(1, size + 1))
+        ]
     return [records[place] for place in rng.permutation(len(records))]
 
 

@@ -20,7 +20,9 @@ def test_what_is_appended_is_read_back_bit_for_bit(make_record, seed, appends, s
         patch.setattr(storage, "SHARD_ROWS", shard_rows)
         buffer = Buffer.create(directory + "/buffer")
         for count in appends:
-            fresh = [make_record(rng, group=f"g{rng.integers(3)}", statistics=bool(rng.integers(2))) for _ in range(count)]
+            fresh = [
+                make_record(rng, group=f"g{rng.integers(3)}", statistics=bool(rng.integers(2))) for _ in range(count)
+            ]
             assert buffer.append(iter(fresh)) == count
             records += fresh
         for opened in (buffer, Buffer.open(directory + "/buffer")):
@@ -155,7 +157,9 @@ def test_a_truncated_or_missing_shard_is_named(make_record, make_buffer):
     shard = buffer.record_files()[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20])
-    with pytest.raises(Refusal, match=f"records-00001.arrow has {len(whole) - 20} bytes, the manifest says {len(whole)}"):
+    with pytest.raises(
+        Refusal, match=f"records-00001.arrow has {len(whole) - 20} bytes, the manifest says {len(whole)}"
+    ):
         Buffer.open(buffer.path)
     shard.unlink()
     with pytest.raises(Refusal, match="records-00001.arrow is missing"):

@@ -13,7 +13,9 @@ OTHER = Identity(weights="cd34")
 def annotate(buffer, identity, value):
     for shard in buffer.missing_statistics(identity):
         rows = buffer.read(buffer.shards[shard])
-        buffer.write_statistics(identity, shard, [(np.full(len(r.rewards), value), np.zeros(len(r.rewards))) for r in rows])
+        buffer.write_statistics(
+            identity, shard, [(np.full(len(r.rewards), value), np.zeros(len(r.rewards))) for r in rows]
+        )
 
 
 def test_records_and_statistics_follow_one_another(make_groups, make_buffer, tmp_path):

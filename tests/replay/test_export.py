@@ -17,7 +17,9 @@ def test_json_gives_the_record_back_bit_for_bit(make_record, seed, statistics):
     assert record_from_json(content) == record
     for name in ("action_mask", "rewards", *(["logp", "lse", "behaviour_logp"] if statistics else [])):
         assert len(content[name]) == len(content["tokens"])
-    assert all(reward == 0 for reward, action in zip(content["rewards"], content["action_mask"], strict=True) if not action)
+    assert all(
+        reward == 0 for reward, action in zip(content["rewards"], content["action_mask"], strict=True) if not action
+    )
 
 
 def base(**changes):

@@ -15,14 +15,22 @@ def record(**changes):
 def test_plain_lists_become_arrays_of_the_stored_types():
     made = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
     assert (made.tokens.dtype, made.action_mask.dtype) == (np.int32, np.bool_)
-    assert {getattr(made, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {np.dtype(np.float32)}
+    assert {getattr(made, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {
+        np.dtype(np.float32)
+    }
     validate(made, vocab_size=5)
 
 
 def test_equality_is_that_of_bits():
     assert record() == record()
     assert record(rewards=[0.0, 1.0]) != record(rewards=[-0.0, 1.0])
-    for change in (dict(tokens=[1, 2, 3, 5]), dict(group="h"), dict(logp=[-1.0, -1.0]), dict(user="u"), dict(prompt="{}")):
+    for change in (
+        dict(tokens=[1, 2, 3, 5]),
+        dict(group="h"),
+        dict(logp=[-1.0, -1.0]),
+        dict(user="u"),
+        dict(prompt="{}"),
+    ):
         assert record() != record(**change)
     assert record() != "record"
 

@@ -8,7 +8,13 @@ from shiq_jax.replay import Identity, Record, estimate_bytes, storage
 
 def test_facts_are_those_of_the_records(make_buffer):
     records = [
-        Record(tokens=[0] * (3 + k), action_mask=[0, 1, 1] + [0] * k, rewards=[0.5, k], group=f"g{k // 2}", user="u" if k else None)
+        Record(
+            tokens=[0] * (3 + k),
+            action_mask=[0, 1, 1] + [0] * k,
+            rewards=[0.5, k],
+            group=f"g{k // 2}",
+            user="u" if k else None,
+        )
         for k in range(5)
     ]
     buffer = make_buffer(records, parts=2)
@@ -32,9 +38,8 @@ def test_the_report_names_statistics_and_their_coverage(make_record, make_buffer
     text = buffer.report()
     assert f"{identity.digest[:12]}  2 of 4 sequences: dtype=float32, weights=ab12" in text
     assert f"return {record.rewards.astype(float).sum():.4g}" in text
-    last = f"{record.tokens[-1]}" + "*" * int(record.action_mask[-1])
-    assert f"... {' '.join(f'{t}' + '*' * int(a) for t, a in zip(record.tokens[-12:], record.action_mask[-12:], strict=True))}" in text
-    assert last in text
+    end = zip(record.tokens[-12:], record.action_mask[-12:], strict=True)
+    assert "... " + " ".join(f"{token}{'*' if action else ''}" for token, action in end) in text
 
 
 def test_an_empty_buffer_has_a_report(make_buffer):
@@ -44,20 +49,31 @@ def test_an_empty_buffer_has_a_report(make_buffer):
 
 @pytest.mark.parametrize("sequences, length, actions", [(40, 12, 4), (300, 120, 30), (9, 3000, 2500)])
 @pytest.mark.parametrize("sampled, models", [(True, 0), (True, 2), (False, 1)])
-def test_the_estimate_is_within_a_tenth_of_the_files(make_buffer, monkeypatch, sequences, length, actions, sampled, models):
+def test_the_estimate_is_within_a_tenth_of_the_files(
+    make_buffer, monkeypatch, sequences, length, actions, sampled, models
+):
     monkeypatch.setattr(storage, "SHARD_ROWS", 256)
     rng = np.random.default_rng(1)
     columns = {name: -rng.random(actions) for name in ("behaviour_logp", "logp", "lse")} if sampled else {}
     mask = np.arange(length) >= length - actions
     prompt = json.dumps({"prompt": "x" * 70})
     records = [
-        Record(tokens=rng.integers(9, size=length), action_mask=mask, rewards=rng.random(actions), group=f"{k:04d}", prompt=prompt, **columns)
+        Record(
+            tokens=rng.integers(9, size=length),
+            action_mask=mask,
+            rewards=rng.random(actions),
+            group=f"{k:04d}",
+            prompt=prompt,
+            **columns,
+        )
         for k in range(sequences)
     ]
     buffer = make_buffer(records)
     for model in range(models):
         for shard, numbers in enumerate(buffer.shards):
-            buffer.write_statistics(Identity(weights=model), shard, [(-np.ones(actions), np.ones(actions)) for _ in numbers])
+            buffer.write_statistics(
+                Identity(weights=model), shard, [(-np.ones(actions), np.ones(actions)) for _ in numbers]
+            )
     estimate = estimate_bytes(
         sequences,
         sequences * length,

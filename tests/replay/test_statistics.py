@@ -13,7 +13,10 @@ OTHER = Identity(weights="cd34", dtype="bfloat16", engine={"name": "xla", "block
 
 
 def made_up(buffer, shard, sign=-1.0):
-    return [(np.full(len(r.rewards), sign, np.float32), np.arange(len(r.rewards))) for r in buffer.read(buffer.shards[shard])]
+    return [
+        (np.full(len(r.rewards), sign, np.float32), np.arange(len(r.rewards)))
+        for r in buffer.read(buffer.shards[shard])
+    ]
 
 
 def test_an_identity_is_its_content_in_any_order():

@@ -31,7 +31,10 @@ def test_bytes_are_synchronised_before_the_name_changes(tmp_path, monkeypatch):
 
 
 def annotations(path, rows=3):
-    columns = {"logp": [np.full(k, -k, np.float32) for k in range(rows)], "lse": [np.zeros(k, np.float32) for k in range(rows)]}
+    columns = {
+        "logp": [np.full(k, -k, np.float32) for k in range(rows)],
+        "lse": [np.zeros(k, np.float32) for k in range(rows)],
+    }
     return storage.write_shard(path, storage.ANNOTATIONS, columns)
 
 
@@ -47,7 +50,12 @@ def test_null_empty_and_full_rows_are_told_apart(tmp_path):
     rows = [None, np.zeros(0, np.float32), np.ones(3, np.float32), None]
     columns = {field.name: rows for field in storage.RECORDS if field.nullable and field.name not in ("prompt", "user")}
     columns |= {"tokens": [np.arange(2, dtype=np.int32)] * 4, "rewards": [np.ones(1, np.float32)] * 4}
-    columns |= {"action_mask": [np.array([False, True])] * 4, "group": ["g"] * 4, "prompt": [None, "", "ü", None], "user": [None] * 4}
+    columns |= {
+        "action_mask": [np.array([False, True])] * 4,
+        "group": ["g"] * 4,
+        "prompt": [None, "", "ü", None],
+        "user": [None] * 4,
+    }
     storage.write_shard(tmp_path / "shard.arrow", storage.RECORDS, columns)
     shard = storage.Shard(tmp_path / "shard.arrow", storage.RECORDS, 4)
     read = [shard.get("logp", row) for row in range(4)]

@@ -1,0 +1,95 @@
+"""Decoding with a cache is the full forward pass, one piece at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.sharding import make_mesh
+
+CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model.from_config(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return init_params(model, jax.random.key(0))
+
+
+def tokens_of(rows: int, length: int, seed: int = 0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)))
+
+
+def left_padded(sequences: list[np.ndarray], width: int):
+    tokens, valid = np.full((len(sequences), width), 60), np.zeros((len(sequences), width), bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, width - len(sequence) :] = sequence
+        valid[row, width - len(sequence) :] = True
+    return jnp.asarray(tokens), jnp.asarray(valid), jnp.maximum(jnp.cumsum(jnp.asarray(valid), 1) - 1, 0)
+
+
+@pytest.mark.parametrize("pieces", [(9,), (4, 5), (6, 1, 1, 1)])
+def test_pieces_equal_the_whole(pieces, model, params):
+    tokens = tokens_of(2, 9)
+    cache, start, parts = model.init_cache(2, 12), 0, []
+    extend = jax.jit(model.extend)
+    for size in pieces:
+        where = jnp.broadcast_to(jnp.arange(start, start + size), (2, size))
+        hidden, cache = extend(params, cache, tokens[:, start : start + size], where, jnp.ones((2, size), bool), start)
+        parts.append(hidden)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), jax.jit(model.hidden)(params, tokens), atol=1e-5)
+    np.testing.assert_array_equal(cache.valid, jnp.arange(12)[None].repeat(2, 0) < 9)
+
+
+def test_left_padding_is_never_seen(model, params):
+    lengths, width, new = (3, 7, 1), 7, 4
+    sequences = [np.asarray(tokens_of(1, length + new, seed=length))[0] for length in lengths]
+    tokens, valid, positions = left_padded([s[:length] for s, length in zip(sequences, lengths, strict=True)], width)
+    extend = jax.jit(model.extend)
+    hidden, cache = extend(params, model.init_cache(3, width + new), tokens, positions, valid, 0)
+    parts = [hidden]
+    for step in range(new):
+        token = jnp.asarray([[s[length + step]] for s, length in zip(sequences, lengths, strict=True)])
+        where = jnp.asarray(lengths)[:, None] + step
+        hidden, cache = extend(params, cache, token, where, jnp.ones((3, 1), bool), jnp.int32(width + step))
+        parts.append(hidden)
+    together = jnp.concatenate(parts, 1)
+    for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        alone = model.hidden(params, jnp.asarray(sequence)[None])[0]
+        np.testing.assert_allclose(together[row, width - length :], alone, atol=1e-5)
+    assert np.isfinite(together).all()
+
+
+def test_a_repeated_cache_continues_each_copy(model, params):
+    prompts, answers = tokens_of(2, 5), tokens_of(6, 3, seed=9)
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    _, cache = model.extend(params, model.init_cache(2, 8), prompts, positions, jnp.ones((2, 5), bool), 0)
+    cache = model.repeat_cache(cache, 3)
+    where = jnp.broadcast_to(jnp.arange(5, 8), (6, 3))
+    hidden, _ = jax.jit(model.extend)(params, cache, answers, where, jnp.ones((6, 3), bool), 5)
+    whole = jnp.concatenate([jnp.repeat(prompts, 3, 0), answers], 1)
+    np.testing.assert_allclose(hidden, model.hidden(params, whole)[:, 5:], atol=1e-5)
+
+
+def test_a_sharded_cache_gives_the_same(model, params):
+    mesh = make_mesh("fsdp=2,tensor=2")
+    sharded = Model.from_config(CONFIG, mesh=mesh)
+    tokens = tokens_of(4, 6)
+    positions, valid = jnp.broadcast_to(jnp.arange(6), (4, 6)), jnp.ones((4, 6), bool)
+    cache = sharded.init_cache(4, 8)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
+    hidden, cache = jax.jit(sharded.extend)(init_params(sharded, jax.random.key(0)), cache, tokens, positions, valid, 0)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
+    np.testing.assert_allclose(hidden, model.hidden(params, tokens), atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(model, params):
+    tokens, valid = tokens_of(1, 3), jnp.ones((1, 3), bool)
+    with pytest.raises(ValueError, match="start is 2: 3 tokens from there do not fit into a cache of 4 slots"):
+        model.extend(params, model.init_cache(1, 4), tokens, jnp.arange(3)[None], valid, 2)

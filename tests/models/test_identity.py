@@ -1,0 +1,71 @@
+"""The fingerprint follows bits and positions, never the placement."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiq_jax.models import DecoderConfig, Model, fingerprint, init_params
+from shiq_jax.sharding import make_mesh
+
+CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2)
+
+
+def test_the_same_on_every_mesh():
+    prints = set()
+    for mesh in (None, "fsdp=8", "fsdp=2,tensor=2", "replica=2,tensor=4"):
+        model = Model.from_config(CONFIG, mesh=None if mesh is None else make_mesh(mesh))
+        prints.add(fingerprint(init_params(model, jax.random.key(0))))
+    assert len(prints) == 1
+    assert len(prints.pop()) == 64
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 11), st.integers(0, 11))
+def test_swapping_two_entries_shows(i, j):
+    array = np.arange(12, dtype=np.float32)
+    swapped = array.copy()
+    swapped[[i, j]] = swapped[[j, i]]
+    same = fingerprint({"a": array.reshape(3, 4)}) == fingerprint({"a": swapped.reshape(3, 4)})
+    assert same == (i == j)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.bool_])
+def test_one_changed_element_shows(dtype):
+    array = jnp.zeros((5, 7), dtype)
+    assert fingerprint({"a": array}) != fingerprint({"a": array.at[4, 6].set(1)})
+    assert fingerprint({"a": array}) == fingerprint({"a": jnp.zeros((5, 7), dtype)})
+
+
+def test_the_smallest_change_shows():
+    array = jnp.ones(100)
+    assert fingerprint({"a": array}) != fingerprint({"a": array.at[50].set(np.nextafter(np.float32(1), np.float32(2)))})
+    assert fingerprint({"a": jnp.zeros(1)}) != fingerprint({"a": -jnp.zeros(1)})
+
+
+def test_name_shape_and_dtype_count():
+    zeros = jnp.zeros((2, 3))
+    trees = [
+        {"a": zeros},
+        {"b": zeros},
+        {"a": {"b": zeros}},
+        {"a": zeros.T},
+        {"a": zeros.astype(jnp.int32)},
+        {"a": zeros, "b": zeros},
+        {},
+    ]
+    assert len({fingerprint(tree) for tree in trees}) == len(trees)
+
+
+def test_order_of_insertion_does_not_count():
+    x, y = jnp.ones(2), jnp.zeros(3)
+    assert fingerprint({"x": x, "y": y}) == fingerprint({"y": y, "x": x})
+
+
+def test_words_of_eight_bytes():
+    with jax.enable_x64(True):
+        array = jnp.arange(3, dtype=jnp.float64)
+        assert fingerprint({"a": array}) == fingerprint({"a": array + 0})
+        assert fingerprint({"a": array}) != fingerprint({"a": array.at[1].add(1e-16).at[2].multiply(1 + 1e-15)})

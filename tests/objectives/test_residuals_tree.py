@@ -1,0 +1,146 @@
+"""Residuals on a token MDP that is solved exactly: what they vanish at, what moves the optimum, and what they find."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shiq_jax.objectives import bellman_residuals, squared_residuals, token_stats_from_logits
+
+BETA = 0.7
+HORIZONS = ("multi", "one", "trajectory")
+
+
+def residuals(tree, logits, rewards=None, **options):
+    """Residuals [M, T] of all trajectories of a tree under logits [S, V]."""
+    rewards = tree.along(tree.rewards if rewards is None else rewards)
+
+    def one(policy, reference, rewards, mask):
+        return bellman_residuals(policy, reference, rewards, mask, **({"beta": BETA} | options))
+
+    statistics = (token_stats_from_logits(x[tree.states], tree.tokens) for x in (logits, tree.logits))
+    return jax.vmap(one)(*statistics, rewards, tree.mask)
+
+
+def lse(logits):
+    return np.log(np.sum(np.exp(logits), -1))
+
+
+def softmax(logits):
+    return np.exp(logits - lse(logits)[..., None])
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_optimum_is_a_fixed_point(make_tree, gamma, dtype, atol):
+    with jax.enable_x64(dtype == "float64"):
+        for seed in range(3):
+            tree = make_tree(seed)
+            q, v, pi = tree.solve(BETA, gamma)
+            optimum = tree.logits + q / BETA
+            np.testing.assert_allclose(softmax(optimum), pi, atol=1e-10)
+            np.testing.assert_allclose(BETA * (lse(optimum) - lse(tree.logits)), v, atol=1e-10)
+            for horizon in HORIZONS:
+                found = residuals(tree, optimum.astype(dtype), gamma=gamma, horizon=horizon)
+                np.testing.assert_allclose(found, 0, atol=atol)
+            # Without the shift the optimum is the one whose log-sum-exp is the value itself.
+            unshifted = optimum - lse(tree.logits)[:, None]
+            for horizon in HORIZONS:
+                found = residuals(tree, unshifted.astype(dtype), gamma=gamma, horizon=horizon, value="lse")
+                np.testing.assert_allclose(found, 0, atol=atol)
+
+
+def test_optimum_in_closed_form(make_tree):
+    tree = make_tree(0)
+    _, v, pi = tree.solve(BETA, 1.0)
+    log_reference, returns, log_optimal = (
+        tree.along(x).sum(1) for x in (np.log(softmax(tree.logits)), tree.rewards, np.log(pi))
+    )
+    constant = log_optimal - (log_reference + returns / BETA)
+    np.testing.assert_allclose(constant, -v[0] / BETA, atol=1e-10)
+    np.testing.assert_allclose(v[0], BETA * np.log(np.sum(np.exp(log_reference + returns / BETA))), atol=1e-10)
+    assert len(constant) == 40 and len(v) == 13
+
+
+def test_constant_rewards(x64, make_tree):
+    """A constant on the last token moves the value alone; one on every token moves the policy, as lengths vary."""
+    tree = make_tree(1)
+    _, v, pi = tree.solve(BETA, 1.0)
+    ends = np.array([[tree.successor(s, a) is None for a in range(4)] for s in range(len(v))])
+    q_end, v_end, pi_end = tree.solve(BETA, 1.0, tree.rewards + 2.0 * ends)
+    np.testing.assert_allclose(pi_end, pi, atol=1e-10)
+    np.testing.assert_allclose(v_end, v + 2.0, atol=1e-10)
+    found = residuals(tree, tree.logits + q_end / BETA, tree.rewards + 2.0 * ends)
+    np.testing.assert_allclose(found, 0, atol=1e-10)
+    assert np.abs(tree.solve(BETA, 1.0, tree.rewards + 2.0)[2] - pi).max() > 1e-2
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_potential_shaping(x64, make_tree, horizon, gamma):
+    tree = make_tree(2)
+    potential = np.random.default_rng(0).normal(size=len(tree.prefixes))
+    shaped = tree.rewards.copy()
+    for state in range(len(potential)):
+        for token in range(4):
+            after = tree.successor(state, token)
+            shaped[state, token] += (0 if after is None else gamma * potential[after]) - potential[state]
+    (_, v, pi), (_, v_shaped, pi_shaped) = tree.solve(BETA, gamma), tree.solve(BETA, gamma, shaped)
+    np.testing.assert_allclose(pi_shaped, pi, atol=1e-10)
+    np.testing.assert_allclose(v_shaped, v - potential, atol=1e-10)
+    logits = np.random.default_rng(1).normal(size=tree.logits.shape)
+    found = residuals(tree, logits - potential[:, None] / BETA, shaped, gamma=gamma, horizon=horizon)
+    np.testing.assert_allclose(found, residuals(tree, logits, gamma=gamma, horizon=horizon), atol=1e-10)
+
+
+def minimise(tree, steps, optimizer, **options):
+    """Logits [S, V] after gradient steps from the reference's on all trajectories with equal weight."""
+
+    def loss(logits):
+        found = residuals(tree, logits, **options)
+        return jnp.mean(jax.vmap(squared_residuals)(found, tree.mask))
+
+    def step(carry, _):
+        logits, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(logits), state)
+        return (optax.apply_updates(logits, updates), state), None
+
+    @jax.jit
+    def run(logits):
+        return jax.lax.scan(step, (logits, optimizer.init(logits)), None, steps)[0][0]
+
+    return np.asarray(run(jnp.asarray(tree.logits)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize(
+    "horizon, value, gradient",
+    [(h, v, "full") for h in HORIZONS for v in ("lse_shift", "lse")]
+    + [("multi", "lse_shift", "semi"), ("one", "lse_shift", "semi")],
+)
+def test_training_finds_the_optimal_policy(x64, make_tree, horizon, value, gradient, gamma):
+    tree = make_tree(3)
+    _, v, pi = tree.solve(BETA, gamma)
+    steps = 20_000
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+    found = minimise(tree, steps, optimizer, horizon=horizon, value=value, gradient=gradient, gamma=gamma)
+    np.testing.assert_allclose(softmax(found), pi, atol=1e-8)
+    values = BETA * (lse(found) - (lse(tree.logits) if value == "lse_shift" else 0))
+    np.testing.assert_allclose(values[0], v[0], atol=1e-8)
+    if horizon != "trajectory":  # which pins the value of the first state only
+        np.testing.assert_allclose(values, v, atol=1e-8)
+
+
+def test_sparse_rewards_reach_the_first_state_sooner_over_many_steps(x64, make_tree):
+    """Early in training either may be nearer by chance; later the order is the same for every draw, by a wide margin."""
+    for seed in range(5):
+        tree = make_tree(10 + seed, sparse=True)
+        _, v, _ = tree.solve(BETA, 1.0)
+        for steps, factor in ((100, 2), (300, 10)):
+            multi, one = (
+                abs(BETA * (lse(found) - lse(tree.logits))[0] - v[0])
+                for found in (minimise(tree, steps, optax.sgd(0.5), horizon=h) for h in ("multi", "one"))
+            )
+            assert multi * factor < one
