@@ -11,7 +11,7 @@ import tyro
 
 from shiq_jax.errors import Refusal
 from shiq_jax.rollout.generate import Sampling
-from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, ShiqLoss, WarmStart
+from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
 from shiq_jax.training.optimizers import Optimizer
 
 _EMBEDDED_WARM_START = WarmStart(steps=200, batch_size=48, demonstrations=4096)
@@ -62,6 +62,7 @@ class ShiqBfcl(Shiq):
     command: ClassVar[str] = "shiq-bfcl"
     task: Literal["sorting", "bfcl"] = "bfcl"
     batch_size: int = 4
+    precision: Precision = Precision(remat="dots")
     warm_start: WarmStart = WarmStart(steps=30, batch_size=4, demonstrations=120, optimizer=Optimizer(learning_rate=5e-5))
     collection: Collection = Collection(prompts=120, prompts_per_batch=8, sampling=Sampling(max_tokens=96))
     evaluation: Evaluation = Evaluation(prompts=60, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=2)

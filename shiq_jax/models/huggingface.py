@@ -199,9 +199,10 @@ def _check(plan: list[Entry], tensors: _Tensors, config: DecoderConfig) -> None:
 def _check_tied(tensors: _Tensors) -> None:
     """A head that is stored although tied must be the embedding table, or one of the two would be dropped silently."""
     head, table = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    rows = head.get_shape()[0]
+    blocks = [slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096)]
     same = tuple(head.get_shape()) == tuple(table.get_shape())
-    rows = range(0, head.get_shape()[0], 4096) if same else ()
-    if not same or any(not np.array_equal(head[row : row + 4096], table[row : row + 4096]) for row in rows):
+    if not same or any(not np.array_equal(head[block], table[block]) for block in blocks):
         raise Refusal(
             f"{tensors.file('lm_head.weight')}: lm_head.weight differs from model.embed_tokens.weight although "
             "config.json says tie_word_embeddings; set it to false if the head is meant to be used"

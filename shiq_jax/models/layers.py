@@ -38,12 +38,9 @@ class Declaring(NamedTuple):
 
 
 def _parameter(declaring: Declaring, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    key = declaring.rngs.params()
-    if declaring.stack is None:
-        return nnx.Param(init(key, shape, declaring.dtype), logical=axes)
-    # One key per layer: initialisers that look at the shape must not see the layer axis as a fan.
-    stacked = jax.vmap(lambda one: init(one, shape, declaring.dtype))(jax.random.split(key, declaring.stack))
-    return nnx.Param(stacked, logical=("layers", *axes))
+    if declaring.stack is not None:
+        shape, axes = (declaring.stack, *shape), ("layers", *axes)
+    return nnx.Param(init(declaring.rngs.params(), shape, declaring.dtype), logical=axes)
 
 
 class Projection(nnx.Module):

@@ -175,7 +175,11 @@ class Model:
         return Settings(self.compute_dtype, self.mesh, self.remat, self.engine)
 
     def _decoder(self, params: Params) -> Decoder:
-        return nnx.merge(_declared(self.config, self.dtype)[0], params)
+        definition, _, axes = _declared(self.config, self.dtype)
+        if self.mesh is not None:
+            # Says nothing new of the parameters, but pins their gradients, which are born in the same shardings.
+            params = jax.tree.map(lambda leaf, names: constrain(leaf, names, self.mesh), dict(params), axes)
+        return nnx.merge(definition, params)
 
     def _placed(self, cache: Cache) -> Cache:
         return Cache(*(constrain(each, axes, self.mesh) for each, axes in zip(cache, caches.LOGICAL_AXES, strict=True)))

@@ -89,12 +89,13 @@ class Tree(NamedTuple):
 # Whatever gives the Record of a number by `records[number]`.
 Records = Buffer | Mapping[int, Record] | Sequence[Record]
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
+References = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
 
 
 def pack(
     batch: Sequence[Bundle],
     records: Records,
-    statistics: Statistics | Mapping[int, Statistic] | Sequence[Statistic] | None,
+    statistics: References | None,
     shape: Shape,
     *,
     rows_multiple: int = 1,
@@ -125,9 +126,7 @@ def pack(
 
 
 def row_count(rows: int, multiple: int = 1) -> int:
-    """`rows` rounded up to a multiple, and above eight multiples to one of eight sizes per octave (at most 12.5%
-    more).
-    """
+    """`rows` rounded up to a multiple, and further to one of eight multiples per octave: at most an eighth more."""
     units = -(-rows // multiple)
     step = 1 << max(units.bit_length() - 4, 0)
     return round_up(units, step) * multiple
@@ -214,7 +213,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
     return Packed(batch, np.full((rows, shape.slots, shape.sequences), -1, np.int32), 0.0)
 
 
-def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics) -> None:
+def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics: References | None) -> None:
     """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
     batch = out.batch
     token = action = slot = number = 0
@@ -247,6 +246,11 @@ def _fill_sequence(
     batch.example.action_mask[place][:count] = True
     batch.example.rewards[place][:count] = record.rewards
     if reference is not None:
+        if any(len(values) != count for values in reference):
+            raise ValueError(
+                f"statistics of {len(reference[0])} and {len(reference[1])} actions came with a record of {count}; "
+                "give the reference's (logp, lse) by the same record numbers."
+            )
         stats = batch.example.references["reference"]
         stats.logp[place][:count], stats.lse[place][:count] = reference
 

@@ -142,7 +142,7 @@ def _check_column(where: str, column: str, values: np.ndarray, actions: int) -> 
 
 
 def _integers(values: Sequence[int] | np.ndarray) -> Int32[np.ndarray, " N"]:
-    array = _flat("tokens", values)
+    array = _flat("tokens", values, np.int32)
     if array.dtype == np.int32:
         return array
     if array.dtype.kind not in "iu":
@@ -154,7 +154,7 @@ def _integers(values: Sequence[int] | np.ndarray) -> Int32[np.ndarray, " N"]:
 
 
 def _booleans(values: Sequence[bool] | np.ndarray) -> Bool[np.ndarray, " N"]:
-    array = _flat("action_mask", values)
+    array = _flat("action_mask", values, np.bool_)
     if array.dtype == np.bool_:
         return array
     if array.dtype.kind not in "iu" or (array.size and (array.max() > 1 or array.min() < 0)):
@@ -163,7 +163,7 @@ def _booleans(values: Sequence[bool] | np.ndarray) -> Bool[np.ndarray, " N"]:
 
 
 def _floats(name: str, values: Sequence[float] | np.ndarray) -> Float32[np.ndarray, " A"]:
-    array = _flat(name, values)
+    array = _flat(name, values, np.float32)
     if array.dtype == np.float32:
         return array
     if array.dtype.kind not in "iufb" and array.dtype.name != "bfloat16":
@@ -172,16 +172,12 @@ def _floats(name: str, values: Sequence[float] | np.ndarray) -> Float32[np.ndarr
         return array.astype(np.float32)
 
 
-def _flat(name: str, values: Sequence | np.ndarray) -> np.ndarray:
+def _flat(name: str, values: Sequence | np.ndarray, dtype: type) -> np.ndarray:
+    """A flat array; of `dtype` when it is empty, for an empty list has no type of its own."""
     try:
         array = np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name} is not a flat list of numbers; give one number per entry.") from error
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; give a flat array.")
-    # An empty list has no dtype of its own.
-    return (
-        array.astype(np.int32 if name == "tokens" else np.float32 if name != "action_mask" else np.bool_)
-        if array.size == 0
-        else array
-    )
+    return array if array.size else array.astype(dtype)

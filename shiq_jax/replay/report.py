@@ -16,7 +16,7 @@ _SHOWN = 24
 # Six list columns and three text columns with 64-bit offsets.
 _BYTES_PER_SEQUENCE = 9 * 8
 # The Arrow schema and batch headers.
-_BYTES_PER_SHARD, _BYTES_PER_SIDECAR = 2700, 900
+_BYTES_PER_SHARD, _BYTES_PER_SIDECAR = 2700, 800
 
 
 def describe(buffer: "Buffer") -> dict[str, Any]:
@@ -136,4 +136,4 @@ def estimate_bytes(
         _BYTES_PER_SEQUENCE * sequences + tokens * 4 + tokens // 8 + 4 * actions * (1 + sampler_statistics) + text_bytes
     )
     annotations = statistics * (2 * 8 * sequences + 2 * 4 * actions)
-    return records + annotations + shards * (_BYTES_PER_SHARD + 800 * statistics)
+    return records + annotations + shards * (_BYTES_PER_SHARD + _BYTES_PER_SIDECAR * statistics)

@@ -97,7 +97,8 @@ class Schedule:
 
     def steps(self, epochs: float = 1) -> int:
         """The fewest steps that visit every item `epochs` times."""
-        return math.ceil(epochs * self.size / self.batch_size)
+        # Rounded first: 0.1 * 30 is more than 3 in floating point.
+        return math.ceil(round(epochs * self.size / self.batch_size, 9))
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " size"]:
         if epoch not in self._recent:

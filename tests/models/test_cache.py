@@ -8,7 +8,7 @@ import pytest
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.sharding import make_mesh
 
-CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, initializer_range=0.3)
+CONFIG = DecoderConfig(64, 32, 48, 3, 4, 2, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def tokens_of(rows: int, length: int, seed: int = 0):
 
 
 def left_padded(sequences: list[np.ndarray], width: int):
-    tokens, valid = np.full((len(sequences), width), 60), np.zeros((len(sequences), width), bool)
+    tokens, valid = np.full((len(sequences), width), 63), np.zeros((len(sequences), width), bool)
     for row, sequence in enumerate(sequences):
         tokens[row, width - len(sequence) :] = sequence
         valid[row, width - len(sequence) :] = True
@@ -51,7 +51,7 @@ def test_left_padding_is_never_seen(model, params):
     lengths, width, new = (3, 7, 1), 7, 4
     sequences = [np.asarray(tokens_of(1, length + new, seed=length))[0] for length in lengths]
     tokens, valid, positions = left_padded([s[:length] for s, length in zip(sequences, lengths, strict=True)], width)
-    extend = jax.jit(model.extend)
+    extend, whole = jax.jit(model.extend), jax.jit(model.hidden)
     hidden, cache = extend(params, model.init_cache(3, width + new), tokens, positions, valid, 0)
     parts = [hidden]
     for step in range(new):
@@ -61,7 +61,8 @@ def test_left_padding_is_never_seen(model, params):
         parts.append(hidden)
     together = jnp.concatenate(parts, 1)
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        alone = model.hidden(params, jnp.asarray(sequence)[None])[0]
+        longer = jnp.zeros((1, width + new), jnp.int32).at[0, : len(sequence)].set(sequence)
+        alone = whole(params, longer)[0, : len(sequence)]
         np.testing.assert_allclose(together[row, width - length :], alone, atol=1e-5)
     assert np.isfinite(together).all()
 
@@ -69,12 +70,12 @@ def test_left_padding_is_never_seen(model, params):
 def test_a_repeated_cache_continues_each_copy(model, params):
     prompts, answers = tokens_of(2, 5), tokens_of(6, 3, seed=9)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    _, cache = model.extend(params, model.init_cache(2, 8), prompts, positions, jnp.ones((2, 5), bool), 0)
+    _, cache = jax.jit(model.extend)(params, model.init_cache(2, 8), prompts, positions, jnp.ones((2, 5), bool), 0)
     cache = model.repeat_cache(cache, 3)
     where = jnp.broadcast_to(jnp.arange(5, 8), (6, 3))
     hidden, _ = jax.jit(model.extend)(params, cache, answers, where, jnp.ones((6, 3), bool), 5)
     whole = jnp.concatenate([jnp.repeat(prompts, 3, 0), answers], 1)
-    np.testing.assert_allclose(hidden, model.hidden(params, whole)[:, 5:], atol=1e-5)
+    np.testing.assert_allclose(hidden, jax.jit(model.hidden)(params, whole)[:, 5:], atol=1e-5)
 
 
 def test_a_sharded_cache_gives_the_same(model, params):
@@ -84,9 +85,10 @@ def test_a_sharded_cache_gives_the_same(model, params):
     positions, valid = jnp.broadcast_to(jnp.arange(6), (4, 6)), jnp.ones((4, 6), bool)
     cache = sharded.init_cache(4, 8)
     assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
-    hidden, cache = jax.jit(sharded.extend)(init_params(sharded, jax.random.key(0)), cache, tokens, positions, valid, 0)
+    placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
+    hidden, cache = jax.jit(sharded.extend)(placed, cache, tokens, positions, valid, 0)
     assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
-    np.testing.assert_allclose(hidden, model.hidden(params, tokens), atol=1e-5)
+    np.testing.assert_allclose(hidden, jax.jit(model.hidden)(params, tokens), atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(model, params):

@@ -77,13 +77,23 @@ def by_definition(policy, reference, rewards, mask, *, beta, gamma, steps, shift
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("gamma, horizon, value, residuals, loss", WORKED)
-def test_worked_example(gamma, horizon, value, residuals, loss, dtype):
+def test_worked_example(dtype):
+    @jax.jit
+    def table(logits, reference_logits):
+        policy, reference = (token_stats_from_logits(x, TOKENS) for x in (logits, reference_logits))
+        rows = []
+        for gamma, horizon, value, *_ in WORKED:
+            options = {"beta": 0.5, "gamma": gamma, "horizon": horizon, "value": value}
+            residuals = bellman_residuals(policy, reference, REWARDS, MASK, **options)
+            rows.append((residuals, squared_residuals(residuals, MASK)))
+        return rows
+
     with jax.enable_x64(dtype == "float64"):
-        found = worked(LOGITS.astype(dtype), gamma=gamma, horizon=horizon, value=value)
-        assert found.dtype == dtype
-        np.testing.assert_allclose(found, np.insert(residuals, 1, 0), atol=2e-6)
-        np.testing.assert_allclose(squared_residuals(found, MASK), loss, atol=2e-6)
+        found = table(LOGITS.astype(dtype), REFERENCE_LOGITS.astype(dtype))
+    for (*case, residuals, loss), (found_residuals, found_loss) in zip(WORKED, found, strict=True):
+        assert found_residuals.dtype == dtype
+        np.testing.assert_allclose(found_residuals, np.insert(residuals, 1, 0), atol=2e-6, err_msg=str(case))
+        np.testing.assert_allclose(found_loss, loss, atol=2e-6, err_msg=str(case))
 
 
 def test_worked_statistics():
@@ -117,25 +127,29 @@ def test_bandit(x64, horizon):
 # --- the definition --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("horizon, n", [("multi", None), ("one", None), ("n_step", 2), ("n_step", 4), ("n_step", 99)])
-def test_residuals_are_their_definition_under_every_mask(x64, horizon, n, gamma):
-    steps = {"multi": None, "one": 1}.get(horizon, n)
+def test_residuals_are_their_definition_under_every_mask(x64, horizon, n):
     masks = np.array([[bits >> t & 1 for t in range(7)] for bits in range(128)], bool)
-    for shift, bootstrap in ((True, 0.0), (True, 0.7), (False, 0.7)):
-        logits, reference, tokens, rewards, _ = draw(int(10 * gamma) + shift)
-        policy, reference = stats(logits, tokens), stats(reference, tokens)
+    logits, reference, tokens, rewards, _ = draw(0)
+    policy, reference = stats(logits, tokens), stats(reference, tokens)
+    cases = [(g, shift, b) for g in (1.0, 0.9) for shift, b in ((True, None), (True, 0.7), (False, 0.7))]
 
-        @jax.jit
-        @jax.vmap
-        def residuals(mask):
-            value = "lse_shift" if shift else "lse"
-            options = {"beta": 0.4, "gamma": gamma, "horizon": horizon, "n": n, "value": value}
-            return residuals_of(policy, reference, rewards, mask, bootstrap=bootstrap or None, **options)
+    @jax.jit
+    @jax.vmap
+    def table(mask):
+        return [
+            bellman_residuals(
+                policy, reference, rewards, mask, beta=0.4, gamma=gamma, horizon=horizon, n=n,
+                value="lse_shift" if shift else "lse", bootstrap=bootstrap,
+            )
+            for gamma, shift, bootstrap in cases
+        ]
 
-        options = {"beta": 0.4, "gamma": gamma, "steps": steps, "shift": shift, "bootstrap": bootstrap}
+    steps = {"multi": None, "one": 1}.get(horizon, n)
+    for (gamma, shift, bootstrap), found in zip(cases, table(masks), strict=True):
+        options = {"beta": 0.4, "gamma": gamma, "steps": steps, "shift": shift, "bootstrap": bootstrap or 0.0}
         expected = [by_definition(policy[:2], reference[:2], rewards, mask, **options) for mask in masks]
-        np.testing.assert_allclose(residuals(masks), expected, atol=1e-10)
+        np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("float64", 1e-10)])
@@ -307,40 +321,45 @@ def test_traced_options_agree_with_static_ones(x64):
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["lse_shift", "lse"])
+def closed_form_gradient(horizon, gradient, beta, gamma, logits, tokens, mask, rho):
+    """The gradient [T, V] of the summed squares of the residuals rho with respect to logits [T, V]."""
+    at, expected = np.flatnonzero(mask), np.zeros_like(logits)
+    carried, before = 0.0, 0.0  # sum over j <= k of gamma^(k-j) rho_j, and rho_{k-1}
+    for k, t in enumerate(at):
+        chosen, pi = np.eye(logits.shape[1])[tokens[t]], np.exp(logits[t]) / np.exp(logits[t]).sum()
+        carried = rho[t] + gamma * carried
+        expected[t] = {
+            ("multi", "full"): -2 * beta * (carried * (chosen - pi) + rho[t] * pi),
+            ("one", "full"): -2 * beta * rho[t] * chosen + 2 * beta * gamma * before * pi,
+            ("trajectory", "full"): -2 * beta * rho[at[0]] * (gamma**k * (chosen - pi) + (k == 0) * pi),
+        }.get((horizon, gradient), -2 * beta * rho[t] * chosen)
+        before = rho[t]
+    return expected
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize(
     "horizon, gradient",
     [("multi", "full"), ("one", "full"), ("trajectory", "full"), ("multi", "semi"), ("one", "semi")],
 )
-def test_gradient_in_closed_form(x64, horizon, gradient, gamma, value):
-    beta = 0.4
-    for seed in range(4):
+def test_gradient_in_closed_form(x64, horizon, gradient, gamma):
+    """The same formulas with the shift and without it: the reference is a constant, and gets no gradient."""
+
+    @partial(jax.jit, static_argnames="value")
+    @partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradients(logits, reference, tokens, rewards, mask, value):
+        policy, ref = (token_stats_from_logits(x, tokens) for x in (logits, reference))
+        options = {"beta": 0.4, "gamma": gamma, "horizon": horizon, "value": value, "gradient": gradient}
+        rho = bellman_residuals(policy, ref, rewards, mask, **options)
+        return squared_residuals(rho, mask), rho
+
+    for seed in range(5):
         logits, reference, tokens, rewards, mask = draw(10 + seed)
-
-        def residuals(logits, reference):
-            policy, ref = stats(logits, tokens), stats(reference, tokens)
-            return residuals_of(
-                policy, ref, rewards, mask, beta=beta, gamma=gamma, horizon=horizon, value=value, gradient=gradient
-            )
-
-        found, to_reference = jax.grad(lambda *x: squared_residuals(residuals(*x), mask), (0, 1))(
-            jnp.asarray(logits), jnp.asarray(reference)
-        )
-        at, rho = np.flatnonzero(mask), np.asarray(residuals(logits, reference))
-        expected = np.zeros_like(logits)
-        carried, before = 0.0, 0.0  # E_{k-1} and delta_{k-1}
-        for k, t in enumerate(at):
-            chosen, pi = np.eye(5)[tokens[t]], np.exp(logits[t]) / np.exp(logits[t]).sum()
-            carried = rho[t] + gamma * carried
-            expected[t] = {
-                ("multi", "full"): -2 * beta * (carried * (chosen - pi) + rho[t] * pi),
-                ("one", "full"): -2 * beta * rho[t] * chosen + 2 * beta * gamma * before * pi,
-                ("trajectory", "full"): -2 * beta * rho[at[0]] * (gamma**k * (chosen - pi) + (k == 0) * pi),
-            }.get((horizon, gradient), -2 * beta * rho[t] * chosen)
-            before = rho[t]
-        np.testing.assert_allclose(found, expected, atol=1e-12)
-        np.testing.assert_array_equal(to_reference, 0)
+        for value in ("lse_shift", "lse"):
+            (found, to_reference), rho = gradients(logits, reference, tokens, rewards, mask, value=value)
+            expected = closed_form_gradient(horizon, gradient, 0.4, gamma, logits, tokens, mask, np.asarray(rho))
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+            np.testing.assert_array_equal(to_reference, 0)
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -205,6 +205,11 @@ def test_bundles_that_do_not_fit_are_refused_by_record(make_buffer):
             pack(everything, buffer, None, full._replace(**{name: least - 1}))
 
 
+def test_statistics_of_another_record_are_refused():
+    with pytest.raises(ValueError, match="statistics of 1 and 1 actions came with a record of 2"):
+        pack([((0,),)], [record([1, 2, 3], 2)], {0: (np.zeros(1), np.zeros(1))}, Shape(4, 2, 1, 1, 2))
+
+
 def test_nothing_to_pack_is_refused():
     with pytest.raises(ValueError, match="holds no bundle"):
         pack([], [], None, Shape(1, 1, 1, 1, 1))

@@ -53,6 +53,10 @@ def test_impossible_schedules_are_refused(arguments, name):
         Schedule(*arguments)
 
 
+def test_parts_of_an_epoch_are_counted_exactly():
+    assert Schedule(30, 1, 0).steps(0.1) == 3 and Schedule(30, 4, 0).steps(0.5) == 4
+
+
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="step is -1"):
         Schedule(3, 1, 0).indices(-1)
