@@ -61,6 +61,7 @@ class ShiqBfcl(Shiq):
 
     command: ClassVar[str] = "shiq-bfcl"
     task: Literal["sorting", "bfcl"] = "bfcl"
+    baseline: Literal["none", "group_mean"] = "group_mean"
     batch_size: int = 4
     precision: Precision = Precision(remat="dots")
     warm_start: WarmStart = WarmStart(steps=30, batch_size=4, demonstrations=120, optimizer=Optimizer(learning_rate=5e-5))

@@ -47,16 +47,19 @@ class Batches:
         statistics: reader of the reference's statistics, None for objectives without a reference.
         mesh: where the rows go.
         microbatches: the rows are filled up to a multiple of this and of the data devices.
+        records: what to pack under the buffer's record numbers, when it is not the buffer's records themselves.
     """
 
-    def __init__(self, buffer: Buffer, unit: str, batch_size: int, *, seed: int, statistics=None, mesh=None, microbatches=1):
-        self.buffer, self.statistics, self.mesh = buffer, statistics, mesh
+    def __init__(
+        self, buffer: Buffer, unit: str, batch_size: int, *, seed: int, statistics=None, mesh=None, microbatches=1, records=None
+    ):
+        self.records, self.statistics, self.mesh = buffer if records is None else records, statistics, mesh
         self.bundles = bundles(buffer, unit)
         if not self.bundles:
             raise Refusal(f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards")
         self.schedule = Schedule(len(self.bundles), batch_size, seed)
-        self.shape = plan(buffer, self.bundles)
         self.rows_multiple = microbatches * data_devices(mesh)
+        self.shape = plan(buffer, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     def steps(self, epochs: float) -> int:
         """Updates in so many passes over the buffer."""
@@ -65,7 +68,7 @@ class Batches:
     def __call__(self, step: int) -> Step:
         """The batch of an update step."""
         chosen = [self.bundles[number] for number in self.schedule.indices(step)]
-        packed = pack(chosen, self.buffer, self.statistics, self.shape, rows_multiple=self.rows_multiple)
+        packed = pack(chosen, self.records, self.statistics, self.shape, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
         return Step(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)
 

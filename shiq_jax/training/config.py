@@ -107,7 +107,9 @@ class Job:
     task: Literal["sorting", "bfcl"] = "sorting"
     """Where prompts, demonstrations and rewards come from when there is no --data: the embedded toy, or function calling."""
     reward: str | None = None
-    """exact, bfcl or module:function(row, completion) -> float; default: the task's own."""
+    """exact, sorting, bfcl or module:function(row, completion) -> float; default: the task's own."""
+    baseline: Literal["none", "group_mean"] = "none"
+    """What is taken off an answer's last reward; the mean of its prompt's answers leaves the optimum as it is at gamma 1."""
     output_dir: Path | None = None
     """Where everything is written; default: runs/COMMAND."""
     seed: int = 0

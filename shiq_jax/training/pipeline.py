@@ -27,6 +27,7 @@ from shiq_jax.rollout.generate import Sampler
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training import report
 from shiq_jax.training.annotation import annotate, reference_identity
+from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.config import Job
@@ -153,7 +154,8 @@ def passes(run: Run, model, params, reference: str | Path, buffer: Buffer, objec
     """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0."""
     job, options = run.job, run.job.evaluation
     batches = Batches(
-        buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh, microbatches=job.microbatches
+        buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+        microbatches=job.microbatches, records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
     )
     steps = batches.steps(job.epochs)
     evaluator = Evaluator(

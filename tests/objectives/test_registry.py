@@ -77,7 +77,7 @@ def test_shiq_is_the_plain_loss():
     one = example(2, 1)
     rows = jax.tree.map(lambda x: x[0], one)
     for options in ({}, {"beta": 0.3, "gamma": 0.9, "normalisation": "mean_t", "position_weight": "inv_position"}):
-        out = OBJECTIVES["shiq"].configure(**options).loss(one)
+        out = jax.jit(OBJECTIVES["shiq"].configure(**options).loss)(one)
         arguments = (rows.policy, rows.references["reference"], rows.rewards, rows.action_mask)
         np.testing.assert_allclose(out.value, shiq_loss(*arguments, **({"beta": 0.1} | options)), rtol=1e-6)
         assert out.weight == 1

@@ -30,6 +30,7 @@ def inputs(dtype=np.float64, seed=0, rows=ROWS):
     return hidden, unembedding, bias, random.integers(0, WORDS, rows)
 
 
+@partial(jax.jit, static_argnames=("softcap", "scale", "vocab_size"))
 def dense(hidden, unembedding, bias, tokens, *, softcap=None, scale=None, vocab_size=None):
     """The statistics by their formulas, all logits at once."""
     logits = hidden @ unembedding * (1 if scale is None else scale) + (0 if bias is None else bias)
@@ -39,6 +40,7 @@ def dense(hidden, unembedding, bias, tokens, *, softcap=None, scale=None, vocab_
     return TokenStats(logp, jax.nn.logsumexp(logits, -1), jax.nn.logsumexp(2 * logits, -1))
 
 
+@partial(jax.jit, static_argnames=("softcap", "scale", "vocab_size", "chunk_size", "axis_name"))
 def chunked(hidden, unembedding, bias, tokens, **options):
     return token_stats(hidden, unembedding, tokens, bias=bias, extra=("lse2",), **options)
 
@@ -81,7 +83,7 @@ def test_derivative_by_finite_differences(x64):
     )
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 4), (0,)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 1, 4), (0,)])
 def test_leading_axes(x64, shape):
     random = np.random.default_rng(1)
     hidden, tokens = random.normal(size=(*shape, DEPTH)), random.integers(0, WORDS, shape)
@@ -105,8 +107,11 @@ def test_unused_statistics_have_no_cotangent(x64):
     """A loss of logp alone, or of lse alone, has the gradient of the dense computation."""
     hidden, unembedding, bias, tokens = inputs()
     for pick in range(3):
-        found = jax.grad(lambda h: jnp.sum(chunked(h, unembedding, bias, tokens)[pick]))(hidden)
-        assert_same(found, jax.grad(lambda h: jnp.sum(dense(h, unembedding, bias, tokens)[pick]))(hidden), 1e-12)
+
+        def slope(compute):
+            return jax.jit(jax.grad(lambda h: jnp.sum(compute(h, unembedding, bias, tokens)[pick])))(hidden)
+
+        assert_same(slope(chunked), slope(dense), 1e-12)
 
 
 def test_a_constant_on_all_logits_of_a_position_moves_lse_only(x64):
@@ -140,8 +145,8 @@ def test_batches_by_vmap(x64):
     def loss(unembedding, hidden, tokens):
         return jnp.sum(chunked(hidden, unembedding, bias, tokens, chunk_size=4).logp)
 
-    each = jax.vmap(jax.grad(loss), (None, 0, 0))(unembedding, hidden, tokens)
-    np.testing.assert_allclose(np.sum(each, 0), jax.grad(loss)(unembedding, hidden, tokens), atol=1e-12)
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(unembedding, hidden, tokens)
+    np.testing.assert_allclose(np.sum(each, 0), jax.jit(jax.grad(loss))(unembedding, hidden, tokens), atol=1e-12)
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def test_unembedding_gradient_accumulates_in_single_precision(master):
 
     found = jax.jit(jax.grad(partial(loss, partial(chunked, chunk_size=1))))(unembedding, hidden, bias, tokens)
     assert found.dtype == master
-    exact = jax.grad(partial(loss, dense))(
+    exact = jax.jit(jax.grad(partial(loss, dense)))(
         unembedding.astype(jnp.bfloat16).astype(jnp.float32), hidden.astype(jnp.float32), bias, tokens
     )
     error = np.linalg.norm(found.astype(np.float32) - exact) / np.linalg.norm(exact)
