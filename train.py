@@ -64,9 +64,9 @@ class ShiqBfcl(Shiq):
     baseline: Literal["none", "group_mean"] = "group_mean"
     batch_size: int = 4
     precision: Precision = Precision(remat="dots")
-    warm_start: WarmStart = WarmStart(steps=30, batch_size=4, demonstrations=120, optimizer=Optimizer(learning_rate=5e-5))
-    collection: Collection = Collection(prompts=120, prompts_per_batch=8, sampling=Sampling(max_tokens=96))
-    evaluation: Evaluation = Evaluation(prompts=60, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=2)
+    warm_start: WarmStart = WarmStart(steps=40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5))
+    collection: Collection = Collection(prompts=80, prompts_per_batch=8, sampling=Sampling(max_tokens=96))
+    evaluation: Evaluation = Evaluation(prompts=48, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=1)
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 

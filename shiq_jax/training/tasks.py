@@ -76,15 +76,16 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
 
 
 def _bfcl(job: Job, run: RunDirectory) -> Task:
+    """Function calling: the first training questions are demonstrated, the next ones sampled, so that samples are not recited."""
     from shiq_jax.data import bfcl, fetch
 
     train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)
-    demonstrations = train[: _demonstrations(job)]
+    shown = _demonstrations(job)
     return Task(
         model=job.model or str(fetch.smollm2()),
-        train=train[: job.collection.prompts],
+        train=train[shown : shown + job.collection.prompts],
         held_out=held_out,
-        demonstrations=[row | {"completion": row["target"]} for row in demonstrations],
+        demonstrations=[row | {"completion": row["target"]} for row in train[:shown]],
         reward=rewards.resolve("bfcl"),
     )
 

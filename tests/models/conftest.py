@@ -3,6 +3,8 @@
 import functools
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 LLAMA3_ROPE = {
@@ -52,5 +54,20 @@ def llama(tmp_path_factory):
         directory: Path = tmp_path_factory.mktemp("llama")
         model.save_pretrained(directory)
         return model, directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """`draw(model) -> params`: random numbers of a scale that shows, the same on every mesh, each in its sharding."""
+
+    def make(model):
+        rng = np.random.default_rng(0)
+
+        def leaf(abstract):
+            return jax.device_put(rng.normal(0, 0.2, abstract.shape).astype(abstract.dtype), abstract.sharding)
+
+        return jax.tree.map(leaf, model.abstract_params())
 
     return make

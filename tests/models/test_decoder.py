@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shiq_jax.models import DecoderConfig, Model, init_params, load_hf
+from shiq_jax.models import DecoderConfig, Model, load_hf
 from shiq_jax.models.naming import entries
 
 VARIANTS = ["untied", "tied", "biases", "odd heads", "llama3 rope", "linear rope"]
@@ -92,9 +92,9 @@ def test_a_packed_forest_equals_its_sequences(llama):
         np.testing.assert_allclose(row[jnp.asarray(nodes)], alone, atol=2e-5)
 
 
-def test_positions_default_to_the_row():
+def test_positions_default_to_the_row(draw):
     model = Model.from_config(DecoderConfig(32, 16, 24, 2, 2))
-    params = init_params(model, jax.random.key(0))
+    params = draw(model)
     tokens = jnp.arange(10).reshape(2, 5)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
     hidden = jax.jit(model.hidden)

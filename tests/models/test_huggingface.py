@@ -14,7 +14,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from shiq_jax.errors import Refusal
-from shiq_jax.models import DecoderConfig, Model, fingerprint, huggingface, init_params, load_hf, locate, save_hf
+from shiq_jax.models import DecoderConfig, Model, fingerprint, huggingface, load_hf, locate, save_hf
 from shiq_jax.sharding import make_mesh
 
 
@@ -55,9 +55,9 @@ def test_round_trip_is_exact(variant, llama, tmp_path):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_a_model_of_our_own_is_loaded_by_transformers(tmp_path):
-    model = Model.from_config(DecoderConfig(32, 16, 24, 2, 4, 2, initializer_range=0.2), dtype=jnp.bfloat16)
-    params = init_params(model, jax.random.key(0))
+def test_a_model_of_our_own_is_loaded_by_transformers(draw, tmp_path):
+    model = Model.from_config(DecoderConfig(32, 16, 24, 2, 4, 2), dtype=jnp.bfloat16)
+    params = draw(model)
     save_hf(model, params, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.models import DecoderConfig, Model, fingerprint, init_params
+from shiq_jax.models import DecoderConfig, Model, fingerprint
 from shiq_jax.sharding import make_mesh
 
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2)
 
 
-def test_the_same_on_every_mesh():
-    params = init_params(Model.from_config(CONFIG), jax.random.key(0))
+def test_the_same_on_every_mesh(draw):
+    params = draw(Model.from_config(CONFIG))
     prints = {fingerprint(params)}
     for mesh in ("fsdp=8", "fsdp=2,tensor=2", "replica=2,tensor=4"):
         shardings = jax.tree.map(

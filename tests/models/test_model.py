@@ -15,16 +15,6 @@ TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 ODD = dataclasses.replace(TIED, vocab_size=63)
 
 
-def draw(model):
-    """Random parameters of the scale that shows, each in its sharding."""
-    rng = np.random.default_rng(0)
-
-    def leaf(abstract):
-        return jax.device_put(rng.normal(0, 0.2, abstract.shape).astype(abstract.dtype), abstract.sharding)
-
-    return jax.tree.map(leaf, model.abstract_params())
-
-
 def relative(a, b) -> float:
     a, b = np.asarray(a), np.asarray(b)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -32,7 +22,7 @@ def relative(a, b) -> float:
 
 def test_parameters_are_what_is_declared():
     model = Model.from_config(CONFIG, dtype=jnp.bfloat16)
-    params = init_params(model, jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert describe(params) == describe(model.abstract_params())
     assert params["layers"]["attention"]["query"]["kernel"].shape == (2, 32, 4, 8)
@@ -41,17 +31,14 @@ def test_parameters_are_what_is_declared():
     assert all(jax.tree.leaves(ranks))
 
 
-def test_initialisation_has_the_configured_scale_in_every_layer():
-    kernel = init_params(Model.from_config(CONFIG), jax.random.key(3))["layers"]["mlp"]["up"]["kernel"]
-    np.testing.assert_allclose(np.std(kernel, axis=(1, 2)), 0.2, rtol=0.1)
-    assert not np.array_equal(kernel[0], kernel[1])
-
-
-def test_a_mesh_changes_no_initial_number():
+def test_initial_numbers_have_the_configured_scale_on_every_mesh():
     model = Model.from_config(CONFIG, mesh=make_mesh("fsdp=4,tensor=2"))
     sharded = init_params(model, jax.random.key(5))
     plain = init_params(Model.from_config(CONFIG), jax.random.key(5))
     jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+    kernel = plain["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(np.std(kernel, axis=(1, 2)), CONFIG.initializer_range, rtol=0.1)
+    assert not np.array_equal(kernel[0], kernel[1])
 
     def check(leaf, abstract, axes):
         assert leaf.sharding == abstract.sharding == named_sharding(model.mesh, axes, leaf.shape)
@@ -69,7 +56,7 @@ def test_a_mesh_changes_no_initial_number():
         pytest.param(TIED, "replica=2,sequence=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
-def test_a_mesh_changes_neither_statistics_nor_gradients(config, mesh):
+def test_a_mesh_changes_neither_statistics_nor_gradients(config, mesh, draw):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 63, (4, 10)))
 
     def loss(model):
@@ -92,8 +79,8 @@ def test_a_mesh_changes_neither_statistics_nor_gradients(config, mesh):
     assert all(jax.tree.leaves(placed)), placed
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (5, 2, 3)])
-def test_statistics_of_any_leading_shape(shape):
+@pytest.mark.parametrize("shape", [(), (5, 2, 3)])
+def test_statistics_of_any_leading_shape(shape, draw):
     model = Model.from_config(CONFIG, mesh=make_mesh("fsdp=2,sequence=2,tensor=2"))
     params = draw(model)
     hidden = jax.random.normal(jax.random.key(1), (*shape, 32))
