@@ -91,8 +91,7 @@ class Decoder(nnx.Module):
             x, cache = nnx.merge(definition, weights)(x, rotation, remember, settings)
             return (x, cache), None
 
-        # The cache is carried, not scanned over, so that each write happens in place instead of copying a layer's
-        # slots.
+        # The cache is carried, not scanned over, so that each write happens in place and copies no other slot.
         carry = (self.embed(tokens, settings), cache)
         (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
         return self.norm(x), cache

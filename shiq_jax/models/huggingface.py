@@ -253,6 +253,8 @@ class _Writer:
     def _flush(self) -> None:
         temporary = self.directory / f".{SINGLE}.{len(self.shards)}.partial"
         save_file(self.pending, temporary, metadata={"format": "pt"})
+        # safetensors leaves files to their owner alone; whoever may read the directory may read the model.
+        temporary.chmod(self.directory.stat().st_mode & 0o666)
         self.shards.append((temporary, list(self.pending)))
         self.pending, self.pending_bytes = {}, 0
 

@@ -36,7 +36,9 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         preserve = [policies.LatestN(keep)]
         if best is not None:
-            preserve.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], n=1))
+            # Checkpoints that were not evaluated are not the best; by default all of them would be kept for good.
+            number = lambda metrics: metrics[best]  # noqa: E731
+            preserve.append(policies.BestN(number, n=1, keep_checkpoints_without_metrics=False))
         self.directory, self.best = Path(directory), best
         self.directory.mkdir(parents=True, exist_ok=True)
         self._ocp = ocp

@@ -50,8 +50,10 @@ class RunDirectory:
             raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
         try:
             known = json.loads(run.config.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise Refusal(f"{run.config} is not readable as JSON: restore it, or begin another run") from error
+        if not isinstance(known, dict):
+            raise Refusal(f"{run.config} is not a JSON object of settings: restore it, or begin another run")
         for name, there, here in _differences(known, settings):
             raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options")
         return run

@@ -88,12 +88,10 @@ def init_state(
     # A copy, because a buffer that stands twice in donated arguments cannot be donated.
     slow = jax.tree.map(jnp.copy, dict(targets(params))) if targets else {}
     opt_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, learns, mesh))(learns)
-    step = jnp.int32(0)
+    # Copied as well: placing an array may share its memory, and the caller's key must outlive the donation of the state.
+    step, key = jnp.int32(0), jnp.copy(key)
     if mesh is not None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        step, key = jax.device_put((step, key), everywhere)
-    else:
-        key = jnp.copy(key)
+        step, key = jax.device_put((step, key), NamedSharding(mesh, PartitionSpec()))
     return State(learns, rests, slow, opt_state, step, key)
 
 
@@ -102,11 +100,11 @@ def _optimizer_shardings(optimizer, trainable: Params, mesh: Mesh | None):
         return None
     everywhere = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(optimizer.init, trainable)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     return optax.tree.map_params(
         optimizer,
-        lambda leaf, sharding: sharding,
+        # Factored moments have other shapes than their parameters, and are small.
+        lambda leaf, param: param.sharding if leaf.shape == param.shape else everywhere,
         abstract,
-        shardings,
+        trainable,
         transform_non_params=lambda leaf: everywhere,
     )

@@ -107,6 +107,9 @@ def test_a_second_export_leaves_nothing_of_the_first(llama, tmp_path, monkeypatc
     monkeypatch.undo()
     zeros = jax.tree.map(jnp.zeros_like, params)
     save_hf(model, zeros, tmp_path)
+    tmp_path.chmod(0o755)
+    save_hf(model, zeros, tmp_path)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("*.safetensors")} == {0o644}
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
     assert fingerprint(load_hf(tmp_path)[1]) == fingerprint(zeros)

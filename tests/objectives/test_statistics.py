@@ -76,6 +76,13 @@ def test_equals_the_dense_computation(x64, head, chunk_size):
     assert_same(found, expected, 1e-12)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_equals_the_dense_computation_in_single_precision(head):
+    expected = value_and_gradients(partial(dense, **HEADS[head]), *inputs(np.float32))
+    found = value_and_gradients(partial(chunked, chunk_size=7, **HEADS[head]), *inputs(np.float32))
+    assert_same(found, expected, 1e-4)
+
+
 def test_derivative_by_finite_differences(x64):
     *differentiable, tokens = map(jnp.asarray, inputs(rows=5))
     check_grads(

@@ -1,0 +1,323 @@
+"""Sampling with a cache draws from the distribution it reports, and that is the one of the uncached forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiq_jax.models import Model, load_hf
+from shiq_jax.rollout.generate import Sampler, Sampling, behaviour_logits, make_generate, pad_prompts
+from shiq_jax.sharding import make_mesh
+
+KEY = jax.random.key(11)
+NEW = 12
+FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=NEW)
+FIELDS = ("tokens", "logp", "lse", "behaviour_logp")
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    """`sampler(sampling, stops, **sizes)`: made once for each choice, for the sake of compilation."""
+    made = {}
+
+    def make(sampling, stops=(), **sizes):
+        known = (sampling, tuple(stops), *sorted(sizes.items()))
+        if known not in made:
+            made[known] = Sampler(model, sampling, stops, **sizes)
+        return made[known]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sampled(sampler, params, prompts):
+    """Three filtered samples of every prompt, nothing stopping them."""
+    return sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for left, right in zip((a for answers in ours for a in answers), (a for answers in theirs for a in answers), strict=True):
+        np.testing.assert_array_equal(left["tokens"], right["tokens"])
+        for name in FIELDS[1:]:
+            np.testing.assert_allclose(left[name], right[name], atol=3e-5)
+
+
+def filtered_logp(logits, sampling):
+    """Log-probabilities after temperature, top-k and top-p, one entry after the other from the best down."""
+    scaled = logits / sampling.temperature
+    order = np.argsort(-scaled)[: sampling.top_k or None]
+    weights = np.exp(scaled[order] - scaled.max())
+    weights /= weights.sum()
+    kept, mass = [], 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if mass >= sampling.top_p:
+            break
+        kept.append(token)
+        mass += weight
+    logp = np.full(len(logits), -np.inf)
+    logp[kept] = scaled[kept] - np.log(np.exp(scaled[kept]).sum())
+    return logp
+
+
+# --- greedy decoding
+
+
+def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
+    answers = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_per_batch=6)(params, prompts, KEY)
+    expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
+    assert [answer["tokens"].tolist() for (answer,) in answers] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(prompts) and max(map(len, map(set, expected))) > 2
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        logp, lse = uncached.statistics(params, prompt, answer["tokens"])
+        np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
+        np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
+        np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(NEW))
+
+
+def test_greedy_is_that_of_transformers(tmp_path, prompts):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, max_position_embeddings=96)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, bos_token_id=0, eos_token_id=5
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = load_hf(tmp_path)
+
+    def expected(prompt):
+        tokens = torch.tensor([prompt])
+        settings = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=5)
+        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+        return out[0, len(prompt) :].tolist()
+
+    answers = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (5,), prompts_per_batch=6)(params, prompts, KEY)
+    ours = [answer["tokens"].tolist() for (answer,) in answers]
+    assert ours == [expected(prompt) for prompt in prompts]
+    # Both ways to end happen here.
+    assert {len(tokens) == NEW for tokens in ours} == {True, False}
+
+
+def test_greedy_and_sampled_tokens_are_the_same_on_a_mesh(sampler, config, params, prompts):
+    sharded = Model.from_config(config, mesh=make_mesh("fsdp=2,tensor=2"))
+    placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
+    assert any(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(placed))
+    greedy = Sampling(temperature=0, max_tokens=NEW)
+    for sampling, samples in ((greedy, 1), (FILTERED, 3)):
+        sizes = dict(samples_per_prompt=samples, prompts_per_batch=4)
+        there = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
+        assert_same(there, sampler(sampling, **sizes)(params, prompts, KEY))
+
+
+# --- the statistics that come with a sample
+
+
+def test_raw_statistics_are_those_of_the_uncached_pass(sampled, params, prompts, uncached):
+    for prompt, answers in zip(prompts, sampled, strict=True):
+        for answer in answers:
+            logp, lse = uncached.statistics(params, prompt, answer["tokens"])
+            np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
+            np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
+            assert all(answer[name].shape == (NEW,) for name in FIELDS)
+
+
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
+def test_behaviour_is_the_filtered_distribution(sampling, sampler, params, prompts, uncached):
+    drawn = sampler(sampling, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+    raw = 0
+    for prompt, answers in zip(prompts, drawn, strict=True):
+        for answer in answers:
+            tokens = answer["tokens"]
+            logits = uncached.next_logits(params, [*prompt, *tokens])[len(prompt) - 1 : -1]
+            expected = [filtered_logp(row, sampling)[token] for row, token in zip(logits, tokens, strict=True)]
+            np.testing.assert_allclose(answer["behaviour_logp"], expected, atol=3e-5)
+            raw += np.allclose(answer["behaviour_logp"], answer["logp"], atol=1e-5)
+    # Only the unfiltered distribution of temperature 1 is the raw one.
+    assert raw == (18 if sampling == Sampling(max_tokens=NEW) else 0)
+
+
+# --- the distribution itself
+
+distinct = st.lists(st.integers(-60, 60), min_size=8, max_size=8, unique=True).map(lambda xs: np.array(xs) / 10)
+tempers = st.floats(0.25, 4.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(distinct, tempers, st.integers(1, 10))
+def test_top_k_keeps_the_k_best(logits, temperature, k):
+    out = np.asarray(behaviour_logits(jnp.float32(logits)[None], Sampling(temperature, top_k=k)))[0]
+    best = np.argsort(-logits)[:k]
+    assert set(np.flatnonzero(np.isfinite(out))) == set(best)
+    np.testing.assert_allclose(out[best], logits[best] / temperature, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(jax.nn.softmax(out)).sum(), 1, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(distinct, tempers, st.floats(0.01, 0.999))
+def test_top_p_keeps_the_smallest_set_with_that_mass(logits, temperature, p):
+    out = np.asarray(behaviour_logits(jnp.float32(logits)[None], Sampling(temperature, top_p=p)))[0]
+    kept = np.isfinite(out)
+    mass = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    assert mass[kept].sum() >= p - 1e-6
+    # The best tokens, none of which could be spared.
+    assert kept.any() and mass[kept].min() > max(mass[~kept], default=0)
+    assert mass[kept].sum() - mass[kept].min() < p + 1e-6
+    np.testing.assert_allclose(out[kept], logits[kept] / temperature, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(jax.nn.softmax(out)).sum(), 1, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(distinct, tempers, st.integers(0, 10), st.floats(0.05, 1.0))
+def test_filters_follow_one_another(logits, temperature, k, p):
+    sampling = Sampling(temperature, k, p)
+    out = jax.nn.log_softmax(behaviour_logits(jnp.float32(logits)[None], sampling))[0]
+    expected = filtered_logp(logits, sampling)
+    # Where the mass of a set is p to the last bit, float32 may cut one token earlier or later.
+    masses = np.cumsum(np.sort(np.exp(filtered_logp(logits, Sampling(temperature, k))))[::-1])
+    if np.abs(masses - p).min() > 1e-5 or p == 1:
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+    assert np.asarray(out).argmax() == logits.argmax()
+
+
+def test_temperature_zero_is_certain_of_the_best():
+    out = behaviour_logits(jnp.array([[0.1, 3.0, 2.9], [5.0, -1.0, 0.0]]), Sampling(temperature=0, top_k=2, top_p=0.5))
+    np.testing.assert_array_equal(jax.nn.softmax(out), [[0, 1, 0], [1, 0, 0]])
+
+
+def chi_square(counts, probabilities):
+    """p-value of counts under probabilities, cells of fewer than 5 expected draws taken together."""
+    expected = counts.sum() * probabilities
+    assert counts[probabilities == 0].sum() == 0
+    rare = expected < 5
+    if expected[rare].sum() > 0:
+        counts, expected = (np.append(each[~rare], each[rare].sum()) for each in (counts, expected))
+    else:
+        counts, expected = counts[~rare], expected[~rare]
+    return scipy.stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), len(expected) - 1)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_tokens=1), Sampling(0.7, 8, 0.9, 1)], ids=["raw", "filtered"])
+def test_first_tokens_come_as_often_as_they_should(sampling, sampler, params, prompts, uncached):
+    draw = sampler(sampling, samples_per_prompt=4000, prompts_per_batch=2)
+    for prompt, answers in zip(prompts[:2], draw(params, prompts[:2], KEY), strict=True):
+        logits = uncached.next_logits(params, prompt)[-1]
+        counts = np.bincount([int(answer["tokens"][0]) for answer in answers], minlength=len(logits))
+        assert chi_square(counts, np.exp(filtered_logp(logits, sampling))) > 1e-3
+        # The test would notice a slightly warmer distribution.
+        assert chi_square(counts, np.exp(filtered_logp(logits, Sampling(1.15 * sampling.temperature, sampling.top_k)))) < 1e-3
+
+
+def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, config, uncached):
+    (answers,) = sampler(Sampling(max_tokens=2), samples_per_prompt=6000, prompts_per_batch=1)(params, prompts[:1], KEY)
+    pairs = np.stack([answer["tokens"] for answer in answers])
+    first = np.exp(filtered_logp(uncached.next_logits(params, prompts[0])[-1], Sampling()))
+    after = [uncached.next_logits(params, [*prompts[0], token])[-1] for token in range(config.vocab_size)]
+    joint = first[:, None] * np.exp([filtered_logp(row, Sampling()) for row in after])
+    counts = np.zeros_like(joint)
+    np.add.at(counts, tuple(pairs.T), 1)
+    assert chi_square(counts.ravel(), joint.ravel()) > 1e-3
+    assert chi_square(counts.ravel(), np.outer(first, joint.sum(0)).ravel()) < 1e-3
+
+
+# --- where a sequence ends
+
+
+def test_a_stop_token_only_cuts(sampler, params, prompts, sampled):
+    stops = (2, 9, 17)
+    stopped = sampler(FILTERED, stops, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+    cut = []
+    for answers in sampled:
+        ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), NEW) for a in answers]
+        cut.append([{name: a[name][:end] for name in FIELDS} for a, end in zip(answers, ends, strict=True)])
+    assert_same(stopped, cut)
+    lengths = [len(answer["tokens"]) for answers in stopped for answer in answers]
+    # The stop token is counted, also when it comes first or last; sequences without one go on to the end.
+    assert NEW in lengths and min(lengths) < NEW // 2
+
+
+def test_entries_behind_the_end_are_empty(model, params, prompts):
+    tokens, valid = pad_prompts(prompts[:3])
+    keys = jax.random.split(KEY, 6)
+    out = jax.device_get(make_generate(model, FILTERED, (2, 9, 17), 2)(params, tokens, valid, keys))
+    behind = np.arange(NEW) >= out.length[:, None]
+    assert behind.any() and not behind.all(axis=1).any()
+    for name in FIELDS:
+        values = getattr(out, name)
+        assert values.shape == (6, NEW) and not values[behind].any()
+    ends_in_stop = np.isin(out.tokens[np.arange(6), out.length - 1], [2, 9, 17])
+    assert (ends_in_stop | (out.length == NEW)).all()
+    assert (out.lse[~behind] != 0).all()
+
+
+# --- what a sequence depends on
+
+
+def test_a_sequence_does_not_know_its_batch(sampler, params, prompts, sampled):
+    assert_same(sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=1)(params, prompts, KEY), sampled)
+
+
+def test_a_sequence_does_not_know_its_neighbours(sampler, params, prompts, sampled):
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    # Number 1 of another list, whose longest prompt makes all of them wider.
+    assert_same(draw(params, [[5, 8], prompts[1], list(range(20)) * 2, [7]], KEY)[1:2], sampled[1:2])
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5])
+def test_a_list_may_be_drawn_in_parts(cut, sampler, params, prompts, sampled):
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    assert_same(draw(params, prompts[:cut], KEY) + draw(params, prompts[cut:], KEY, cut), sampled)
+
+
+def test_samples_differ_but_can_be_drawn_again(sampler, params, prompts, sampled):
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    assert_same(draw(params, prompts, KEY), sampled)
+    texts = [tuple(answer["tokens"]) for answers in sampled for answer in answers]
+    assert len(set(texts)) == len(texts) == 18
+    twice = draw(params, [prompts[0]] * 2, KEY)
+    assert len({tuple(answer["tokens"]) for answers in twice for answer in answers}) == 6
+    other = draw(params, prompts[:1], jax.random.key(12))
+    assert {tuple(answer["tokens"]) for answer in other[0]}.isdisjoint(texts[:3])
+
+
+# --- edges
+
+
+def test_no_prompts_give_no_answers(sampler, params):
+    assert sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, [], KEY) == []
+
+
+def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
+    draw = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_per_batch=6)
+    fits = [[3] * (config.max_positions - NEW)]
+    assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
+    said = f"a prompt of {len(fits[0]) + 1} tokens and {NEW} new ones exceed the model's context of {config.max_positions}"
+    with pytest.raises(ValueError, match=said):
+        draw(params, [[1], fits[0] + [3]], KEY)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "said"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.01}, r"top_p must lie in \(0, 1\]"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings_, said):
+    with pytest.raises(ValueError, match=said):
+        Sampling(**settings_)
+
+
+def test_prompts_are_padded_on_the_left():
+    tokens, valid = pad_prompts([[1, 2, 3], [4], [5] * 5], multiple=4)
+    assert tokens.tolist() == [[0] * 5 + [1, 2, 3], [0] * 7 + [4], [0] * 3 + [5] * 5]
+    assert valid.tolist() == [[False] * (8 - n) + [True] * n for n in (3, 1, 5)]
+    assert pad_prompts([[1] * 4], multiple=4)[0].shape == (1, 4)

@@ -1,0 +1,328 @@
+"""The update step against one record at a time on whole logits, and what must change nothing in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shiq_jax.objectives import OBJECTIVES, Couple, LossOut, Objective, TokenStats, dpo_loss, sft_loss, shiq_loss
+from shiq_jax.replay import bundles, pack, plan
+from shiq_jax.training.batches import data_devices, place
+from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.training.state import init_state
+from shiq_jax.training.update import make_update
+
+TOLERANCE = 1e-5
+
+
+def group_loss(example):
+    """Each return less the mean of its group, times the log-probability; weight: the sequences."""
+    real = jnp.any(example.action_mask, axis=-1)
+    returns, size = jnp.sum(example.rewards, axis=-1), jnp.maximum(jnp.sum(real), 1)
+    advantages = jnp.where(real, returns - jnp.sum(returns) / size, 0)
+    value = -jnp.sum(advantages[:, None] * example.policy.logp)
+    return LossOut(value, jnp.sum(real).astype(jnp.float32), {"return": jnp.sum(returns)})
+
+
+def coupled_loss(example):
+    """The return less a baseline that the batch made, times the log-probability."""
+    advantage = jnp.sum(example.rewards) - example.coupled
+    return LossOut(-advantage * jnp.sum(example.policy.logp), jnp.float32(1), {"baseline": example.coupled})
+
+
+def summary(example):
+    return {"return": jnp.sum(example.rewards), "logp": jnp.sum(example.policy.logp)}
+
+
+def combine(summaries, weights):
+    """The weighted mean return, and of that what the policy's own mean log-probability makes of it."""
+    mean = {name: jnp.sum(weights * values) / jnp.sum(weights) for name, values in summaries.items()}
+    return jnp.broadcast_to(mean["return"] + 0.3 * mean["logp"], weights.shape)
+
+
+OURS = {
+    "shiq": OBJECTIVES["shiq"].configure(beta=0.5, gamma=0.9),
+    "sft": OBJECTIVES["sft"],
+    "dpo": OBJECTIVES["dpo"].configure(beta=0.7, label_smoothing=0.1),
+    "group": Objective(group_loss, frozenset({"rewards"}), "group"),
+    "coupled": Objective(coupled_loss, frozenset({"rewards"}), "trajectory", Couple(summary, combine)),
+}
+
+
+def naive_shiq(stats, data, buffer):
+    losses = jax.vmap(lambda *x: shiq_loss(*x, beta=0.5, gamma=0.9))(stats, data.reference, data.rewards, data.mask)
+    return jnp.mean(losses)
+
+
+def naive_sft(stats, data, buffer):
+    return jnp.sum(jax.vmap(sft_loss)(stats, data.mask)) / data.mask.sum()
+
+
+def naive_dpo(stats, data, buffer):
+    sums = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
+    groups, returns = np.array(buffer.group_ids()), data.rewards.sum(1)
+    pairs = []
+    for name in np.unique(groups):
+        (members,) = np.nonzero(groups == name)
+        if len(members) > 1:
+            pairs.append((members[np.argmax(returns[members])], members[np.argmin(returns[members])]))
+    chosen, rejected = sums[np.array(pairs).T]
+    return jnp.mean(dpo_loss(chosen, rejected, beta=0.7, label_smoothing=0.1))
+
+
+def naive_group(stats, data, buffer):
+    groups, returns = np.array(buffer.group_ids()), data.rewards.sum(1)
+    means = np.array([returns[groups == name].mean() for name in groups])
+    return -jnp.mean((returns - means) * jnp.sum(jnp.where(data.mask, stats.logp, 0), axis=1))
+
+
+def naive_coupled(stats, data, buffer):
+    logp, returns = jnp.sum(jnp.where(data.mask, stats.logp, 0), axis=1), data.rewards.sum(1)
+    baseline = jax.lax.stop_gradient(jnp.mean(returns) + 0.3 * jnp.mean(logp))
+    return -jnp.mean((returns - baseline) * logp)
+
+
+NAIVE = {"shiq": naive_shiq, "sft": naive_sft, "dpo": naive_dpo, "group": naive_group, "coupled": naive_coupled}
+
+
+@pytest.fixture(scope="module")
+def references(records):
+    """Some model's statistics of every record."""
+    rng = np.random.default_rng(3)
+    counts = [len(record.rewards) for record in records]
+    return [tuple(rng.normal((-3, 4), 1, (count, 2)).astype(np.float32).T) for count in counts]
+
+
+@pytest.fixture(scope="module")
+def buffer(records, tmp_path_factory):
+    from shiq_jax.replay import Buffer
+
+    buffer = Buffer.create(tmp_path_factory.mktemp("replay") / "buffer")
+    buffer.append(records)
+    return buffer
+
+
+@pytest.fixture(scope="module")
+def packed(buffer, references):
+    """All examples of the buffer in one batch."""
+
+    def make(objective, mesh=None, *, rows_multiple=8, share_prompts=True, **sizes):
+        drawn = bundles(buffer, objective.unit, share_prompts)
+        shape = plan(buffer, drawn, multiple=8, **sizes)
+        statistics = references if "references" in objective.needs else None
+        return place(pack(drawn, buffer, statistics, shape, rows_multiple=rows_multiple).batch, mesh)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(model, host_params, records, references, buffer, dense):
+    """Loss and gradient of the naive computation by the objective's name, each computed once."""
+    data, known = dense(records, references), {}
+
+    def get(name):
+        if name not in known:
+            loss = lambda params: NAIVE[name](data.statistics(model, params), data, buffer)  # noqa: E731
+            known[name] = jax.device_get(jax.jit(jax.value_and_grad(loss))(host_params))
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def descend(on_mesh):
+    """(metrics, gradient, state) of one step of plain gradient descent; a momentum of 0 leaves the gradient in the state."""
+
+    def run(objective, batch, mesh=None, microbatches=1):
+        model, params = on_mesh(mesh)
+        rule = optax.sgd(1.0, momentum=0.0)
+        update = make_update(model, objective, rule, microbatches=microbatches)
+        state, metrics = update(init_state(model, params, rule, key=jax.random.key(0)), batch)
+        return jax.device_get(metrics), jax.device_get(optax.tree.get(state.opt_state, "trace")), state
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_loss_and_gradient_are_those_of_each_record_alone(name, packed, descend, expected, host_params, relative):
+    metrics, gradient, state = descend(OURS[name], packed(OURS[name]))
+    loss, grads = expected(name)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
+    assert relative(gradient, grads) < TOLERANCE
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=TOLERANCE)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params()), _moved(host_params, gradient))
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"), [("shiq", "records"), ("sft", "actions"), ("dpo", "pairs"), ("group", "records")]
+)
+def test_the_weight_counts_the_whole_batch(name, weight, packed, descend, records, buffer):
+    counts = {
+        "records": len(records),
+        "actions": sum(len(record.rewards) for record in records),
+        "pairs": len(bundles(buffer, "pair")),
+    }
+    batch = packed(OURS[name])
+    assert batch.real.shape[0] * batch.real.shape[1] > batch.real.sum(), "no padding: the test would show nothing"
+    metrics, _, _ = descend(OURS[name], batch)
+    assert metrics["weight"] == counts[weight]
+    if weight == "records":
+        mean = np.mean([record.rewards.sum() for record in records])
+        np.testing.assert_allclose(metrics["return"], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("name", ["shiq", "dpo", "coupled"])
+def test_microbatches_change_nothing(name, microbatches, packed, descend, expected, relative):
+    metrics, gradient, _ = descend(OURS[name], packed(OURS[name]), microbatches=microbatches)
+    loss, grads = expected(name)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
+    assert relative(gradient, grads) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "packing", [{"share_prompts": False}, {"row_length": 96, "rows_multiple": 1}], ids=["own prompts", "long rows"]
+)
+def test_packing_changes_nothing(packing, packed, descend, expected, relative):
+    objective = OURS["shiq"]
+    batch = packed(objective, **packing)
+    assert batch.tokens.shape != packed(objective).tokens.shape
+    metrics, gradient, _ = descend(objective, batch)
+    loss, grads = expected("shiq")
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
+    assert relative(gradient, grads) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "microbatches"),
+    [
+        ("shiq", "fsdp=8", 1),
+        ("shiq", "fsdp=2,tensor=2", 2),
+        ("shiq", "replica=2,fsdp=2", 2),
+        ("dpo", "fsdp=2,tensor=2", 1),
+        ("group", "replica=2,fsdp=2", 1),
+        ("coupled", "fsdp=8", 1),
+        ("coupled", "replica=2,fsdp=2", 2),
+    ],
+)
+def test_a_mesh_changes_nothing(name, mesh, microbatches, packed, descend, expected, mesh_of, relative):
+    rows = data_devices(mesh_of(mesh)) * microbatches
+    batch = packed(OURS[name], mesh_of(mesh), rows_multiple=rows)
+    assert len(batch.tokens.sharding.device_set) == mesh_of(mesh).size
+    assert batch.tokens.sharding.shard_shape(batch.tokens.shape)[0] * data_devices(mesh_of(mesh)) == len(batch.tokens)
+    metrics, gradient, state = descend(OURS[name], batch, mesh, microbatches)
+    loss, grads = expected(name)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
+    assert relative(gradient, grads) < TOLERANCE
+    _check_born_where_they_belong(state.params(), mesh_of(mesh))
+
+
+@pytest.fixture(scope="module", params=[None, "replica=2,fsdp=2,tensor=2"], ids=["one device", "mesh"])
+def trained(request, on_mesh, packed, mesh_of):
+    """An update of adamw with frozen embeddings and slow copies: (update, a maker of fresh states, batch)."""
+    model, _ = on_mesh(request.param)
+    rule = Optimizer("adamw", learning_rate=1e-2).build(10)
+
+    def fresh():
+        return init_state(
+            model, on_mesh(request.param)[1], rule, key=jax.random.key(0), trainable=lambda path: path[0] != "embed",
+            targets=lambda params: {"norm": params["norm"]},
+        )
+
+    return make_update(model, OURS["shiq"], rule), fresh, packed(OURS["shiq"], mesh_of(request.param))
+
+
+def test_frozen_subtrees_and_slow_copies_stay_bit_for_bit(trained, host_params):
+    update, fresh, batch = trained
+    state, _ = update(fresh(), batch)
+    state, _ = update(state, batch)
+    np.testing.assert_array_equal(state.frozen["embed"]["table"], host_params["embed"]["table"])
+    np.testing.assert_array_equal(state.params()["embed"]["table"], host_params["embed"]["table"])
+    np.testing.assert_array_equal(state.targets["norm"]["scale"], host_params["norm"]["scale"])
+    assert "embed" not in state.trainable
+    moved = jax.tree.map(lambda new, old: np.any(np.asarray(new) != old), state.trainable, _without(host_params, "embed"))
+    assert all(jax.tree.leaves(moved))
+
+
+def test_freezing_does_not_change_the_gradient_of_the_rest(on_mesh, packed, expected, relative):
+    model, params = on_mesh()
+    rule = optax.sgd(1.0, momentum=0.0)
+    state = init_state(model, params, rule, key=jax.random.key(0), trainable=lambda path: path[0] != "embed")
+    state, _ = make_update(model, OURS["shiq"], rule)(state, packed(OURS["shiq"]))
+    grads = optax.tree.get(state.opt_state, "trace")
+    assert relative(jax.device_get(grads), _without(expected("shiq")[1], "embed")) < TOLERANCE
+
+
+def test_donation_frees_the_old_state(trained):
+    update, fresh, batch = trained
+    old = fresh()
+    new, _ = update(old, batch)
+    kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(old) if not leaf.is_deleted()]
+    assert not kept, [jax.tree_util.keystr(path) for path in kept]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
+
+
+def test_equal_shapes_compile_once(trained):
+    update, fresh, batch = trained
+    state = fresh()
+    for _ in range(3):
+        state, _ = update(state, batch)
+    assert update._cache_size() == 1
+
+
+def test_shardings_survive_an_update(trained):
+    update, fresh, batch = trained
+    old = fresh()
+    before = [(leaf.sharding, leaf.ndim) for leaf in jax.tree.leaves(old)]
+    new, _ = update(old, batch)
+    for (path, leaf), (sharding, ndim) in zip(jax.tree_util.tree_leaves_with_path(new), before, strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, ndim), jax.tree_util.keystr(path)
+    if len(new.step.sharding.device_set) > 1:
+        assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new.opt_state))
+
+
+@pytest.mark.parametrize("name", ["shiq", "coupled"])
+def test_a_batch_without_weight_moves_nothing(name, packed, descend, host_params):
+    batch = packed(OURS[name])
+    empty = batch._replace(real=jnp.zeros_like(batch.real))
+    metrics, gradient, state = descend(OURS[name], empty)
+    assert metrics["weight"] == 0 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params()), host_params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_what_padding_holds_does_not_matter(packed, descend, expected, relative):
+    """Poison in the rewards and references of empty places reaches neither the loss nor the gradient."""
+    objective = OURS["shiq"]
+    batch = packed(objective)
+    poison = lambda values: jnp.where(batch.example.action_mask, values, jnp.nan)  # noqa: E731
+    example = batch.example._replace(
+        rewards=poison(batch.example.rewards),
+        references={"reference": TokenStats(*map(poison, batch.example.references["reference"][:2]))},
+    )
+    metrics, gradient, _ = descend(objective, batch._replace(example=example))
+    loss, grads = expected("shiq")
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
+    assert relative(gradient, grads) < TOLERANCE
+
+
+def test_rows_that_cannot_be_cut_are_refused(packed, descend):
+    batch = packed(OURS["shiq"])
+    with pytest.raises(ValueError, match=f"{len(batch.tokens)} rows cannot be cut into 3 equal microbatches"):
+        descend(OURS["shiq"], batch, microbatches=3)
+
+
+def _moved(params, gradient):
+    return jax.tree.map(lambda param, grad: param - grad, params, gradient)
+
+
+def _without(params, name):
+    return {key: child for key, child in params.items() if key != name}
+
+
+def _check_born_where_they_belong(params, mesh):
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    shares = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shares == kernel.size
