@@ -67,7 +67,7 @@ def filtered_logp(logits, sampling):
 
 
 def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
-    answers = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_per_batch=6)(params, prompts, KEY)
+    answers = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)(params, prompts, KEY)
     expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
     assert [answer["tokens"].tolist() for (answer,) in answers] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(prompts) and max(map(len, map(set, expected))) > 2
@@ -85,7 +85,7 @@ def test_greedy_is_that_of_transformers(tmp_path, prompts):
     torch.manual_seed(0)
     sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, max_position_embeddings=96)
     config = transformers.LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, bos_token_id=0, eos_token_id=5
+        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, bos_token_id=0, eos_token_id=13
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
@@ -93,26 +93,29 @@ def test_greedy_is_that_of_transformers(tmp_path, prompts):
 
     def expected(prompt):
         tokens = torch.tensor([prompt])
-        settings = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=5)
+        settings = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=13)
         out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
         return out[0, len(prompt) :].tolist()
 
-    answers = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (5,), prompts_per_batch=6)(params, prompts, KEY)
+    answers = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_per_batch=6)(params, prompts, KEY)
     ours = [answer["tokens"].tolist() for (answer,) in answers]
     assert ours == [expected(prompt) for prompt in prompts]
     # Both ways to end happen here.
     assert {len(tokens) == NEW for tokens in ours} == {True, False}
 
 
-def test_greedy_and_sampled_tokens_are_the_same_on_a_mesh(sampler, config, params, prompts):
+@pytest.mark.parametrize(
+    ("sampling", "samples"),
+    [(Sampling(temperature=0, max_tokens=NEW), 1), pytest.param(FILTERED, 3, marks=pytest.mark.slow)],
+    ids=["greedy", "sampled"],
+)
+def test_tokens_are_the_same_on_a_mesh(sampling, samples, sampler, config, params, prompts):
     sharded = Model.from_config(config, mesh=make_mesh("fsdp=2,tensor=2"))
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
     assert any(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(placed))
-    greedy = Sampling(temperature=0, max_tokens=NEW)
-    for sampling, samples in ((greedy, 1), (FILTERED, 3)):
-        sizes = dict(samples_per_prompt=samples, prompts_per_batch=4)
-        there = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
-        assert_same(there, sampler(sampling, **sizes)(params, prompts, KEY))
+    sizes = dict(samples_per_prompt=samples, prompts_per_batch=4)
+    there = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
+    assert_same(there, sampler(sampling, **sizes)(params, prompts, KEY))
 
 
 # --- the statistics that come with a sample
@@ -293,7 +296,7 @@ def test_no_prompts_give_no_answers(sampler, params):
 
 
 def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
-    draw = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_per_batch=6)
+    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
     fits = [[3] * (config.max_positions - NEW)]
     assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
     said = f"a prompt of {len(fits[0]) + 1} tokens and {NEW} new ones exceed the model's context of {config.max_positions}"

@@ -1,0 +1,148 @@
+"""The first runs of both presets: `python -m experiments.bfcl` regenerates docs/results/bfcl.md, bfcl.json and runs.png.
+
+It runs `train.py` and `train.py shiq-bfcl` with their defaults (or goes on with runs that stopped, or reads finished ones) and
+writes what they measured, whatever it is. `--quick` runs a fraction of both and is meant for trying the script itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+
+import tyro
+
+import train
+from shiq_jax.training.config import Job
+from shiq_jax.training.metrics import MetricsLog
+from shiq_jax.training.run_directory import RunDirectory, write_json
+from shiq_jax.training.pipeline import train as run_job
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the runs are kept and where the page goes."""
+
+    runs: Path = Path("runs/experiments")
+    """Directory of both runs; finished ones are read, stopped ones go on."""
+    out: Path = Path("docs/results")
+    """Directory of the page."""
+    quick: bool = False
+    """A fraction of both runs."""
+
+
+def main(options: Options) -> None:
+    """Run what is missing and write the page."""
+    jobs = {"shiq": train.Shiq(), "shiq-bfcl": train.ShiqBfcl()}
+    if options.quick:
+        jobs = {name: _quick(job) for name, job in jobs.items()}
+    directories = {name: options.runs / name for name in jobs}
+    summaries = {}
+    for name, job in jobs.items():
+        there = (directories[name] / "config.json").exists()
+        summaries[name] = run_job(dataclasses.replace(job, output_dir=directories[name], resume=there))
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw({name: RunDirectory(path) for name, path in directories.items()}, options.out / "runs.png")
+    write_json(options.out / "bfcl.json", summaries)
+    date = datetime.date.fromtimestamp((directories["shiq-bfcl"] / "summary.json").stat().st_mtime)
+    page = render(jobs["shiq-bfcl"], summaries["shiq-bfcl"], directories["shiq-bfcl"], date)
+    (options.out / "bfcl.md").write_text(page)
+
+
+def _quick(job: Job) -> Job:
+    small = dataclasses.replace
+    return small(
+        job,
+        epochs=1,
+        batch_size=4,
+        warm_start=small(job.warm_start, steps=2, batch_size=2, demonstrations=8),
+        collection=small(job.collection, prompts=8, prompts_per_batch=4),
+        evaluation=small(job.evaluation, prompts=4, prompts_per_batch=4, samples_per_prompt=1, times=1),
+    )
+
+
+def draw(runs: dict[str, RunDirectory], path: Path) -> None:
+    """One row of panels per run: reward of fresh samples, KL to the reference, loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"shiq": "embedded default: sorting digits", "shiq-bfcl": "SmolLM2-135M on function calling"}
+    figure, axes = plt.subplots(len(runs), 3, figsize=(10.5, 2.7 * len(runs)), layout="constrained", squeeze=False)
+    for row, (name, run) in zip(axes, runs.items()):
+        log = MetricsLog(run.metrics)
+        points, updates = log.rows("evaluation"), log.rows("update")
+        steps = [point["step"] for point in points]
+        for panel, key, color in ((row[0], "reward", "tab:green"), (row[1], "kl", "tab:red")):
+            values, errors = ([point[suffix] for point in points] for suffix in (key, f"{key}_stderr"))
+            panel.plot(steps, values, marker="o", color=color, label="fresh samples")
+            low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
+            panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+            panel.set_ylim(bottom=0)
+        if "greedy_reward" in points[0]:
+            row[0].plot(steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy")
+            row[0].legend(frameon=False, fontsize=8, loc="lower right")
+        row[2].plot([update["step"] for update in updates], [update["loss"] for update in updates], color="tab:blue", linewidth=1)
+        row[0].set_ylabel(titles[name], fontsize=8)
+        for panel, title in zip(row, ("reward on held-out prompts", "KL to the reference, nats per sequence", "ShiQ loss")):
+            panel.set_title(title, fontsize=9)
+            panel.set_xlabel("update", fontsize=8)
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def render(job: Job, summary: dict, directory: Path, date: datetime.date) -> str:
+    """The page of the function-calling run."""
+    warm, collection, evaluation = job.warm_start, job.collection, job.evaluation
+    machine, held_out = summary["machine"], evaluation.prompts
+    log = MetricsLog(directory / "metrics.jsonl")
+    sampled = log.rows("evaluation")
+    lines = [
+        "# Function calling: a first run",
+        "",
+        "SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard",
+        "(simple_python, multiple, parallel, parallel_multiple), split by connected components of question and function name, so",
+        "that no function of a held-out question was seen. The reward is 1 where the official AST checker accepts the answer.",
+        "",
+        "    pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl",
+        "",
+        f"{warm.steps} supervised updates of {warm.batch_size} demonstrations make the reference; it answers {collection.prompts}",
+        f"other training questions {collection.samples_per_prompt} times each; {summary['updates']} ShiQ updates of {job.batch_size} questions",
+        f"(all their answers at once, beta {job.loss.beta}, rewards relative to the mean of a question's answers) make the policy.",
+        f"Both are measured on the same {held_out} held-out questions.",
+        "",
+        "| | reference | after ShiQ |",
+        "|---|---|---|",
+        f"| accuracy of one sample at temperature 1 | {_with_error(summary, 'before')} | {_with_error(summary, 'after')} |",
+        f"| accuracy of greedy decoding | {summary['greedy_reward_before']:.3f} | {summary['greedy_reward_after']:.3f} |",
+        f"| KL to the reference, nats per sequence | 0 | {summary['kl']:.2f} ± {summary['kl_stderr']:.2f} |",
+        f"| mean length of a sample, tokens | {sampled[0]['length']:.1f} | {sampled[-1]['length']:.1f} |",
+        "",
+        f"± is one standard error over questions; one seed ({summary['seed']}), {held_out} questions: a difference below about",
+        f"{2 * (0.5 / held_out**0.5):.2f} says nothing. The buffer holds {summary['records']} answers in {summary['buffer_bytes'] / 1e6:.1f} MB.",
+        f"The sampler's statistics differed from the update step's by at most {_largest(summary['probe']):.1e} nats per token, so they",
+        "serve as the reference's." if summary["probe"]["passed"] else "do not serve as the reference's.",
+        "",
+        f"{machine['cpu_cores']} CPU cores shared with other work, {machine['device']}, jax {machine['jax']}, Python {machine['python']}; {date};",
+        f"{summary['seconds'] / 60:.0f} minutes, {summary['tokens_per_second']:.0f} real tokens per second through the update step.",
+        "The numbers as JSON: [bfcl.json](bfcl.json). `python -m experiments.bfcl` runs this and writes this page.",
+        "",
+        "![Learning curves of both presets](runs.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _with_error(summary: dict, when: str) -> str:
+    return f"{summary[f'reward_{when}']:.3f} ± {summary[f'reward_stderr_{when}']:.3f}"
+
+
+def _largest(probe: dict) -> float:
+    return max(probe["max_logratio"], probe["max_lse_difference"])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

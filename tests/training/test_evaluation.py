@@ -1,0 +1,160 @@
+"""Estimates of reward and distance: against numbers computed whole, without any sampling."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shiq_jax.data.chat import encode_prompt
+from shiq_jax.data.tiny import tiny_tokenizer
+from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.training.evaluation import Evaluator
+
+CONFIG = DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=64, initializer_range=0.3)
+ROWS = [{"prompt": text, "bonus": bonus} for text, bonus in (("sort 31:", 0.0), ("2", 1.0), ("abc ", -2.0), ("b", 0.5))]
+STOPS = tuple(range(60))
+WIDTH = 16
+KEY = jax.random.key(1)
+
+
+def reward(row, text):
+    """A number that any other text or row would change."""
+    return row["bonus"] + zlib.crc32(text.encode()) % 97 / 97
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model.from_config(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return init_params(model, jax.random.key(2))
+
+
+@pytest.fixture(scope="module")
+def policy(model, reference):
+    return jax.tree.map(lambda a, b: 0.85 * a + 0.15 * b, reference, init_params(model, jax.random.key(3)))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [encode_prompt(tokenizer, row["prompt"]) for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def logp(model):
+    """`logp(params, sequences)`: float64[rows, V], of what follows each sequence."""
+    forward = jax.jit(model.logits)
+
+    def compute(params, sequences):
+        rows, out = np.zeros((len(sequences), WIDTH), np.int32), []
+        for row, sequence in zip(rows, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        for start in range(0, len(rows), 4):
+            chunk = np.zeros((4, WIDTH), np.int32)
+            chunk[: len(rows) - start] = rows[start : start + 4]
+            out.append(np.asarray(forward(params, jnp.asarray(chunk)), np.float64)[: len(rows) - start])
+        last = np.concatenate(out)[np.arange(len(rows)), [len(sequence) - 1 for sequence in sequences]]
+        return last - np.log(np.exp(last).sum(axis=1, keepdims=True))
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def evaluator(model, tokenizer):
+    """Three samples of four tokens at most, scored, and a greedy one."""
+    return Evaluator(model, tokenizer, STOPS, ROWS, reward, 4, samples_per_prompt=3, prompts_per_batch=4, greedy=True)
+
+
+@pytest.fixture(scope="module")
+def evaluated(evaluator, policy, reference):
+    return evaluator(policy, reference, KEY)
+
+
+def divergence(policy_logp, reference_logp):
+    return (np.exp(policy_logp) * (policy_logp - reference_logp)).sum(axis=1)
+
+
+def test_a_policy_is_at_no_distance_from_itself(evaluator, reference):
+    for other in (jax.tree.map(jnp.copy, reference), None):
+        numbers, _ = evaluator(reference, other, KEY)
+        assert abs(numbers["kl"]) < 1e-5 and abs(numbers["kl_stderr"]) < 1e-5
+
+
+def test_kl_of_one_token_is_the_exact_one(model, tokenizer, policy, reference, prompts, logp):
+    exact = divergence(logp(policy, prompts), logp(reference, prompts)).mean()
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS, None, 1, samples_per_prompt=400, prompts_per_batch=4)
+    numbers, _ = evaluator(policy, reference, KEY)
+    assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"]
+    # The bound above says something, in either direction.
+    assert 0 < 10 * numbers["kl_stderr"] < exact
+    assert numbers["length"] == 1
+
+
+def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(model, tokenizer, policy, reference, prompts, logp):
+    prompt = prompts[1]
+    further = [token for token in range(CONFIG.vocab_size) if token not in STOPS]
+    first = logp(policy, [prompt])
+    continued = [[*prompt, token] for token in further]
+    after = divergence(logp(policy, continued), logp(reference, continued))
+    exact = divergence(first, logp(reference, [prompt]))[0] + (np.exp(first[0, further]) * after).sum()
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_per_batch=1)
+    numbers, samples = evaluator(policy, reference, KEY)
+    assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"] < exact / 2
+    going_on = np.exp(first[0, further]).sum()
+    assert numbers["length"] == pytest.approx(1 + going_on, abs=5 * np.sqrt(going_on * (1 - going_on) / 1500))
+    assert len(samples) == 1500
+
+
+def test_reward_and_its_error_are_those_of_the_samples(evaluated):
+    numbers, samples = evaluated
+    assert len(samples) == 12
+    rewards = np.array([sample["reward"] for sample in samples])
+    expected = [reward(row, sample["completion"]) for row, sample in zip(np.repeat(ROWS, 3), samples, strict=True)]
+    np.testing.assert_allclose(rewards, expected, atol=1e-6)
+    means = rewards.reshape(4, 3).mean(axis=1)
+    assert numbers["reward"] == pytest.approx(means.mean(), abs=1e-6)
+    # Answers to one prompt are not independent: the prompts are what was drawn.
+    assert numbers["reward_stderr"] == pytest.approx(np.sqrt(means.var(ddof=1) / 4), abs=1e-6)
+    assert len(set(rewards.round(4))) > 6
+
+
+def test_samples_show_the_prompt_as_the_model_reads_it(evaluated, tokenizer, prompts):
+    shown = [sample["prompt"] for sample in evaluated[1][::3]]
+    assert shown == [tokenizer.decode(prompt) for prompt in prompts] == [f"<bos>{row['prompt']}" for row in ROWS]
+
+
+def test_greedy_reward_is_that_of_the_most_likely_tokens(evaluated, policy, prompts, tokenizer, logp):
+    total = 0.0
+    for row, prompt in zip(ROWS, prompts, strict=True):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 4 and (len(tokens) == len(prompt) or tokens[-1] not in STOPS):
+            tokens.append(int(logp(policy, [tokens])[0].argmax()))
+        completion = tokens[len(prompt) : -1 if tokens[-1] in STOPS else None]
+        total += reward(row, tokenizer.decode(completion, skip_special_tokens=True))
+    assert evaluated[0]["greedy_reward"] == pytest.approx(total / len(ROWS), abs=1e-6)
+
+
+def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, reference):
+    numbers, samples = evaluated
+    assert set(numbers) == {"length", "reward", "reward_stderr", "kl", "kl_stderr", "greedy_reward"}
+    assert {type(value) for value in numbers.values()} == {float}
+    assert evaluator(policy, reference, KEY) == (numbers, samples)
+    other, _ = evaluator(policy, reference, jax.random.key(9))
+    assert other["kl"] != numbers["kl"] and other["greedy_reward"] == numbers["greedy_reward"]
+
+
+def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, reference):
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_per_batch=1, greedy=True)
+    numbers, samples = evaluator(policy, reference, KEY)
+    assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] != 0
+    # One sample has no spread to estimate an error from.
+    assert numbers["kl_stderr"] == 0 and len(samples) == 1 and samples[0]["reward"] == 0
