@@ -51,9 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, evaluate, and turn a refusal into one sentence and exit code 2."""
     options = tyro.cli(Evaluate, args=arguments, description=__doc__)
     try:
-        from shiq_jax.sharding import start_processes
-
-        start_processes()
         from shiq_jax.training.standalone import evaluate
 
         print(json.dumps(evaluate(options), indent=2))

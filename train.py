@@ -64,7 +64,7 @@ class ShiqBfcl(Shiq):
     baseline: Literal["none", "group_mean"] = "group_mean"
     batch_size: int = 4
     precision: Precision = Precision(remat="dots")
-    warm_start: WarmStart = WarmStart(steps=40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5))
+    warm_start: WarmStart = WarmStart(40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5))
     collection: Collection = Collection(prompts=80, prompts_per_batch=8, sampling=Sampling(max_tokens=96))
     evaluation: Evaluation = Evaluation(prompts=48, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=1)
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
@@ -78,13 +78,15 @@ class Inspect:
     """Directory of the buffer."""
 
 
-def _subcommand(default):
-    text = type(default).__doc__ if not isinstance(default, type) else default.__doc__
-    kind, named = (default, "inspect") if isinstance(default, type) else (type(default), type(default).command)
-    return Annotated[kind, tyro.conf.subcommand(named, default=tyro.MISSING if kind is default else default, description=text)]
-
-
-COMMANDS = Union[tuple(map(_subcommand, (Shiq(), Dpo(), Sft(), ShiqBfcl(), Inspect)))]
+JOBS = (Shiq(), Dpo(), Sft(), ShiqBfcl())
+_NAMED = {job.command: job for job in JOBS} | {"inspect": tyro.MISSING}
+_KINDS = (*map(type, JOBS), Inspect)
+Command = Union[  # noqa: UP007 - built from values
+    tuple(
+        Annotated[kind, tyro.conf.subcommand(name, default=default, description=kind.__doc__)]
+        for kind, (name, default) in zip(_KINDS, _NAMED.items(), strict=True)
+    )
+]
 
 
 def run(command) -> None:
@@ -94,9 +96,6 @@ def run(command) -> None:
 
         print(Buffer.open(command.buffer).report())
         return
-    from shiq_jax.sharding import start_processes
-
-    start_processes()
     from shiq_jax.training.pipeline import train
 
     train(command)
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shiq", *arguments]
-    command = tyro.cli(COMMANDS, args=arguments, description=__doc__)
+    command = tyro.cli(Command, args=arguments, description=__doc__)
     try:
         run(command)
     except Refusal as refusal:

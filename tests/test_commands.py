@@ -1,6 +1,7 @@
 """The two doors, run as a user runs them, on sizes that take seconds."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,14 @@ def test_resume_without_a_run_is_refused(tmp_path, capsys):
 def test_inspect_shows_the_buffer(finished, capsys):
     training_door.main(["inspect", str(finished / "buffer")])
     assert "36 in 12 groups" in capsys.readouterr().out
+
+
+def test_the_python_example_of_the_docs_learns_from_the_run(finished):
+    text = (ROOT / "docs" / "training.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("runs/shiq", str(finished))
+    scope: dict = {}
+    exec(code.replace("batch_size=8", "batch_size=4"), scope)
+    assert int(scope["state"].step) == 10 and np.isfinite(float(scope["metrics"]["loss"]))
 
 
 OFFLINE = ["--batch-size", "2", "--epochs", "1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4"]

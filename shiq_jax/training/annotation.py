@@ -10,8 +10,8 @@ import numpy as np
 
 from shiq_jax.models import fingerprint
 from shiq_jax.replay import Buffer, Identity, Record, pack, plan
-from shiq_jax.training.batches import data_devices, place
 from shiq_jax.training.metrics import track
+from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.update import policy_statistics
 
 # Largest difference, per token and in nats, at which the sampler's statistics may stand in for the update step's own.

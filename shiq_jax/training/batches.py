@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Batch, Buffer, Schedule, bundles, pack, plan
-from shiq_jax.sharding import named_sharding
+from shiq_jax.training.placement import data_devices, place
 
 
 class Step(NamedTuple):
@@ -22,18 +20,6 @@ class Step(NamedTuple):
     members: np.ndarray  # [rows, slots, K] record numbers, -1 where there is none
     tokens: int  # real tokens, each shared prompt counted once
     fill: float  # part of the row positions that hold real tokens
-
-
-def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """The batch on its devices, rows over the data axes; every process hands over only the rows that it owns."""
-    if mesh is None:
-        return jax.device_put(batch)
-
-    def put(leaf):
-        sharding = named_sharding(mesh, ("rows", *(None,) * (leaf.ndim - 1)), leaf.shape)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, batch)
 
 
 class Batches:
@@ -80,8 +66,3 @@ class Batches:
                 current = following.result()
                 following = worker.submit(self, step + 1) if step + 1 < stop else None
                 yield current
-
-
-def data_devices(mesh: Mesh | None) -> int:
-    """Over how many devices the rows of a batch are spread."""
-    return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]

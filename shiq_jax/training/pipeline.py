@@ -24,7 +24,6 @@ from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer, estimate_bytes
 from shiq_jax.rollout.collect import collect
 from shiq_jax.rollout.generate import Sampler
-from shiq_jax.sharding import make_mesh
 from shiq_jax.training import report
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
@@ -35,6 +34,7 @@ from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.metrics import MetricsLog, track
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
+from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 from shiq_jax.training.state import State, init_state
 from shiq_jax.training.tasks import Task, prepare
@@ -64,8 +64,7 @@ class Run:
     def load(self, source: str | Path):
         """Model and parameters of a directory or hub id, on this run's mesh and in its precision."""
         precision = self.job.precision
-        model, params = load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(precision.compute))
-        return dataclasses.replace(model, remat=precision.remat), params
+        return load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(precision.compute), remat=precision.remat)
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def train(job: Job) -> dict[str, Any]:
         return summary
     task = prepare(job, directory)
     tokenizer = load_tokenizer(task.model)
-    mesh = make_mesh(job.mesh) if job.mesh or jax.device_count() > 1 else None
+    mesh = mesh_of(job.mesh)
     run = Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, locate(task.model)), MetricsLog(directory.metrics))
     reference = warm_start(run)
     model, params = run.load(reference)

@@ -14,9 +14,9 @@ from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal
 from shiq_jax.models import load_hf, locate
 from shiq_jax.rollout import rewards
-from shiq_jax.sharding import make_mesh
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
+from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 
 
@@ -35,7 +35,7 @@ def evaluate(options) -> dict[str, Any]:
             return json.loads((out / "evaluation.json").read_text())
         raise Refusal(f"{out} holds an evaluation already: add --resume to see it, or name another --output-dir")
     source, run, step = find_policy(options.model)
-    mesh = make_mesh(options.mesh) if options.mesh or jax.device_count() > 1 else None
+    mesh = mesh_of(options.mesh)
     dtype = jnp.dtype(options.compute)
     model, params = load_hf(source, mesh=mesh, compute_dtype=dtype)
     if run is not None:

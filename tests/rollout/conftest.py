@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.models import DecoderConfig, Model
 
 CONFIG = DecoderConfig(24, 16, 24, 2, 4, 2, max_positions=96, initializer_range=0.3)
 WIDTH = 48
@@ -24,8 +24,24 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def params(model):
-    return init_params(model, jax.random.key(3))
+def draw_params():
+    """`draw_params(model, seed)`: parameters of the config's `initializer_range`, drawn with numpy for speed."""
+
+    def draw(model, seed):
+        random = np.random.default_rng(seed)
+
+        def leaf(path, shape):
+            scale = path[-1].key == "scale"
+            return jnp.asarray(random.normal(scale, model.config.initializer_range, shape.shape), shape.dtype)
+
+        return jax.tree.map_with_path(leaf, model.abstract_params())
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def params(model, draw_params):
+    return draw_params(model, 3)
 
 
 @pytest.fixture(scope="session")

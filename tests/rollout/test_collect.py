@@ -8,7 +8,7 @@ import pytest
 
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.tiny import tiny_tokenizer
-from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
 from shiq_jax.rollout.collect import collect, decode
 from shiq_jax.rollout.generate import Sampler, Sampling
@@ -128,9 +128,9 @@ def test_text_has_no_stop_token(text, stops, expected, tokenizer):
     assert decode(tokenizer, np.array(tokenizer(text, add_special_tokens=False).input_ids, int), stops) == expected
 
 
-def test_a_real_sampler_can_be_asked_in_parts(tokenizer):
+def test_a_real_sampler_can_be_asked_in_parts(tokenizer, draw_params):
     model = Model.from_config(DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=96, initializer_range=0.2))
-    params = init_params(model, KEY)
+    params = draw_params(model, 0)
     stops = tuple(range(100))
     sampler = Sampler(model, Sampling(max_tokens=8), stops, samples_per_prompt=2, prompts_per_batch=2)
     settings = dict(key=KEY, stop_tokens=stops)

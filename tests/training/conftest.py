@@ -39,6 +39,14 @@ def random_records(seed: int, sizes=GROUP_SIZES) -> list[Record]:
     return records
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Programs here run for milliseconds and compile for seconds: the compiler's optimisations would cost more than they gain."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Dense:
     """Records one to a row, on a token axis with everything in it: no packing, no sharing, no sharding.
 

@@ -9,7 +9,7 @@ import pytest
 
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.tiny import tiny_tokenizer
-from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.training.evaluation import Evaluator
 
 CONFIG = DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=64, initializer_range=0.3)
@@ -36,12 +36,18 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model):
-    return init_params(model, jax.random.key(2))
+    random = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        return jnp.asarray(random.normal(path[-1].key == "scale", 0.3, shape.shape), shape.dtype)
+
+    return jax.tree.map_with_path(leaf, model.abstract_params())
 
 
 @pytest.fixture(scope="module")
-def policy(model, reference):
-    return jax.tree.map(lambda a, b: 0.85 * a + 0.15 * b, reference, init_params(model, jax.random.key(3)))
+def policy(reference):
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(random.normal(0, 0.06, leaf.shape), leaf.dtype), reference)
 
 
 @pytest.fixture(scope="module")
