@@ -14,33 +14,32 @@ from shiq_jax.rollout.generate import Sampling
 from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
 from shiq_jax.training.optimizers import Optimizer
 
-_EMBEDDED_WARM_START = WarmStart(steps=200, batch_size=48, demonstrations=4096)
+@dataclass(frozen=True)
+class OnSamples(Job):
+    """What learning from samples of the warm-started policy has in common; the defaults are those of the embedded task."""
+
+    warm_start: WarmStart = WarmStart(steps=200, batch_size=48, demonstrations=4096)
+    collection: Collection = Collection(sampling=Sampling(max_tokens=16))
+    evaluation: Evaluation = Evaluation(max_tokens=16)
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
-class Shiq(Job):
+class Shiq(OnSamples):
     """Q-learning on the logits: sample from a policy, score, keep, and learn offline token by token."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
     loss: ShiqLoss = ShiqLoss()
-    warm_start: WarmStart = _EMBEDDED_WARM_START
-    collection: Collection = Collection(sampling=Sampling(max_tokens=16))
-    evaluation: Evaluation = Evaluation(max_tokens=16)
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
-class Dpo(Job):
+class Dpo(OnSamples):
     """Direct preference optimisation: on prompt/chosen/rejected data, or on the best and worst of our own samples."""
 
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
     loss: DpoLoss = DpoLoss()
-    warm_start: WarmStart = _EMBEDDED_WARM_START
-    collection: Collection = Collection(sampling=Sampling(max_tokens=16))
-    evaluation: Evaluation = Evaluation(max_tokens=16)
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,7 @@ def test_a_wrong_import_is_seen(importer, source, found):
 
 
 def test_a_missing_docstring_is_seen():
-    source = 'def _a(): pass\ndef b(): "b"\ndef c(): pass\nclass D:\n    "D"\n    def e(self): pass\n    def _f(self): pass\n'
+    methods = 'class D:\n    "D"\n    def e(self): pass\n    def _f(self): pass\n'
+    source = 'def _a(): pass\ndef b(): "b"\ndef c(): pass\n' + methods
     assert undocumented(source) == ["c", "D.e"]
     assert foreign(imported("import json, jax.numpy as jnp\nfrom optax import adam")) == {"jax", "optax"}

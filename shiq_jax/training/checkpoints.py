@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a `State`: asynchronous, the last few and the best kept, restored into the shardings of the target."""
+"""Orbax checkpoints of a `State`: asynchronous, the last few and the best kept, restored into the target's shardings."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         preserve = [policies.LatestN(keep)]
         if best is not None:
-            # Checkpoints that were not evaluated are not the best; by default all of them would be kept for good.
-            number = lambda metrics: metrics[best]  # noqa: E731
-            preserve.append(policies.BestN(number, n=1, keep_checkpoints_without_metrics=False))
+            # By default every checkpoint that was not evaluated would be kept for good.
+            options = {"n": 1, "keep_checkpoints_without_metrics": False}
+            preserve.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], **options))
         self.directory, self.best = Path(directory), best
         self.directory.mkdir(parents=True, exist_ok=True)
         self._ocp = ocp

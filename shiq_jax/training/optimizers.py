@@ -56,7 +56,10 @@ class Optimizer:
         rules = {
             "adamw": lambda: optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
             "lion": lambda: optax.lion(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
-            "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=self.weight_decay or None),
+            # Adafactor's own decay does not follow the learning rate.
+            "adafactor": lambda: optax.chain(
+                optax.adafactor(rate), optax.add_decayed_weights(lambda step: -rate(step) * self.weight_decay)
+            ),
             "sgd": lambda: optax.sgd(rate, momentum=self.b1 or None),
         }
         clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from shiq_jax.data import formats
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.models import load_hf, locate, save_hf
 from shiq_jax.objectives import OBJECTIVES, Objective
-from shiq_jax.replay import Buffer, estimate_bytes
+from shiq_jax.errors import Refusal
+from shiq_jax.replay import Buffer, Record, estimate_bytes
 from shiq_jax.rollout.collect import collect
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.training import report
@@ -91,6 +93,7 @@ def train(job: Job) -> dict[str, Any]:
     if "references" in objective.needs:
         identity = reference_identity(model, params)
         probe = annotate(model, params, buffer, identity, prompts_per_batch=job.batch_size)
+        print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
         statistics = buffer.statistics(identity)
     state = passes(run, model, params, reference, buffer, objective, statistics)
     export(run, model, state.params(), directory.export)
@@ -109,7 +112,7 @@ def warm_start(run: Run) -> str | Path:
     done = run.directory.reference
     if not done.exists():
         model, params = run.load(run.task.model)
-        buffer = _demonstrations(run, run.directory.warm_start / "buffer", model.config.vocab_size)
+        buffer = _demonstrations(run, run.directory.warm_start / "buffer", model)
         batches = Batches(buffer, "trajectory", options.batch_size, seed=run.job.seed, mesh=run.mesh)
         state = _fit(
             run, model, params, batches, OBJECTIVES["sft"], options.optimizer, options.steps,
@@ -123,17 +126,14 @@ def warm_start(run: Run) -> str | Path:
 def fill_buffer(run: Run, model, params) -> Buffer:
     """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
     job, path = run.job, run.directory.buffer
-    vocabulary = model.config.vocab_size
     if job.data:
         read = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}[job.objective]
-        return _import(path, lambda: read(job.data, run.tokenizer), vocabulary)
+        return _import(path, lambda: read(job.data, run.tokenizer), model)
     if job.objective == "sft":
-        return _demonstrations(run, path, vocabulary)
+        return _demonstrations(run, path, model)
     buffer = Buffer.open(path) if path.exists() else Buffer.create(path)
     options = job.collection
     done, rows = len(buffer) // options.samples_per_prompt, run.task.train
-    if done < len(rows):
-        _announce_size(run, len(rows) * options.samples_per_prompt)
     sampler = Sampler(
         model, options.sampling, run.stops,
         samples_per_prompt=options.samples_per_prompt, prompts_per_batch=options.prompts_per_batch,
@@ -145,7 +145,9 @@ def fill_buffer(run: Run, model, params) -> Buffer:
             sampler, params, run.tokenizer, chunk, run.task.reward,
             key=run.key(_SAMPLING), stop_tokens=run.stops, first=start,
         )
-        buffer.append(records, vocab_size=vocabulary)
+        if start == 0:
+            _announce(records, len(rows) / len(chunk))
+        buffer.append(records, vocab_size=model.config.vocab_size)
     return buffer
 
 
@@ -238,24 +240,36 @@ def _fit(
     return state
 
 
-def _demonstrations(run: Run, path: Path, vocabulary: int) -> Buffer:
+def _demonstrations(run: Run, path: Path, model) -> Buffer:
     rows = run.directory.data / "demonstrations.jsonl"
-    return _import(path, lambda: formats.demonstrations(rows, run.tokenizer), vocabulary)
+    return _import(path, lambda: formats.demonstrations(rows, run.tokenizer), model)
 
 
-def _import(path: Path, records: Callable, vocabulary: int) -> Buffer:
-    """A buffer of somebody's records, filled in one atomic append."""
+def _import(path: Path, read: Callable[[], Iterable[Record]], model) -> Buffer:
+    """A buffer of somebody's records, filled in one atomic append.
+
+    Raises:
+        Refusal: a record does not fit into the model's context or vocabulary; the buffer is then left as it was.
+    """
     buffer = Buffer.open(path) if path.exists() else None
     if buffer is None or not len(buffer):
-        rows = list(records())
+        records = list(read())
+        for number, record in enumerate(records):
+            if len(record.tokens) > model.config.max_positions:
+                raise Refusal(
+                    f"record {number} has {len(record.tokens)} tokens and the model's context holds "
+                    f"{model.config.max_positions}: shorten it, leave it out, or take a model of longer context"
+                )
+        _announce(records)
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = buffer or Buffer.create(path)
-        buffer.append(rows, vocab_size=vocabulary)
+        buffer.append(records, vocab_size=model.config.vocab_size)
     return buffer
 
 
-def _announce_size(run: Run, sequences: int) -> None:
-    tokens = max(len(run.tokenizer(str(row["prompt"])).input_ids) for row in run.task.train[:64])
-    actions = run.job.collection.sampling.max_tokens
-    size = estimate_bytes(sequences, sequences * (tokens + actions), sequences * actions)
-    print(f"the buffer will hold {sequences} sequences in at most about {size / 1e6:.1f} MB")
+def _announce(records: Sequence[Record], times: float = 1) -> None:
+    """Say how large a buffer of `times` as many records like these will be, before it is written."""
+    counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
+    text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
+    size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))
+    print(f"the buffer will hold {round(len(records) * times)} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)

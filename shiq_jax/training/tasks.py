@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -60,7 +59,8 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
     from shiq_jax.data.tiny import tiny_directory
 
     if job.model is None and not run.model.exists():
-        tiny_directory(run.model, job.seed)
+        partial = run.model.with_name("model.partial")
+        tiny_directory(partial, job.seed).rename(run.model)
     rows = sorting_rows(job.collection.prompts + _demonstrations(job), seed=job.seed)
     backwards = np.random.default_rng(job.seed).random(len(rows)) < 0.5
     return Task(

@@ -102,7 +102,8 @@ def test_the_reward_sees_row_and_text(scripted, tokenizer):
         seen.append((row, text))
         return np.float32(0.5)
 
-    out = collect(scripted([["a<eos>", "b"], ["<eos>", "c d"]]), None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
+    sampler = scripted([["a<eos>", "b"], ["<eos>", "c d"]])
+    out = collect(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
     assert seen == [(ROWS[0], "a"), (ROWS[0], "b"), (ROWS[1], ""), (ROWS[1], "c d")]
     assert all(given is row for (given, _), row in zip(seen, [ROWS[0]] * 2 + [ROWS[1]] * 2, strict=True))
     assert [record.rewards.sum() for record in out] == [0.5] * 4

@@ -40,7 +40,8 @@ def sampled(sampler, params, prompts):
 
 def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
-    for left, right in zip((a for answers in ours for a in answers), (a for answers in theirs for a in answers), strict=True):
+    flat = ([answer for answers in side for answer in answers] for side in (ours, theirs))
+    for left, right in zip(*flat, strict=True):
         np.testing.assert_array_equal(left["tokens"], right["tokens"])
         for name in FIELDS[1:]:
             np.testing.assert_allclose(left[name], right[name], atol=3e-5)
@@ -67,7 +68,8 @@ def filtered_logp(logits, sampling):
 
 
 def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
-    answers = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)(params, prompts, KEY)
+    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
+    answers = draw(params, prompts, KEY)
     expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
     assert [answer["tokens"].tolist() for (answer,) in answers] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(prompts) and max(map(len, map(set, expected))) > 2
@@ -213,7 +215,8 @@ def test_first_tokens_come_as_often_as_they_should(sampling, sampler, params, pr
         counts = np.bincount([int(answer["tokens"][0]) for answer in answers], minlength=len(logits))
         assert chi_square(counts, np.exp(filtered_logp(logits, sampling))) > 1e-3
         # The test would notice a slightly warmer distribution.
-        assert chi_square(counts, np.exp(filtered_logp(logits, Sampling(1.15 * sampling.temperature, sampling.top_k)))) < 1e-3
+        warmer = Sampling(1.15 * sampling.temperature, sampling.top_k)
+        assert chi_square(counts, np.exp(filtered_logp(logits, warmer))) < 1e-3
 
 
 def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, config, uncached):
@@ -299,7 +302,7 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
     draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
     fits = [[3] * (config.max_positions - NEW)]
     assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
-    said = f"a prompt of {len(fits[0]) + 1} tokens and {NEW} new ones exceed the model's context of {config.max_positions}"
+    said = f"a prompt of {len(fits[0]) + 1} tokens and {NEW} new ones exceed the model's context of 96"
     with pytest.raises(ValueError, match=said):
         draw(params, [[1], fits[0] + [3]], KEY)
 

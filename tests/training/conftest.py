@@ -12,9 +12,7 @@ from shiq_jax.objectives import TokenStats, token_stats_from_logits
 from shiq_jax.replay import Buffer, Record
 from shiq_jax.sharding import make_mesh
 
-CONFIG = DecoderConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2
-)
+CONFIG = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
 GROUP_SIZES = (3, 1, 4, 2, 3, 2, 1, 4, 2, 3)
 
 

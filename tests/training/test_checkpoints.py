@@ -28,26 +28,35 @@ def make_state(seed, mesh=None, *, shapes=SHAPES, rule=RULE, step=0, frozen=Fals
         leaf = rng.normal(size=shape).astype(np.float32)
         return jnp.array(leaf) if mesh is None else jax.device_put(leaf, named_sharding(mesh, axes, shape))
 
-    params = {name: {inner: draw(shape, AXES[name][inner]) for inner, shape in part.items()} for name, part in shapes.items()}
+    params = {
+        name: {inner: draw(shape, AXES[name][inner]) for inner, shape in part.items()} for name, part in shapes.items()
+    }
     state = init_state(
-        SimpleNamespace(mesh=mesh), params, rule, key=jax.random.key(seed),
-        trainable=lambda path: not frozen or path[0] != "norm", targets=lambda params: {"slow": params["norm"]},
+        SimpleNamespace(mesh=mesh),
+        params,
+        rule,
+        key=jax.random.key(seed),
+        trainable=lambda path: not frozen or path[0] != "norm",
+        targets=lambda params: {"slow": params["norm"]},
     )
-    noise = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)  # noqa: E731
+    noise = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
     moments = jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim else leaf + step, state.opt_state)
     return state._replace(opt_state=moments, step=jax.device_put(jnp.int32(step), state.step.sharding))
 
 
 def same(a, b):
-    bits = lambda state: jax.device_get(state._replace(key=jax.random.key_data(state.key)))  # noqa: E731
+    bits = lambda state: jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     jax.tree.map(np.testing.assert_array_equal, bits(a), bits(b))
 
 
 @pytest.fixture
 def open_checkpoints(tmp_path):
+    """The checkpoints of one directory, as a process finds them that starts after the last one has ended."""
     opened = []
 
     def make(**options):
+        for before in opened:
+            before.close()
         opened.append(Checkpoints(tmp_path / "checkpoints", **options))
         return opened[-1]
 
@@ -78,7 +87,9 @@ def test_what_is_saved_is_the_state_of_the_call_though_its_memory_is_given_away(
     same(checkpoints.restore(make_state(2))[0], expected)
 
 
-@pytest.mark.parametrize(("saved", "wanted"), [(None, "fsdp=2,tensor=2"), ("fsdp=8", "fsdp=2,tensor=2"), ("fsdp=8", None)])
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [(None, "fsdp=2,tensor=2"), ("fsdp=8", "fsdp=2,tensor=2"), ("fsdp=8", None)]
+)
 def test_another_mesh_reads_the_same_bits_into_its_own_shardings(open_checkpoints, mesh_of, saved, wanted):
     state, into = make_state(1, mesh_of(saved), step=3), make_state(2, mesh_of(wanted))
     open_checkpoints().save(state, {})
@@ -193,7 +204,7 @@ def test_a_missing_and_a_surplus_leaf_are_refused_by_name(open_checkpoints):
     open_checkpoints().save(make_state(1, step=2), {})
     with pytest.raises(Refusal, match=r"checkpoint 2 in .*it has a trainable\.norm\.scale"):
         open_checkpoints().restore(make_state(2, frozen=True))
-    with pytest.raises(Refusal, match=r"it has a opt_state\..*mu\.attention\.kernel"):
+    with pytest.raises(Refusal, match=r"it has a opt_state\.1\.0\.count"):
         open_checkpoints().restore(make_state(2, rule=optax.sgd(1.0)))
 
 

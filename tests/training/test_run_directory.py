@@ -9,7 +9,8 @@ import pytest
 from shiq_jax.errors import Refusal
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 
-SETTINGS = {"task": "sorting", "seed": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}, "data": Path("rows.jsonl")}
+OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3}
+SETTINGS = {"task": "sorting", "seed": 1, "optimizer": OPTIMIZER, "data": Path("rows.jsonl")}
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def test_a_second_run_is_refused(run, path):
     before = contents(path)
     with pytest.raises(Refusal) as refusal:
         RunDirectory.begin(path, SETTINGS, resume=False)
-    assert str(refusal.value) == f"{path} holds a run already: add --resume to go on with it, or name another --output-dir"
+    expected = "holds a run already: add --resume to go on with it, or name another --output-dir"
+    assert str(refusal.value) == f"{path} {expected}"
     assert contents(path) == before
 
 
@@ -120,10 +122,11 @@ def test_a_crash_leaves_the_old_file(step, write, tmp_path, monkeypatch):
     file = tmp_path / "file.json"
     write(file, [{"version": 1}])
     before = file.read_bytes()
-    with monkeypatch.context() as patch:
-        def crash(*_):
-            raise OSError("the power went out")
 
+    def crash(*_):
+        raise OSError("the power went out")
+
+    with monkeypatch.context() as patch:
         patch.setattr(os, step, crash)
         with pytest.raises(OSError, match="power"):
             write(file, [{"version": 2}])

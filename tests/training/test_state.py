@@ -93,7 +93,9 @@ def test_the_callers_key_outlives_the_donation_of_the_state(on_mesh, mesh):
 def test_moments_are_born_in_the_shardings_of_their_parameters(on_mesh, name):
     model, params = on_mesh("fsdp=2,tensor=2")
     state = init_state(model, params, Optimizer(name).build(10), key=jax.random.key(0))
-    moments = [moment for key in ("mu", "nu", "trace") for _, moment in optax.tree.get_all_with_path(state.opt_state, key)]
+    moments = [
+        moment for key in ("mu", "nu", "trace") for _, moment in optax.tree.get_all_with_path(state.opt_state, key)
+    ]
     assert moments
     for moment in moments:
         jax.tree.map(lambda leaf, param: _same_place(leaf, param), moment, params)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from shiq_jax.objectives import OBJECTIVES, Couple, LossOut, Objective, TokenStats, dpo_loss, sft_loss, shiq_loss
-from shiq_jax.replay import bundles, pack, plan
+from shiq_jax.replay import Buffer, bundles, pack, plan
 from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.state import init_state
@@ -96,8 +96,6 @@ def references(records):
 
 @pytest.fixture(scope="module")
 def buffer(records, tmp_path_factory):
-    from shiq_jax.replay import Buffer
-
     buffer = Buffer.create(tmp_path_factory.mktemp("replay") / "buffer")
     buffer.append(records)
     return buffer
@@ -181,7 +179,7 @@ def test_the_weight_counts_the_whole_batch(name, weight, packed, descend, record
         np.testing.assert_allclose(metrics["return"], mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("shiq", 2), ("shiq", 4), ("dpo", 2), ("coupled", 4)])
+@pytest.mark.parametrize(("name", "microbatches"), [("shiq", 4), ("dpo", 2), ("coupled", 2)])
 def test_microbatches_change_nothing(name, microbatches, packed, descend, expected, relative):
     metrics, gradient, _ = descend(name, packed(OURS[name]), microbatches=microbatches)
     loss, grads = expected(name)
@@ -226,53 +224,29 @@ def test_a_mesh_changes_nothing(name, mesh, microbatches, packed, descend, expec
 
 @pytest.fixture(scope="module", params=[None, "replica=2,fsdp=2,tensor=2"], ids=["one device", "mesh"])
 def trained(request, on_mesh, packed, mesh_of):
-    """An update of adamw with frozen embeddings and slow copies: (update, a maker of fresh states, batch)."""
+    """An update by adamw of a model with frozen embeddings and slow copies, which also leaves the gradient in the state.
+
+    (update, a maker of fresh states, batch, programs compiled so far after each of three updates)
+    """
     model, _ = on_mesh(request.param)
-    rule = Optimizer("adamw", learning_rate=1e-2).build(10)
+    rule = optax.chain(optax.trace(decay=0.0), Optimizer("adamw", learning_rate=1e-2).build(10))
+    update, batch = make_update(model, OURS["shiq"], rule), packed(OURS["shiq"], mesh_of(request.param))
 
     def fresh():
         return init_state(
-            model, on_mesh(request.param)[1], rule, key=jax.random.key(0), trainable=lambda path: path[0] != "embed",
+            model,
+            on_mesh(request.param)[1],
+            rule,
+            key=jax.random.key(0),
+            trainable=lambda path: path[0] != "embed",
             targets=lambda params: {"norm": params["norm"]},
         )
 
-    return make_update(model, OURS["shiq"], rule), fresh, packed(OURS["shiq"], mesh_of(request.param))
+    return update, fresh, batch, _programs(update, fresh(), batch)
 
 
-def test_frozen_subtrees_and_slow_copies_stay_bit_for_bit(trained, host_params):
-    update, fresh, batch = trained
-    state, _ = update(fresh(), batch)
-    state, _ = update(state, batch)
-    np.testing.assert_array_equal(state.frozen["embed"]["table"], host_params["embed"]["table"])
-    np.testing.assert_array_equal(state.params()["embed"]["table"], host_params["embed"]["table"])
-    np.testing.assert_array_equal(state.targets["norm"]["scale"], host_params["norm"]["scale"])
-    assert "embed" not in state.trainable
-    moved = jax.tree.map(lambda new, old: np.any(np.asarray(new) != old), state.trainable, _without(host_params, "embed"))
-    assert all(jax.tree.leaves(moved))
-
-
-def test_freezing_does_not_change_the_gradient_of_the_rest(on_mesh, packed, expected, relative):
-    model, params = on_mesh()
-    rule = optax.sgd(1.0, momentum=0.0)
-    state = init_state(model, params, rule, key=jax.random.key(0), trainable=lambda path: path[0] != "embed")
-    state, _ = make_update(model, OURS["shiq"], rule)(state, packed(OURS["shiq"]))
-    grads = optax.tree.get(state.opt_state, "trace")
-    assert relative(jax.device_get(grads), _without(expected("shiq")[1], "embed")) < TOLERANCE
-
-
-def test_donation_frees_the_old_state(trained):
-    update, fresh, batch = trained
-    old = fresh()
-    new, _ = update(old, batch)
-    kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(old) if not leaf.is_deleted()]
-    assert not kept, [jax.tree_util.keystr(path) for path in kept]
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
-
-
-def test_equal_shapes_compile_once(trained):
-    update, fresh, batch = trained
-    state, compiled = fresh(), []
-    update.clear_cache()
+def _programs(update, state, batch):
+    compiled, counts = [], []
 
     def listen(event, seconds, **_):
         if event.endswith("backend_compile_duration"):
@@ -280,17 +254,51 @@ def test_equal_shapes_compile_once(trained):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        counts = []
         for _ in range(3):
             state, _ = update(state, batch)
             counts.append(len(compiled))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+    return counts
+
+
+def test_equal_shapes_compile_once(trained):
+    *_, counts = trained
     assert counts == [1, 1, 1]
 
 
+def test_frozen_subtrees_and_slow_copies_stay_bit_for_bit(trained, host_params):
+    update, fresh, batch, _ = trained
+    state, _ = update(fresh(), batch)
+    state, _ = update(state, batch)
+    np.testing.assert_array_equal(state.frozen["embed"]["table"], host_params["embed"]["table"])
+    np.testing.assert_array_equal(state.params()["embed"]["table"], host_params["embed"]["table"])
+    np.testing.assert_array_equal(state.targets["norm"]["scale"], host_params["norm"]["scale"])
+    assert "embed" not in state.trainable
+    moved = jax.tree.map(
+        lambda new, old: np.any(np.asarray(new) != old), state.trainable, _without(host_params, "embed")
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_freezing_does_not_change_the_gradient_of_the_rest(trained, expected, relative):
+    update, fresh, batch, _ = trained
+    state, _ = update(fresh(), batch)
+    grads = optax.tree.get(state.opt_state, "trace")
+    assert relative(jax.device_get(grads), _without(expected("shiq")[1], "embed")) < TOLERANCE
+
+
+def test_donation_frees_the_old_state(trained):
+    update, fresh, batch, _ = trained
+    old = fresh()
+    new, _ = update(old, batch)
+    kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(old) if not leaf.is_deleted()]
+    assert not kept, [jax.tree_util.keystr(path) for path in kept]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
+
+
 def test_shardings_survive_an_update(trained):
-    update, fresh, batch = trained
+    update, fresh, batch, _ = trained
     old = fresh()
     before = [(leaf.sharding, leaf.ndim) for leaf in jax.tree.leaves(old)]
     new, _ = update(old, batch)
@@ -314,7 +322,7 @@ def test_what_padding_holds_does_not_matter(packed, descend, expected, relative)
     """Poison in the rewards and references of empty places reaches neither the loss nor the gradient."""
     objective = OURS["shiq"]
     batch = packed(objective)
-    poison = lambda values: jnp.where(batch.example.action_mask, values, jnp.nan)  # noqa: E731
+    poison = lambda values: jnp.where(batch.example.action_mask, values, jnp.nan)
     example = batch.example._replace(
         rewards=poison(batch.example.rewards),
         references={"reference": TokenStats(*map(poison, batch.example.references["reference"][:2]))},
