@@ -47,7 +47,7 @@ class Samples(NamedTuple):
 def behaviour_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits of the distribution that is sampled: tempered, then cut to top_k, then to the smallest set holding top_p.
 
-    Temperature 0 puts all mass on the most likely token.
+    Temperature 0 puts all mass on the most likely token. Logits that equal the last one kept are kept too.
     """
     vocabulary = logits.shape[-1]
     if sampling.temperature == 0:

@@ -33,7 +33,7 @@ def statistics_of(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(logp, lse) of every action of every record, in nats, by the forward pass of the update step.
 
-    Records of one group share their prompt's computation; batches are made of groups of like length.
+    Records of one group share their prompt's computation; groups are taken in order of appearance.
 
     Args:
         model: the decoder.

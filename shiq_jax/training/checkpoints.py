@@ -133,8 +133,9 @@ class Checkpoints:
         for name in sorted(set(there) ^ set(wanted)):
             raise Refusal(f"{where}: it has {'no' if name in wanted else 'a'} {name}")
         for name, leaf in wanted.items():
-            if tuple(there[name].shape) != tuple(leaf.shape):
-                raise Refusal(f"{where}: {name} has shape {tuple(there[name].shape)}, expected is {leaf.shape}")
+            found = (tuple(there[name].shape), str(there[name].dtype))
+            if found != (tuple(leaf.shape), str(leaf.dtype)):
+                raise Refusal(f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}")
 
 
 def _storable(state: State, name: str):

@@ -46,7 +46,7 @@ def run_passes(
         Refusal: the loss or the gradient is not finite; the message names the step and its records, and the checkpoints on
             disk are those of before.
     """
-    start, programs = int(state.step), 0
+    start, shapes = int(state.step), set()
     for number, item in enumerate(track(batches.ahead(start, steps), stage, steps - start, "updates"), start):
         began = time.perf_counter()
         state, metrics = update(state, item.batch)
@@ -54,8 +54,9 @@ def run_passes(
         seconds = time.perf_counter() - began
         _check(metrics, stage, number, item.members)
         done = number + 1
-        timing = {"tokens": item.tokens, "seconds": round(seconds, 4), "compiled": update._cache_size() > programs}
-        programs = update._cache_size()
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
+        timing = {"tokens": item.tokens, "seconds": round(seconds, 4), "compiled": shape not in shapes}
+        shapes.add(shape)
         log.write(stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing)
         values = {}
         if evaluate and (done == steps or (marks.evaluate and done % marks.evaluate == 0)):

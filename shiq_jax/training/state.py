@@ -92,7 +92,9 @@ def init_state(
     step, key = jnp.int32(0), jnp.copy(key)
     if mesh is not None:
         step, key = jax.device_put((step, key), NamedSharding(mesh, PartitionSpec()))
-    return State(learns, rests, slow, opt_state, step, key)
+    state = State(learns, rests, slow, opt_state, step, key)
+    # What jit returns is committed to its devices; a first state that were not would compile the update step twice.
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
 def _optimizer_shardings(optimizer, trainable: Params, mesh: Mesh | None):

@@ -100,7 +100,7 @@ def make_update(
         grads, metrics = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), (grads, metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value / count, "weight": weight, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value / count, "weight": weight, "grad_norm": optax.tree.norm(grads), **metrics}
         return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0 if donate else ())

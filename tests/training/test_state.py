@@ -1,7 +1,6 @@
 """The state of a run: what learns and what rests, and where the optimiser's memory is born."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest

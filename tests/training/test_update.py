@@ -8,8 +8,8 @@ import pytest
 
 from shiq_jax.objectives import OBJECTIVES, Couple, LossOut, Objective, TokenStats, dpo_loss, sft_loss, shiq_loss
 from shiq_jax.replay import Buffer, bundles, pack, plan
-from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
