@@ -61,7 +61,8 @@ def run_passes(
         values = {}
         if evaluate and (done == steps or (marks.evaluate and done % marks.evaluate == 0)):
             values = evaluate(state, done)
-        if done == steps or (marks.save and done % marks.save == 0):
+        # What was evaluated is saved, so that the best policy of the evaluations is one that can be had.
+        if done == steps or values or (marks.save and done % marks.save == 0):
             checkpoints.save(state, metadata, values)
     checkpoints.wait()
     return state

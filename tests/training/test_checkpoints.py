@@ -196,8 +196,16 @@ def test_frozen_leaves_come_from_the_state_that_is_restored_into(open_checkpoint
 def test_another_shape_is_refused_by_the_leafs_name(open_checkpoints):
     open_checkpoints().save(make_state(1, step=2), {})
     wider = {"attention": {"kernel": (8, 6)}, "norm": {"scale": (8,)}}
-    with pytest.raises(Refusal, match=r"trainable\.attention\.kernel has shape \(8, 4\), expected is \(8, 6\)"):
+    with pytest.raises(Refusal, match=r"trainable\.attention\.kernel is float32\[8, 4\], expected is float32\[8, 6\]"):
         open_checkpoints().restore(make_state(2, shapes=wider))
+
+
+def test_another_dtype_is_refused_rather_than_cast(open_checkpoints):
+    open_checkpoints().save(make_state(1, step=2), {})
+    into = make_state(2)
+    into = into._replace(trainable=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), into.trainable))
+    with pytest.raises(Refusal, match=r"is float32\[8, 4\], expected is bfloat16\[8, 4\]"):
+        open_checkpoints().restore(into)
 
 
 def test_a_missing_and_a_surplus_leaf_are_refused_by_name(open_checkpoints):
