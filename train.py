@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, ClassVar, Union
 
 import tyro
 
@@ -14,18 +16,9 @@ from shiq_jax.rollout.generate import Sampling
 from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
 from shiq_jax.training.optimizers import Optimizer
 
-@dataclass(frozen=True)
-class OnSamples(Job):
-    """What learning from samples of the warm-started policy has in common; the defaults are those of the embedded task."""
-
-    warm_start: WarmStart = WarmStart(steps=200, batch_size=48, demonstrations=4096)
-    collection: Collection = Collection(sampling=Sampling(max_tokens=16))
-    evaluation: Evaluation = Evaluation(max_tokens=16)
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4)
-
 
 @dataclass(frozen=True)
-class Shiq(OnSamples):
+class Shiq(Job):
     """Q-learning on the logits: sample from a policy, score, keep, and learn offline token by token."""
 
     command: ClassVar[str] = "shiq"
@@ -34,7 +27,7 @@ class Shiq(OnSamples):
 
 
 @dataclass(frozen=True)
-class Dpo(OnSamples):
+class Dpo(Job):
     """Direct preference optimisation: on prompt/chosen/rejected data, or on the best and worst of our own samples."""
 
     command: ClassVar[str] = "dpo"
@@ -49,9 +42,6 @@ class Sft(Job):
     command: ClassVar[str] = "sft"
     objective: ClassVar[str] = "sft"
     loss: NoOptions = NoOptions()
-    warm_start: WarmStart = WarmStart(demonstrations=4096)
-    evaluation: Evaluation = Evaluation(max_tokens=16)
-    optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="cosine")
 
 
 @dataclass(frozen=True)
@@ -59,14 +49,6 @@ class ShiqBfcl(Shiq):
     """ShiQ on function calling: SmolLM2-135M-Instruct on the Berkeley Function Calling Leaderboard."""
 
     command: ClassVar[str] = "shiq-bfcl"
-    task: Literal["sorting", "bfcl"] = "bfcl"
-    baseline: Literal["none", "group_mean"] = "group_mean"
-    batch_size: int = 4
-    precision: Precision = Precision(remat="dots")
-    warm_start: WarmStart = WarmStart(40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5))
-    collection: Collection = Collection(prompts=80, prompts_per_batch=8, sampling=Sampling(max_tokens=96))
-    evaluation: Evaluation = Evaluation(prompts=48, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=1)
-    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 
 @dataclass(frozen=True)
@@ -77,15 +59,60 @@ class Inspect:
     """Directory of the buffer."""
 
 
-JOBS = (Shiq(), Dpo(), Sft(), ShiqBfcl())
-_NAMED = {job.command: job for job in JOBS} | {"inspect": tyro.MISSING}
-_KINDS = (*map(type, JOBS), Inspect)
-Command = Union[  # noqa: UP007 - built from values
-    tuple(
-        Annotated[kind, tyro.conf.subcommand(name, default=default, description=kind.__doc__)]
-        for kind, (name, default) in zip(_KINDS, _NAMED.items(), strict=True)
+def embedded(job: Job) -> Job:
+    """The job with defaults for the toy task: a tiny decoder from scratch."""
+    rate = Optimizer(learning_rate=2e-3, schedule="cosine") if job.objective == "sft" else Optimizer(learning_rate=3e-4)
+    return replace(
+        job,
+        warm_start=WarmStart(steps=200, batch_size=48, demonstrations=4096),
+        collection=Collection(sampling=Sampling(max_tokens=16)),
+        evaluation=Evaluation(max_tokens=16),
+        optimizer=rate,
     )
-]
+
+
+def function_calling(job: Job) -> Job:
+    """The job with defaults for SmolLM2-135M on function calling, small enough for two CPU cores."""
+    return replace(
+        job,
+        task="bfcl",
+        baseline="group_mean" if job.objective == "shiq" else "none",
+        batch_size=4,
+        save_every=10,
+        precision=Precision(remat="dots"),
+        warm_start=WarmStart(steps=40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5)),
+        collection=Collection(prompts=80, prompts_per_batch=8, sampling=Sampling(max_tokens=96)),
+        evaluation=Evaluation(prompts=48, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=1),
+        optimizer=Optimizer(learning_rate=5e-5 if job.objective == "sft" else 1e-5),
+    )
+
+
+def own_data(job: Job) -> Job:
+    """The job with defaults for a pretrained model on somebody's data."""
+    return replace(
+        job,
+        batch_size=8,
+        epochs=1.0,
+        precision=Precision(remat="dots"),
+        evaluation=Evaluation(prompts=64, samples_per_prompt=1, prompts_per_batch=16, max_tokens=256, times=1),
+        optimizer=Optimizer(learning_rate=2e-5 if job.objective == "sft" else 1e-6),
+    )
+
+
+def command_line(arguments: Sequence[str]):
+    """The commands as a type for tyro, with the defaults that fit what the arguments are about."""
+    given = " ".join(arguments)
+    defaults = embedded
+    if re.search(r"--data\b", given):
+        defaults = own_data
+    elif re.search(r"--task[= ]bfcl\b", given):
+        defaults = function_calling
+    jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Sft())]
+    jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
+    kinds = [
+        Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)] for job in jobs
+    ]
+    return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
 
 
 def run(command) -> None:
@@ -105,12 +132,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shiq", *arguments]
-    command = tyro.cli(Command, args=arguments, description=__doc__)
+    command = tyro.cli(command_line(arguments), args=arguments, description=__doc__)
     try:
         run(command)
     except Refusal as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

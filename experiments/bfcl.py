@@ -1,7 +1,7 @@
-"""The first runs of both presets: `python -m experiments.bfcl` regenerates docs/results/bfcl.md, bfcl.json and runs.png.
+"""First runs of both presets: `python -m experiments.bfcl` regenerates docs/results/bfcl.md, bfcl.json and runs.png.
 
-It runs `train.py` and `train.py shiq-bfcl` with their defaults (or goes on with runs that stopped, or reads finished ones) and
-writes what they measured, whatever it is. `--quick` runs a fraction of both and is meant for trying the script itself.
+It runs `train.py` and `train.py shiq-bfcl` with their defaults (or goes on with runs that stopped, or reads finished
+ones) and writes what they measured, whatever it is. `--quick` runs a fraction of both, to try the script itself.
 """
 
 from __future__ import annotations
@@ -16,38 +16,37 @@ import tyro
 import train
 from shiq_jax.training.config import Job
 from shiq_jax.training.metrics import MetricsLog
-from shiq_jax.training.run_directory import RunDirectory, write_json
 from shiq_jax.training.pipeline import train as run_job
+from shiq_jax.training.run_directory import RunDirectory, write_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Where the runs are kept and where the page goes."""
 
-    runs: Path = Path("runs/experiments")
-    """Directory of both runs; finished ones are read, stopped ones go on."""
-    out: Path = Path("docs/results")
-    """Directory of the page."""
+    runs: Path | None = None
+    """Directory of both runs, whose finished ones are read and stopped ones go on; default: runs/experiments."""
+    out: Path | None = None
+    """Directory of the page; default: docs/results, or beside the runs with --quick."""
     quick: bool = False
-    """A fraction of both runs."""
+    """A fraction of both runs, in runs/experiments-quick."""
 
 
 def main(options: Options) -> None:
     """Run what is missing and write the page."""
-    jobs = {"shiq": train.Shiq(), "shiq-bfcl": train.ShiqBfcl()}
-    if options.quick:
-        jobs = {name: _quick(job) for name, job in jobs.items()}
-    directories = {name: options.runs / name for name in jobs}
-    summaries = {}
-    for name, job in jobs.items():
-        there = (directories[name] / "config.json").exists()
-        summaries[name] = run_job(dataclasses.replace(job, output_dir=directories[name], resume=there))
-    options.out.mkdir(parents=True, exist_ok=True)
-    draw({name: RunDirectory(path) for name, path in directories.items()}, options.out / "runs.png")
-    write_json(options.out / "bfcl.json", summaries)
-    date = datetime.date.fromtimestamp((directories["shiq-bfcl"] / "summary.json").stat().st_mtime)
-    page = render(jobs["shiq-bfcl"], summaries["shiq-bfcl"], directories["shiq-bfcl"], date)
-    (options.out / "bfcl.md").write_text(page)
+    runs = options.runs or Path("runs/experiments-quick" if options.quick else "runs/experiments")
+    out = options.out or (runs / "page" if options.quick else Path("docs/results"))
+    jobs = [train.embedded(train.Shiq()), train.function_calling(train.ShiqBfcl())]
+    directories = {job.command: RunDirectory(runs / job.command) for job in jobs}
+    for job in map(_quick, jobs) if options.quick else jobs:
+        run = directories[job.command]
+        if not run.summary.exists():
+            run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
+    out.mkdir(parents=True, exist_ok=True)
+    draw(directories, out / "runs.png")
+    summaries = {name: json.loads(run.summary.read_text()) for name, run in directories.items()}
+    write_json(out / "bfcl.json", summaries)
+    (out / "bfcl.md").write_text(render(directories["shiq-bfcl"], summaries["shiq-bfcl"]))
 
 
 def _quick(job: Job) -> Job:
@@ -95,45 +94,43 @@ def draw(runs: dict[str, RunDirectory], path: Path) -> None:
     plt.close(figure)
 
 
-def render(job: Job, summary: dict, directory: Path, date: datetime.date) -> str:
+def render(run: RunDirectory, summary: dict) -> str:
     """The page of the function-calling run."""
-    warm, collection, evaluation = job.warm_start, job.collection, job.evaluation
-    machine, held_out = summary["machine"], evaluation.prompts
-    log = MetricsLog(directory / "metrics.jsonl")
-    sampled = log.rows("evaluation")
-    lines = [
-        "# Function calling: a first run",
-        "",
-        "SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard",
-        "(simple_python, multiple, parallel, parallel_multiple), split by connected components of question and function name, so",
-        "that no function of a held-out question was seen. The reward is 1 where the official AST checker accepts the answer.",
-        "",
-        "    pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl",
-        "",
-        f"{warm.steps} supervised updates of {warm.batch_size} demonstrations make the reference; it answers {collection.prompts}",
-        f"other training questions {collection.samples_per_prompt} times each; {summary['updates']} ShiQ updates of {job.batch_size} questions",
-        f"(all their answers at once, beta {job.loss.beta}, rewards relative to the mean of a question's answers) make the policy.",
-        f"Both are measured on the same {held_out} held-out questions.",
-        "",
-        "| | reference | after ShiQ |",
-        "|---|---|---|",
-        f"| accuracy of one sample at temperature 1 | {_with_error(summary, 'before')} | {_with_error(summary, 'after')} |",
-        f"| accuracy of greedy decoding | {summary['greedy_reward_before']:.3f} | {summary['greedy_reward_after']:.3f} |",
-        f"| KL to the reference, nats per sequence | 0 | {summary['kl']:.2f} ± {summary['kl_stderr']:.2f} |",
-        f"| mean length of a sample, tokens | {sampled[0]['length']:.1f} | {sampled[-1]['length']:.1f} |",
-        "",
-        f"± is one standard error over questions; one seed ({summary['seed']}), {held_out} questions: a difference below about",
-        f"{2 * (0.5 / held_out**0.5):.2f} says nothing. The buffer holds {summary['records']} answers in {summary['buffer_bytes'] / 1e6:.1f} MB.",
-        f"The sampler's statistics differed from the update step's by at most {_largest(summary['probe']):.1e} nats per token, so they",
-        "serve as the reference's." if summary["probe"]["passed"] else "do not serve as the reference's.",
-        "",
-        f"{machine['cpu_cores']} CPU cores shared with other work, {machine['device']}, jax {machine['jax']}, Python {machine['python']}; {date};",
-        f"{summary['seconds'] / 60:.0f} minutes, {summary['tokens_per_second']:.0f} real tokens per second through the update step.",
-        "The numbers as JSON: [bfcl.json](bfcl.json). `python -m experiments.bfcl` runs this and writes this page.",
-        "",
-        "![Learning curves of both presets](runs.png)",
-    ]
-    return "\n".join(lines) + "\n"
+    options, machine = json.loads(run.config.read_text()), summary["machine"]
+    warm, collection, held_out = options["warm_start"], options["collection"], options["evaluation"]["prompts"]
+    evaluations = MetricsLog(run.metrics).rows("evaluation")
+    date = datetime.date.fromtimestamp(run.summary.stat().st_mtime)
+    serves = "so they serve as the reference's" if summary["probe"]["passed"] else "so they do not serve as the reference's"
+    return f"""# Function calling: a first run
+
+SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard (simple_python,
+multiple, parallel, parallel_multiple), split by connected components of question and function name, so that no function of a
+held-out question was seen. The reward is 1 where the official AST checker accepts the answer.
+
+    pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl
+
+{warm["steps"]} supervised updates of {warm["batch_size"]} demonstrations make the reference. It answers {collection["prompts"]} other training questions
+{collection["samples_per_prompt"]} times each, at most {collection["sampling"]["max_tokens"]} tokens. {summary["updates"]} ShiQ updates of {options["batch_size"]} questions with all their
+answers (beta {options["loss"]["beta"]}, rewards relative to the mean of a question's answers) make the policy. Both are measured on the same
+{held_out} held-out questions.
+
+| | reference | after ShiQ |
+|---|---|---|
+| accuracy of one sample at temperature 1 | {_with_error(summary, "before")} | {_with_error(summary, "after")} |
+| accuracy of greedy decoding | {summary["greedy_reward_before"]:.3f} | {summary["greedy_reward_after"]:.3f} |
+| KL to the reference, nats per sequence | 0 | {summary["kl"]:.2f} ± {summary["kl_stderr"]:.2f} |
+| mean length of a sample, tokens | {evaluations[0]["length"]:.1f} | {evaluations[-1]["length"]:.1f} |
+
+± is one standard error over questions. This is one seed ({summary["seed"]}) and {held_out} questions: a difference below about
+{2 * 0.5 / held_out**0.5:.2f} says nothing. The buffer holds {summary["records"]} answers in {summary["buffer_bytes"] / 1e6:.1f} MB. The sampler's statistics differed from
+the update step's by at most {_largest(summary["probe"]):.1e} nats per token, {serves}.
+
+{machine["cpu_cores"]} CPU cores shared with other work ({machine["device"]}), jax {machine["jax"]}, Python {machine["python"]}, {date}: {summary["seconds"] / 60:.0f} minutes,
+{summary["tokens_per_second"]:.0f} real tokens per second through the update step. All numbers: [bfcl.json](bfcl.json). This page is written by
+`python -m experiments.bfcl`.
+
+![Learning curves of both presets](runs.png)
+"""
 
 
 def _with_error(summary: dict, when: str) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from shiq_jax.data.chat import encode_prompt
+from shiq_jax.errors import Refusal
 from shiq_jax.replay import Record
 from shiq_jax.rollout.generate import Sampler
+from shiq_jax.rollout.rewards import describe
 
 
 def decode(tokenizer, tokens: Sequence[int], stop_tokens: Sequence[int]) -> str:
@@ -34,28 +37,53 @@ def collect(
     """Sampled records of some prompts, in their order, each prompt's answers forming a group.
 
     The reward stands on the last action. Each record carries the sampler's raw statistics, the log-probability of the
-    distribution that was sampled, and the row as JSON, so that it can be scored again.
+    distribution that was sampled, and the row as JSON without its `tokens`, so that it can be scored again; what JSON
+    does not know stands there as its text.
 
     Args:
         sampler: draws the completions.
         params: the policy.
-        rows: prompt rows; `id` names the group, else its number does.
+        rows: prompt rows. `prompt` is text or messages, with `tools` for the chat template; where a row has `tokens`,
+            these are the prompt as they are. `id` names the group, else `#` and the row's number do.
         reward: scores a completion's text with a finite number, see `shiq_jax.rollout.rewards`.
         first: number of the first row in the whole list; with `key` it fixes the random numbers.
+
+    Raises Refusal when a row has no prompt, or `tokens` that are no token ids.
     """
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [_encoded(tokenizer, row) for row in rows]
     records = []
     for number, (row, prompt, answers) in enumerate(zip(rows, prompts, sampler(params, prompts, key, first)), first):
+        group = _group(row, number)
         for answer in answers:
             text = decode(tokenizer, answer["tokens"], stop_tokens)
-            records.append(_record(row, str(row.get("id", number)), prompt, answer, float(reward(row, text))))
+            records.append(_record(row, group, prompt, answer, float(reward(row, text))))
     return records
+
+
+def _encoded(tokenizer, row: Mapping) -> list[int]:
+    if row.get("tokens") is None:
+        if row.get("prompt") is None:
+            raise Refusal(f"{describe(row)} has neither 'prompt' nor 'tokens': give it one of them")
+        return encode_prompt(tokenizer, row["prompt"], row.get("tools"))
+    try:
+        return [operator.index(token) for token in row["tokens"]]
+    except TypeError as error:
+        raise Refusal(f"{describe(row)} has 'tokens' that are no integers: give token ids, or no 'tokens'") from error
+
+
+def _group(row: Mapping, number: int) -> str:
+    if row.get("id") is None:
+        return f"#{number}"
+    name = str(row["id"])
+    # An id that looks like the number of a row gets a second sign, so that the two never meet.
+    return f"#{name}" if name.startswith("#") else name
 
 
 def _record(row: Mapping, group: str, prompt: Sequence[int], answer: Mapping, reward: float) -> Record:
     actions = len(answer["tokens"])
     rewards = np.zeros(actions, np.float32)
     rewards[-1] = reward
+    kept = {name: value for name, value in row.items() if name != "tokens"}
     return Record(
         tokens=np.concatenate([np.asarray(prompt, np.int32), answer["tokens"].astype(np.int32)]),
         action_mask=np.arange(len(prompt) + actions) >= len(prompt),
@@ -64,5 +92,5 @@ def _record(row: Mapping, group: str, prompt: Sequence[int], answer: Mapping, re
         logp=answer["logp"].astype(np.float32),
         lse=answer["lse"].astype(np.float32),
         group=group,
-        prompt=json.dumps(row, ensure_ascii=False),
+        prompt=json.dumps(kept, ensure_ascii=False, default=str),
     )

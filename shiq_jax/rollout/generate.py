@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from shiq_jax.errors import Refusal
 from shiq_jax.objectives import token_stats_from_logits
 
 
@@ -72,7 +74,7 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
     Prompts are padded on the left (`valid` False) and computed once for their `n = samples_per_prompt` completions, which
     stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it becomes does
     not depend on who shares its batch. A sequence ends with the first of `stop_tokens`, which is part of it, or after
-    `sampling.max_tokens`; the loop ends with the last sequence.
+    `sampling.max_tokens`; the loop ends with the last sequence, and nothing is computed after the last drawn token.
     """
     stops = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
     steps = sampling.max_tokens
@@ -85,6 +87,18 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
         stats = token_stats_from_logits(raw, drawn)
         behaviour_logp = token_stats_from_logits(behaviour, drawn).logp
         return drawn, stats.logp, stats.lse, behaviour_logp
+
+    def drawn_into(out, params, last, keys, t, finished):
+        drawn, logp, lse, behaviour_logp = draw(model.project(params, last), keys, t)
+        alive = ~finished
+        out = Samples(
+            out.tokens.at[:, t].set(jnp.where(alive, drawn, 0)),
+            out.length + alive,
+            out.logp.at[:, t].set(jnp.where(alive, logp, 0)),
+            out.lse.at[:, t].set(jnp.where(alive, lse, 0)),
+            out.behaviour_logp.at[:, t].set(jnp.where(alive, behaviour_logp, 0)),
+        )
+        return drawn, finished | jnp.isin(drawn, stops), out
 
     @jax.jit
     def generate(params, tokens: Int[Array, "P L"], valid: Bool[Array, "P L"], keys) -> Samples:
@@ -104,31 +118,32 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
             return (t < steps) & ~jnp.all(finished)
 
         def step(carry):
-            t, finished, last, cache, out = carry
-            drawn, logp, lse, behaviour_logp = draw(model.project(params, last), keys, t)
-            alive = ~finished
-            out = Samples(
-                out.tokens.at[:, t].set(jnp.where(alive, drawn, 0)),
-                out.length + alive,
-                out.logp.at[:, t].set(jnp.where(alive, logp, 0)),
-                out.lse.at[:, t].set(jnp.where(alive, lse, 0)),
-                out.behaviour_logp.at[:, t].set(jnp.where(alive, behaviour_logp, 0)),
-            )
-            finished = finished | jnp.isin(drawn, stops)
+            t, finished, drawn, cache, out = carry
+            before = t - 1
             hidden, cache = model.extend(
-                params, cache, drawn[:, None], (lengths + t)[:, None], alive[:, None], width + t
+                params, cache, drawn[:, None], (lengths + before)[:, None], ~finished[:, None], width + before
             )
-            return t + 1, finished, hidden[:, 0], cache, out
+            drawn, finished, out = drawn_into(out, params, hidden[:, 0], keys, t, finished)
+            return t + 1, finished, drawn, cache, out
 
-        carry = (jnp.int32(0), jnp.zeros(batch, bool), last, cache, out)
-        return jax.lax.while_loop(running, step, carry)[-1]
+        drawn, finished, out = drawn_into(out, params, last, keys, jnp.int32(0), jnp.zeros(batch, bool))
+        return jax.lax.while_loop(running, step, (jnp.int32(1), finished, drawn, cache, out))[-1]
 
     return generate
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded `(tokens [P, L], valid [P, L])` with L the longest length rounded up, so that few shapes are compiled."""
-    width = -(-max(map(len, prompts)) // multiple) * multiple
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], smallest: int = 32, widest: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded `(tokens [P, L], valid [P, L])`, L among few numbers, because each makes another program to compile.
+
+    L is the first of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that holds the longest prompt, but at most `widest`,
+    which no prompt may exceed.
+    """
+    longest = max(map(len, prompts))
+    widths = (smallest * factor for k in itertools.count() for factor in (2**k, 3 * 2**k // 2))
+    width = next(width for width in widths if width >= longest)
+    width = width if widest is None else min(width, widest)
     tokens, valid = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
@@ -156,24 +171,37 @@ class Sampler:
         """For each prompt its completions as dicts of numpy arrays `tokens, logp, lse, behaviour_logp`.
 
         `first` is the number of the first prompt: prompt i draws with `fold_in(key, first + i)`, whatever the batches.
+        Raises Refusal, naming the prompt by that number, when one is empty or leaves no room for `max_tokens`.
         """
-        longest = max(map(len, prompts), default=0)
-        if longest + self._max_tokens > self._context:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {self._max_tokens} new ones exceed the model's context of {self._context}"
-            )
-        out = []
+        for number, prompt in enumerate(prompts, first):
+            self._check(number, len(prompt))
+        out, widest = [], self._context - self._max_tokens
         for start in range(0, len(prompts), self.prompts_per_batch):
             chunk = list(prompts[start : start + self.prompts_per_batch])
             real = len(chunk)
             chunk += [chunk[-1]] * (self.prompts_per_batch - real)
             numbers = jnp.arange(len(chunk)) + first + start
             keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), self.samples_per_prompt))(numbers)
-            samples = jax.device_get(self._generate(params, *pad_prompts(chunk), keys.reshape(-1)))
+            samples = jax.device_get(self._generate(params, *pad_prompts(chunk, widest=widest), keys.reshape(-1)))
             for p in range(real):
                 rows = range(p * self.samples_per_prompt, (p + 1) * self.samples_per_prompt)
                 out.append([_trim(samples, row) for row in rows])
         return out
+
+    def _check(self, number: int, length: int) -> None:
+        new, context = self._max_tokens, self._context
+        if length == 0:
+            raise Refusal(
+                f"prompt {number} has no tokens, so nothing predicts the first one that is drawn: give it some text, "
+                "or the token that opens a text"
+            )
+        if length + new > context:
+            ways = [f"shorten the prompt to {context - new}"] if new < context else []
+            ways += [f"lower max_tokens to {context - length}"] if length < context else []
+            raise Refusal(
+                f"prompt {number} has {length} tokens, which with max_tokens={new} exceed the model's context of "
+                f"{context}: {' or '.join(ways) or 'shorten the prompt and lower max_tokens'}"
+            )
 
 
 def _trim(samples: Samples, row: int) -> dict:

@@ -34,7 +34,7 @@ def resolve(name: str) -> Reward:
         included.
 
     Raises Refusal when there is no such reward, or when what it needs cannot be had; the returned function raises
-    Refusal, naming the row, when the reward is not a finite number.
+    Refusal, naming the row, when the reward fails or is not a finite number.
     """
     if name in _NAMED:
         reward = _NAMED[name]
@@ -48,7 +48,7 @@ def resolve(name: str) -> Reward:
 
 def describe(row: Mapping[str, Any]) -> str:
     """How a message names a row: by its id where it has one, else by the beginning of its prompt."""
-    if "id" in row:
+    if row.get("id") is not None:
         return f"the row {row['id']!r}"
     return f"the row with the prompt {json.dumps(row.get('prompt'), default=str, ensure_ascii=False)[:80]}"
 
@@ -81,10 +81,19 @@ def _imported(name: str) -> Reward:
 def _checked(name: str, reward: Reward) -> Reward:
     @functools.wraps(reward)
     def checked(row: Mapping[str, Any], completion: str) -> float:
-        value = reward(row, completion)
+        try:
+            value = reward(row, completion)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal(
+                f"the reward {name!r} failed with {type(error).__name__}: {error} for {describe(row)} and the "
+                f"completion {completion[:80]!r}: expected a finite number; give the row what the reward reads, or "
+                "mend the reward"
+            ) from error
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise Refusal(

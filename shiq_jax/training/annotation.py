@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from shiq_jax.models import fingerprint
-from shiq_jax.replay import Buffer, Identity, Record, pack, plan
+from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
 from shiq_jax.training.metrics import track
 from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.update import policy_statistics
@@ -29,7 +29,13 @@ def _forward(model):
 
 
 def statistics_of(
-    model, params, records: Sequence[Record], *, prompts_per_batch: int = 32
+    model,
+    params,
+    records: Sequence[Record],
+    *,
+    prompts_per_batch: int = 32,
+    row_length: int = 4096,
+    shape: Shape | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(logp, lse) of every action of every record, in nats, by the forward pass of the update step.
 
@@ -40,22 +46,46 @@ def statistics_of(
         params: its parameters.
         records: sequences; their own statistics are not looked at.
         prompts_per_batch: groups in one compiled call.
+        row_length: groups of more tokens are split.
+        shape: sizes of the compiled call, when these records are part of a larger set; by default what they need, rounded
+            up so that few programs are compiled.
     """
-    groups: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault(record.group, []).append(number)
-    bundles = [tuple((number,) for number in members) for members in groups.values()]
-    shape = plan(records, bundles)
+    bundles = _bundles(records, row_length)
+    shape = shape or _coarse(plan(records, bundles))
     forward, out = _forward(model), [None] * len(records)
     for start in range(0, len(bundles), prompts_per_batch):
         chosen = bundles[start : start + prompts_per_batch]
         packed = pack(chosen, records, None, shape, rows_multiple=data_devices(model.mesh))
         stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
-        for place_, number in np.ndenumerate(packed.members):
+        for spot, number in np.ndenumerate(packed.members):
             if number >= 0:
                 actions = len(records[number].rewards)
-                out[number] = (stats.logp[place_][:actions], stats.lse[place_][:actions])
+                out[number] = (stats.logp[spot][:actions], stats.lse[spot][:actions])
     return out
+
+
+def _bundles(records: Sequence[Record], row_length: int) -> list[tuple[tuple[int], ...]]:
+    """The records of each group as one bundle, or as several where they would not fit into a row even without sharing."""
+    groups: dict[str, list[list[int]]] = {}
+    used: dict[str, int] = {}
+    for number, record in enumerate(records):
+        pieces = groups.setdefault(record.group, [])
+        if not pieces or used[record.group] + len(record.tokens) > row_length:
+            pieces.append([])
+            used[record.group] = 0
+        pieces[-1].append(number)
+        used[record.group] += len(record.tokens)
+    return [tuple((number,) for number in piece) for pieces in groups.values() for piece in pieces]
+
+
+def _coarse(shape: Shape) -> Shape:
+    """Every size rounded up to a power of two or one and a half times one."""
+
+    def up(size: int) -> int:
+        power = 1 << max(size - 1, 1).bit_length()
+        return power * 3 // 4 if size <= power * 3 // 4 else power
+
+    return shape._replace(actions=up(shape.actions), slots=up(shape.slots), steps=up(shape.steps))
 
 
 def probe(model, params, buffer: Buffer, *, sequences: int = 32) -> dict[str, float | bool] | None:
@@ -82,7 +112,9 @@ def _largest(differences: Iterable[np.ndarray]) -> float:
     return float(np.max(np.abs(np.concatenate(list(differences)))))
 
 
-def annotate(model, params, buffer: Buffer, identity: Identity, *, prompts_per_batch: int = 32) -> dict | None:
+def annotate(
+    model, params, buffer: Buffer, identity: Identity, *, prompts_per_batch: int = 32, row_length: int = 4096
+) -> dict | None:
     """Fill the buffer with the statistics of a reference model, and say what the probe of the sampler's own found.
 
     Where the probe passes, the sampler's statistics are adopted as they are; otherwise, shard by shard, a forward pass makes
@@ -93,13 +125,17 @@ def annotate(model, params, buffer: Buffer, identity: Identity, *, prompts_per_b
         buffer: is extended on disk.
         identity: of the reference, see `reference_identity`.
         prompts_per_batch: groups in one compiled call.
+        row_length: groups of more tokens are split.
     """
     found = probe(model, params, buffer)
     missing = buffer.missing_statistics(identity)
     if missing and found and found["passed"]:
         buffer.adopt_sampler_statistics(identity)
         return found
-    for shard in track(missing, "reference statistics", len(missing), "shards"):
-        values = statistics_of(model, params, buffer.read(buffer.shards[shard]), prompts_per_batch=prompts_per_batch)
-        buffer.write_statistics(identity, shard, values)
+    shards = [buffer.read(buffer.shards[number]) for number in missing]
+    shapes = [plan(records, _bundles(records, row_length)) for records in shards]
+    shape = Shape(*map(max, zip(*shapes, strict=True))) if shapes else None
+    options = {"prompts_per_batch": prompts_per_batch, "row_length": row_length, "shape": shape}
+    for shard, records in track(zip(missing, shards, strict=True), "reference statistics", len(missing), "shards"):
+        buffer.write_statistics(identity, shard, statistics_of(model, params, records, **options))
     return found

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer, Record
 
 
@@ -14,11 +15,19 @@ class GroupMeanBaseline:
 
     With gamma = 1 a constant per prompt on the last reward leaves the optimal policy as it is and moves only the value of the
     prompt, which the logits then need not learn; the buffer itself keeps the raw rewards.
+
+    Raises:
+        Refusal: no group has two answers, so that nothing would be left of the rewards.
     """
 
     def __init__(self, buffer: Buffer):
         self._buffer = buffer
         _, members = np.unique(buffer.group_ids(), return_inverse=True)
+        if len(buffer) and np.bincount(members).max() == 1:
+            raise Refusal(
+                f"every prompt of {buffer.path} has one answer, so its mean is its reward and nothing would be left to learn: use "
+                "--baseline none"
+            )
         means = np.bincount(members, buffer.returns()) / np.bincount(members)
         self.means = means[members]
 

@@ -33,19 +33,37 @@ class Batches:
         statistics: reader of the reference's statistics, None for objectives without a reference.
         mesh: where the rows go.
         microbatches: the rows are filled up to a multiple of this and of the data devices.
+        row_length: groups of trajectories of more tokens are split, their prompt repeated.
         records: what to pack under the buffer's record numbers, when it is not the buffer's records themselves.
     """
 
     def __init__(
-        self, buffer: Buffer, unit: str, batch_size: int, *, seed: int, statistics=None, mesh=None, microbatches=1, records=None
+        self,
+        buffer: Buffer,
+        unit: str,
+        batch_size: int,
+        *,
+        seed: int,
+        statistics=None,
+        mesh=None,
+        microbatches: int = 1,
+        row_length: int = 4096,
+        records=None,
     ):
         self.records, self.statistics, self.mesh = buffer if records is None else records, statistics, mesh
-        self.bundles = bundles(buffer, unit)
+        self.bundles = bundles(buffer, unit, row_length=row_length)
         if not self.bundles:
             raise Refusal(f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards")
+        # A batch larger than the buffer would hold some of it several times.
+        batch_size = min(batch_size, len(self.bundles))
         self.schedule = Schedule(len(self.bundles), batch_size, seed)
         self.rows_multiple = microbatches * data_devices(mesh)
         self.shape = plan(buffer, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
+
+    @property
+    def left_out(self) -> int:
+        """How many groups give no example: pairs need two answers of unlike reward."""
+        return self.bundles.left_out
 
     def steps(self, epochs: float) -> int:
         """Updates in so many passes over the buffer."""

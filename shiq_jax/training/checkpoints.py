@@ -26,9 +26,10 @@ class Checkpoints:
         directory: made if missing.
         keep: how many of the latest to keep.
         best: name of a metric; the checkpoint where it is largest is kept besides.
+        read_only: leave alone what another process may be writing.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None):
+    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
         # Orbax logs every file that it touches, which would bury what a run has to say.
         logging.getLogger("absl").setLevel(logging.ERROR)
         from orbax.checkpoint import v1 as ocp
@@ -40,14 +41,15 @@ class Checkpoints:
             options = {"n": 1, "keep_checkpoints_without_metrics": False}
             preserve.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], **options))
         self.directory, self.best = Path(directory), best
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._ocp = ocp
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             # The default policy drops a save without a word while another is under way.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(preserve),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
 
     def latest(self) -> int | None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from shiq_jax.rollout.generate import Sampling
 from shiq_jax.training.optimizers import Optimizer
+
+
+def _at_least(options: Any, **smallest: float) -> None:
+    """ValueError naming the first option that is smaller than it may be; NaN is smaller than anything."""
+    for name, least in smallest.items():
+        if not getattr(options, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(options, name)}")
+
+
+def _positive(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta}")
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,9 @@ class WarmStart:
     """How many demonstrations to use at most."""
     optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="cosine")
 
+    def __post_init__(self):
+        _at_least(self, steps=0, batch_size=1, demonstrations=1)
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -35,6 +51,9 @@ class Collection:
     prompts_per_batch: int = 32
     """Prompts of one compiled call of the sampler."""
     sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,9 @@ class Evaluation:
     """Evaluations during the passes, evenly spread; the last one comes after the last update."""
     greedy: bool = True
     """Also decode every prompt greedily."""
+
+    def __post_init__(self):
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1, max_tokens=1, times=0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,11 @@ class ShiqLoss:
     position_weight: Literal["none", "inv_position"] = "none"
     """Weight of the k-th action's squared residual: 1, or 1/k."""
 
+    def __post_init__(self):
+        _positive(self.beta)
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+
 
 @dataclass(frozen=True)
 class DpoLoss:
@@ -94,6 +121,11 @@ class DpoLoss:
     """Temperature of the KL regularisation."""
     label_smoothing: float = 0.0
     """Probability that a preference is the wrong way round."""
+
+    def __post_init__(self):
+        _positive(self.beta)
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +156,8 @@ class Job:
     """Passes over the buffer."""
     microbatches: int = 1
     """Slices of a batch that are run one after the other to save memory."""
+    row_length: int = 4096
+    """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
     save_every: int = 100
     """Updates between checkpoints."""
     keep: int = 2
@@ -138,6 +172,11 @@ class Job:
     command: ClassVar[str] = ""
     objective: ClassVar[str] = ""
 
+    def __post_init__(self):
+        _at_least(self, seed=0, batch_size=1, epochs=0, microbatches=1, save_every=1, keep=1, row_length=2)
+        if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma != 1):
+            raise ValueError("a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none")
+
     def directory(self) -> Path:
         """The output directory."""
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.command
@@ -147,4 +186,7 @@ class Job:
         values = dataclasses.asdict(self)
         for name in ("resume", "output_dir"):
             values.pop(name)
+        if self.data and Path(self.data).is_file():
+            with open(self.data, "rb") as file:
+                values["data_digest"] = hashlib.file_digest(file, "sha256").hexdigest()
         return {"command": self.command, "objective": self.objective} | values

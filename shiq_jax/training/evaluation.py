@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from shiq_jax.errors import Refusal
 from shiq_jax.replay import Record
 from shiq_jax.rollout.collect import collect, decode
 from shiq_jax.rollout.generate import Sampler, Sampling
 from shiq_jax.training.annotation import statistics_of
+from shiq_jax.training.reference import Reference
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        numbers: see `Evaluator.__call__`.
+        records: the fresh samples.
+        logratios: float64[samples], the summed log-ratio of each to the reference in nats; None without a reference.
+    """
+
+    numbers: dict[str, float]
+    records: list[Record]
+    logratios: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,46 +65,63 @@ class Evaluator:
         object.__setattr__(self, "_sampler", sampler(1.0, self.samples_per_prompt))
         object.__setattr__(self, "_greedy", sampler(0.0, 1) if self.greedy else None)
 
-    def __call__(self, params, reference, key) -> tuple[dict[str, float], list[dict]]:
-        """Numbers of a policy, and its samples as rows `prompt, completion, reward`.
+    def __call__(self, params, reference: Reference | None, key) -> Evaluated:
+        """Numbers of a policy, and the samples that they were taken from.
 
         Args:
             params: the policy.
-            reference: parameters of the reference, None when the policy is the reference (then `kl` is 0 by definition).
+            reference: what the KL is measured to; None when the policy is the reference itself, so that `kl` is 0.
             key: random key of the samples.
 
         Returns:
             `kl` in nats per sequence, the mean over fresh temperature-1 samples of the summed log-ratio to the reference;
-            `kl_stderr`; `length` in tokens; with a reward also `reward`, `reward_stderr` (over prompts) and, when asked for,
-            `greedy_reward`.
+            `length` in tokens; with a reward also `reward`, and `accuracy`, the share of samples whose reward is at least 1;
+            all with a standard error over prompts in `..._stderr`; and, when asked for, `greedy_reward` and
+            `greedy_accuracy`.
+
+        Raises:
+            Refusal: there is no prompt.
         """
+        if not self.rows:
+            raise Refusal("there is no prompt to evaluate on: give some, or leave the evaluation out")
         records = self._draw(self._sampler, params, key)
         out = {"length": float(np.mean([len(record.rewards) for record in records]))}
         if self.reward is not None:
-            by_prompt = np.reshape([record.rewards.sum() for record in records], (len(self.rows), -1)).mean(axis=1)
-            out |= {"reward": float(by_prompt.mean()), "reward_stderr": _stderr(by_prompt)}
-        logratios = np.zeros(len(records))
+            out |= self._scores(records, "")
+        logratios = None
         if reference is not None:
-            policy_logp, reference_logp = (
-                np.array([stats[0].sum() for stats in statistics_of(self.model, weights, records)])
-                for weights in (params, reference)
-            )
-            logratios = policy_logp - reference_logp
-        out |= {"kl": float(logratios.mean()), "kl_stderr": _stderr(logratios)}
+            theirs = reference.statistics_of(records)
+            ours = statistics_of(self.model, params, records)
+            logratios = np.array([np.sum(our[0] - their[0]) for our, their in zip(ours, theirs, strict=True)])
+        out |= self._mean("kl", np.zeros(len(records)) if logratios is None else logratios)
         if self.greedy and self.reward is not None:
-            greedy = self._draw(self._greedy, params, key)
-            out["greedy_reward"] = float(np.mean([record.rewards.sum() for record in greedy]))
-        return out, [self._shown(record) for record in records]
+            out |= self._scores(self._draw(self._greedy, params, key), "greedy_")
+        return Evaluated(out, records, logratios)
+
+    def shown(self, records: Sequence[Record]) -> list[dict]:
+        """Samples as rows `prompt, completion, reward` of text."""
+        rows = []
+        for record in records:
+            first = int(np.argmax(record.action_mask))
+            rows.append(
+                {
+                    "prompt": self.tokenizer.decode(record.tokens[:first].tolist()),
+                    "completion": decode(self.tokenizer, record.tokens[first:], self.stop_tokens),
+                    "reward": float(record.rewards.sum()) if self.reward is not None else None,
+                }
+            )
+        return rows
+
+    def _scores(self, records: Sequence[Record], prefix: str) -> dict[str, float]:
+        rewards = np.array([record.rewards.sum() for record in records])
+        return self._mean(f"{prefix}reward", rewards) | self._mean(f"{prefix}accuracy", rewards >= 1)
+
+    def _mean(self, name: str, values: np.ndarray) -> dict[str, float]:
+        """Mean, and its standard error from the spread between prompts: samples of one prompt are not independent."""
+        by_prompt = np.reshape(values, (len(self.rows), -1)).mean(axis=1)
+        error = np.std(by_prompt, ddof=1) / np.sqrt(len(by_prompt)) if len(by_prompt) > 1 else 0.0
+        return {name: float(by_prompt.mean()), f"{name}_stderr": float(error)}
 
     def _draw(self, sampler: Sampler, params, key) -> list[Record]:
         reward = self.reward or (lambda row, completion: 0.0)
         return collect(sampler, params, self.tokenizer, self.rows, reward, key=key, stop_tokens=self.stop_tokens)
-
-    def _shown(self, record: Record) -> dict:
-        completion = decode(self.tokenizer, record.tokens[record.action_mask], self.stop_tokens)
-        prompt = self.tokenizer.decode(record.tokens[~record.action_mask].tolist())
-        return {"prompt": prompt, "completion": completion, "reward": float(record.rewards.sum())}
-
-
-def _stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

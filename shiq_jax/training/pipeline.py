@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from shiq_jax.data import formats
-from shiq_jax.data.chat import load_tokenizer, stop_tokens
-from shiq_jax.models import load_hf, locate, save_hf
-from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import Buffer, Record, estimate_bytes
-from shiq_jax.rollout.collect import collect
-from shiq_jax.rollout.generate import Sampler
+from shiq_jax.models import save_hf
+from shiq_jax.objectives import OBJECTIVES, Objective
+from shiq_jax.replay import Buffer
 from shiq_jax.training import report
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
@@ -33,47 +29,24 @@ from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.config import Job
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.metrics import MetricsLog, track
+from shiq_jax.training.filling import demonstrations, fill_buffer
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
-from shiq_jax.training.placement import mesh_of
+from shiq_jax.training.reference import Reference
+from shiq_jax.training.run import Run, Use, set_up
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 from shiq_jax.training.state import State, init_state
-from shiq_jax.training.tasks import Task, prepare
+from shiq_jax.training.tasks import prompts_of
 from shiq_jax.training.update import make_update
 
-# What the run's key is folded with, so that no two uses share random numbers.
-_SAMPLING, _EVALUATION, _UPDATES, _WARM_START = range(4)
-_SHOWN = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all stages of a run share."""
-
-    job: Job
-    directory: RunDirectory
-    task: Task
-    mesh: jax.sharding.Mesh | None
-    tokenizer: Any
-    stops: tuple[int, ...]
-    log: MetricsLog
-
-    def key(self, use: int) -> jax.Array:
-        """A random key of its own for each use."""
-        return jax.random.fold_in(jax.random.key(self.job.seed), use)
-
-    def load(self, source: str | Path):
-        """Model and parameters of a directory or hub id, on this run's mesh and in its precision."""
-        precision = self.job.precision
-        return load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(precision.compute), remat=precision.remat)
+_SHOWN = 16
 
 
 def train(job: Job) -> dict[str, Any]:
     """Run a job to its end, or go on with it, and return its summary.
 
     Raises:
-        Refusal: some input cannot be used.
+        Refusal: some input cannot be used; a run that had not begun to learn or sample leaves nothing on disk.
     """
     began = time.monotonic()
     directory = RunDirectory.begin(job.directory(), job.settings(), resume=job.resume)
@@ -81,21 +54,24 @@ def train(job: Job) -> dict[str, Any]:
         summary = json.loads(directory.summary.read_text())
         report.print_table(f"{directory.path} is complete", report.summary_rows(summary))
         return summary
-    task = prepare(job, directory)
-    tokenizer = load_tokenizer(task.model)
-    mesh = mesh_of(job.mesh)
-    run = Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, locate(task.model)), MetricsLog(directory.metrics))
-    reference = warm_start(run)
-    model, params = run.load(reference)
-    buffer = fill_buffer(run, model, params)
-    objective = OBJECTIVES[job.objective].configure(**dataclasses.asdict(job.loss))
-    statistics, probe = None, None
-    if "references" in objective.needs:
-        identity = reference_identity(model, params)
-        probe = annotate(model, params, buffer, identity, prompts_per_batch=job.batch_size)
-        print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
-        statistics = buffer.statistics(identity)
-    state = passes(run, model, params, reference, buffer, objective, statistics)
+    try:
+        run = set_up(job, directory)
+        reference = Reference(warm_start(run), run.load)
+        model, params = reference.open()
+        buffer = fill_buffer(run, model, params)
+        objective = OBJECTIVES[job.objective].configure(**dataclasses.asdict(job.loss))
+        statistics, probe = None, None
+        if "references" in objective.needs:
+            identity = reference_identity(model, params)
+            options = {"prompts_per_batch": job.batch_size, "row_length": job.row_length}
+            probe = annotate(model, params, buffer, identity, **options)
+            print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
+            statistics = buffer.statistics(identity)
+        state = passes(run, model, params, reference, buffer, objective, statistics)
+    except Refusal:
+        if not job.resume:
+            directory.discard(samples=not job.data)
+        raise
     export(run, model, state.params(), directory.export)
     summary = summarise(run, buffer, probe, time.monotonic() - began)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")
@@ -106,71 +82,50 @@ def train(job: Job) -> dict[str, Any]:
 
 def warm_start(run: Run) -> str | Path:
     """Where the reference's weights are: the task's model, after the job's supervised updates if there are any."""
-    options = run.job.warm_start
-    if not options.steps or run.job.objective == "sft":
+    job, options = run.job, run.job.warm_start
+    if not run.task.demonstrations or job.objective == "sft":
         return run.task.model
     done = run.directory.reference
     if not done.exists():
         model, params = run.load(run.task.model)
-        buffer = _demonstrations(run, run.directory.warm_start / "buffer", model)
-        batches = Batches(buffer, "trajectory", options.batch_size, seed=run.job.seed, mesh=run.mesh)
+        buffer = demonstrations(run, run.directory.warm_start / "buffer", model)
+        batches = Batches(
+            buffer, "trajectory", options.batch_size, seed=job.seed, mesh=run.mesh, microbatches=job.microbatches,
+            row_length=job.row_length,
+        )  # fmt: skip
         state = _fit(
             run, model, params, batches, OBJECTIVES["sft"], options.optimizer, options.steps,
             stage="warm start", checkpoints=Checkpoints(run.directory.warm_start / "checkpoints", keep=1),
-            key=run.key(_WARM_START), marks=Marks(save=run.job.save_every),
-        )
+            key=run.key(Use.WARM_START), marks=Marks(save=job.save_every),
+        )  # fmt: skip
         export(run, model, state.params(), done)
     return done
 
 
-def fill_buffer(run: Run, model, params) -> Buffer:
-    """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
-    job, path = run.job, run.directory.buffer
-    if job.data:
-        read = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}[job.objective]
-        return _import(path, lambda: read(job.data, run.tokenizer), model)
-    if job.objective == "sft":
-        return _demonstrations(run, path, model)
-    buffer = Buffer.open(path) if path.exists() else Buffer.create(path)
-    options = job.collection
-    done, rows = len(buffer) // options.samples_per_prompt, run.task.train
-    sampler = Sampler(
-        model, options.sampling, run.stops,
-        samples_per_prompt=options.samples_per_prompt, prompts_per_batch=options.prompts_per_batch,
-    )
-    starts = range(done, len(rows), options.prompts_per_batch)
-    for start in track(starts, "sampling", len(starts), "batches"):
-        chunk = rows[start : start + options.prompts_per_batch]
-        records = collect(
-            sampler, params, run.tokenizer, chunk, run.task.reward,
-            key=run.key(_SAMPLING), stop_tokens=run.stops, first=start,
-        )
-        if start == 0:
-            _announce(records, len(rows) / len(chunk))
-        buffer.append(records, vocab_size=model.config.vocab_size)
-    return buffer
-
-
-def passes(run: Run, model, params, reference: str | Path, buffer: Buffer, objective: Objective, statistics) -> State:
+def passes(run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics) -> State:
     """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0."""
     job, options = run.job, run.job.evaluation
     batches = Batches(
         buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
-        microbatches=job.microbatches, records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
-    )
+        microbatches=job.microbatches, row_length=job.row_length,
+        records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
+    )  # fmt: skip
+    if batches.left_out:
+        print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
     steps = batches.steps(job.epochs)
+    rows = prompts_of(buffer, options.prompts) if run.task.held_out is None else run.task.held_out
     evaluator = Evaluator(
-        model, run.tokenizer, run.stops, run.task.held_out, run.task.reward, options.max_tokens,
+        model, run.tokenizer, run.stops, rows, run.task.reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_per_batch, options.greedy,
-    )
+    )  # fmt: skip
 
     def evaluate(weights, step: int) -> dict[str, float]:
-        origin = run.load(reference)[1] if step else None
-        numbers, samples = evaluator(weights, origin, jax.random.fold_in(run.key(_EVALUATION), step))
-        run.log.write("evaluation", step, **numbers)
+        key = jax.random.fold_in(run.key(Use.EVALUATION), step)
+        found = evaluator(weights, reference if step else None, key)
         run.directory.samples.mkdir(exist_ok=True)
-        write_jsonl(run.directory.samples / f"{step:06d}.jsonl", samples[: _SHOWN * options.samples_per_prompt])
-        return numbers
+        write_jsonl(run.directory.samples / f"{step:06d}.jsonl", evaluator.shown(found.records[:_SHOWN]))
+        run.log.write("evaluation", step, **found.numbers)
+        return found.numbers
 
     if not run.log.rows("evaluation"):
         evaluate(params, 0)
@@ -178,10 +133,10 @@ def passes(run: Run, model, params, reference: str | Path, buffer: Buffer, objec
     return _fit(
         run, model, params, batches, objective, job.optimizer, steps,
         stage="update", checkpoints=Checkpoints(run.directory.checkpoints, keep=job.keep, best=metric),
-        key=run.key(_UPDATES), microbatches=job.microbatches,
-        marks=Marks(evaluate=max(steps // options.times, 1) if options.times else None, save=job.save_every),
+        key=run.key(Use.UPDATES), microbatches=job.microbatches,
+        marks=Marks(evaluate=math.ceil(steps / options.times) if options.times else None, save=job.save_every),
         evaluate=lambda state, step: evaluate(state.params(), step),
-    )
+    )  # fmt: skip
 
 
 def export(run: Run, model, params, path: Path) -> None:
@@ -196,19 +151,21 @@ def export(run: Run, model, params, path: Path) -> None:
 
 
 def summarise(run: Run, buffer: Buffer, probe: Mapping | None, seconds: float) -> dict[str, Any]:
-    """The numbers of a run, out of its log."""
+    """The numbers of a run, out of its log; `seconds` are those since its start or its last resumption."""
     evaluations, updates = run.log.rows("evaluation"), run.log.rows("update")
     before, after = evaluations[0], evaluations[-1]
+    names = [prefix + name for prefix in ("", "greedy_") for name in ("reward", "accuracy")]
+    scores = {
+        f"{name}{error}_{when}": row.get(name + error)
+        for name in names
+        for when, row in (("before", before), ("after", after))
+        for error in ("", "_stderr")
+    }
     return {
         "command": run.job.command,
         "objective": run.job.objective,
         "seed": run.job.seed,
-        "reward_before": before.get("reward"),
-        "reward_after": after.get("reward"),
-        "reward_stderr_before": before.get("reward_stderr"),
-        "reward_stderr_after": after.get("reward_stderr"),
-        "greedy_reward_before": before.get("greedy_reward"),
-        "greedy_reward_after": after.get("greedy_reward"),
+        **scores,
         "kl": after["kl"],
         "kl_stderr": after["kl_stderr"],
         "tokens_per_second": tokens_per_second(updates),
@@ -224,7 +181,7 @@ def summarise(run: Run, buffer: Buffer, probe: Mapping | None, seconds: float) -
 def _fit(
     run: Run, model, params, batches: Batches, objective: Objective, optimizer: Optimizer, steps: int, *,
     stage: str, checkpoints: Checkpoints, key, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
-) -> State:
+) -> State:  # fmt: skip
     """Update from the newest checkpoint, or from `params`, to the last step."""
     rule = optimizer.build(steps)
     state = init_state(model, params, rule, key=key, mesh=run.mesh)
@@ -238,38 +195,3 @@ def _fit(
     )
     checkpoints.close()
     return state
-
-
-def _demonstrations(run: Run, path: Path, model) -> Buffer:
-    rows = run.directory.data / "demonstrations.jsonl"
-    return _import(path, lambda: formats.demonstrations(rows, run.tokenizer), model)
-
-
-def _import(path: Path, read: Callable[[], Iterable[Record]], model) -> Buffer:
-    """A buffer of somebody's records, filled in one atomic append.
-
-    Raises:
-        Refusal: a record does not fit into the model's context or vocabulary; the buffer is then left as it was.
-    """
-    buffer = Buffer.open(path) if path.exists() else None
-    if buffer is None or not len(buffer):
-        records = list(read())
-        for number, record in enumerate(records):
-            if len(record.tokens) > model.config.max_positions:
-                raise Refusal(
-                    f"record {number} has {len(record.tokens)} tokens and the model's context holds "
-                    f"{model.config.max_positions}: shorten it, leave it out, or take a model of longer context"
-                )
-        _announce(records)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = buffer or Buffer.create(path)
-        buffer.append(records, vocab_size=model.config.vocab_size)
-    return buffer
-
-
-def _announce(records: Sequence[Record], times: float = 1) -> None:
-    """Say how large a buffer of `times` as many records like these will be, before it is written."""
-    counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
-    text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
-    size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))
-    print(f"the buffer will hold {round(len(records) * times)} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,6 @@ from shiq_jax.training.metrics import MetricsLog
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import os
-
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -41,8 +40,10 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     shown = {
         "reward before": "reward_before",
         "reward after": "reward_after",
-        "greedy reward before": "greedy_reward_before",
-        "greedy reward after": "greedy_reward_after",
+        "accuracy before": "accuracy_before",
+        "accuracy after": "accuracy_after",
+        "greedy accuracy before": "greedy_accuracy_before",
+        "greedy accuracy after": "greedy_accuracy_after",
         "KL to the reference (nats per sequence)": "kl",
         "tokens per second (update step)": "tokens_per_second",
         "updates": "updates",
@@ -79,5 +80,37 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     # Without the time stamp that matplotlib adds, equal runs give equal files.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_evaluation(samples: Sequence[Mapping], logratios: Sequence[float] | None, path: Path, title: str) -> None:
+    """Rewards of fresh samples, and how far each sample lies from the reference, as a PNG.
+
+    Args:
+        samples: rows with `reward`, None where there is no reward.
+        logratios: summed log-ratio to the reference of each sample, in nats; None without a reference.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rewards = [row["reward"] for row in samples if row["reward"] is not None]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    axes[0].set(title="reward of fresh samples", xlabel="reward", ylabel="samples")
+    axes[1].set(title="distance to the reference", xlabel="log-ratio, nats per sequence")
+    if rewards:
+        axes[0].hist(rewards, bins=20, color="tab:green")
+    if logratios is not None and rewards:
+        axes[1].scatter(logratios, rewards, s=12, alpha=0.5, color="tab:red", linewidths=0)
+        axes[1].set_ylabel("reward")
+    elif logratios is not None:
+        axes[1].hist(logratios, bins=20, color="tab:red")
+    for axis, shown in zip(axes, (rewards, logratios), strict=True):
+        if not shown:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)

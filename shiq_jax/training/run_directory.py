@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.config = self.path / "config.json"
+        self.task = self.path / "task.json"
         self.model = self.path / "model"
         self.data = self.path / "data"
         self.warm_start = self.path / "warm_start"
@@ -58,6 +60,15 @@ class RunDirectory:
             raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options")
         return run
 
+    def discard(self, *, samples: bool) -> None:
+        """Take a run that was refused before it learned anything off the disk again, so that the command can be mended.
+
+        Args:
+            samples: whether the buffer's records are worth keeping; with such records the run stays.
+        """
+        if not self.metrics.exists() and not (samples and any(self.buffer.glob("records-*.arrow"))):
+            shutil.rmtree(self.path, ignore_errors=True)
+
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by indented JSON, or leave it as it was."""
@@ -67,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Replace a file by one JSON object per line, or leave it as it was."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,24 @@ from shiq_jax.data import formats
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal
 from shiq_jax.models import load_hf, locate
+from shiq_jax.objectives import OBJECTIVES
+from shiq_jax.replay import Buffer
 from shiq_jax.rollout import rewards
+from shiq_jax.training import report
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
+from shiq_jax.training.filling import import_records
+from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
+from shiq_jax.training.reference import Reference
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.training.tasks import prompts_of
+
+_READERS = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}
 
 
 def evaluate(options) -> dict[str, Any]:
-    """Numbers of a policy on prompts, written to `evaluation.json` with the samples beside it in `samples.jsonl`.
+    """Numbers of a policy on held-out rows: `evaluation.json`, `evaluation.png`, and the samples in `samples.jsonl`.
 
     Args:
         options: as eval.py declares them.
@@ -29,47 +40,119 @@ def evaluate(options) -> dict[str, Any]:
     Raises:
         Refusal: something named cannot be found or used, or the output directory holds another evaluation.
     """
-    out = Path(options.output_dir or "runs/eval")
-    if (out / "evaluation.json").exists():
-        if options.resume:
-            return json.loads((out / "evaluation.json").read_text())
-        raise Refusal(f"{out} holds an evaluation already: add --resume to see it, or name another --output-dir")
-    source, run, step = find_policy(options.model)
+    out = RunDirectory.begin(Path(options.output_dir or "runs/eval"), options.settings(), resume=options.resume)
+    result = out.path / "evaluation.json"
+    if result.exists():
+        numbers = json.loads(result.read_text())
+    else:
+        try:
+            numbers, samples, logratios = _measure(options, out)
+        except Refusal:
+            if not options.resume:
+                out.discard(samples=False)
+            raise
+        write_jsonl(out.path / "samples.jsonl", samples)
+        report.draw_evaluation(samples, logratios, out.path / "evaluation.png", options.model)
+        write_json(result, numbers)
+    report.print_table(f"{options.model} on {options.data}", list(_flat(numbers).items()))
+    return numbers
+
+
+def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict], Sequence[float] | None]:
     mesh = mesh_of(options.mesh)
-    dtype = jnp.dtype(options.compute)
-    model, params = load_hf(source, mesh=mesh, compute_dtype=dtype)
+
+    def load(name):
+        return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
+
+    source, run, step = find_policy(options.model)
+    model, params = load(source)
     if run is not None:
-        params = Checkpoints(run.checkpoints).restore_params(params, step)
+        params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
     tokenizer = load_tokenizer(source)
-    rows = formats.prompts(options.data)[: options.prompts]
+    origin = options.reference or (source if run is not None else None)
+    reference = Reference(origin, load, model.config.vocab_size) if origin else None
+
+    rows = _rows(options)
+    name = options.objective or _objective_of(rows[0])
+    examples = None
+    if _is_example(rows[0], name or "shiq"):
+        file = out.path / "rows.jsonl"
+        write_jsonl(file, rows)
+        shutil.rmtree(out.buffer, ignore_errors=True)
+        examples = import_records(out.buffer, lambda: _READERS[name](file, tokenizer), model)
+        rows = prompts_of(examples, options.prompts)
     reward = rewards.resolve(options.reward) if options.reward else None
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, locate(source)), rows, reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_per_batch, options.greedy,
-    )
-    reference = options.reference or (source if run is not None else None)
-    origin = load_hf(reference, mesh=mesh, compute_dtype=dtype)[1] if reference else None
-    numbers, samples = evaluator(params, origin, jax.random.key(options.seed))
+    )  # fmt: skip
+    numbers, records, logratios = evaluator(params, reference, jax.random.key(options.seed))
     if reference is None:
-        numbers = {name: value for name, value in numbers.items() if not name.startswith("kl")}
-    numbers = {"model": options.model, "reference": reference and str(reference), "data": options.data, "prompts": len(rows)} | numbers
-    out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "samples.jsonl", samples)
-    write_json(out / "evaluation.json", numbers)
-    return numbers
+        numbers = {key: value for key, value in numbers.items() if not key.startswith("kl")}
+    if examples is None and reward is not None:
+        shutil.rmtree(out.path / "fresh", ignore_errors=True)
+        examples = Buffer.create(out.path / "fresh")
+        examples.append(records)
+    numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
+    objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
+    return numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()}, evaluator.shown(records), logratios
+
+
+def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):
+    """The objective's metrics on the examples, where there are any and what it needs is there."""
+    objective = OBJECTIVES[name]
+    if examples is None or ("references" in objective.needs and reference is None):
+        return None, None
+    statistics = None
+    if "references" in objective.needs:
+        objective = objective.configure(beta=options.beta)
+        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_per_batch)[0])
+    return name, objective_metrics(
+        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_per_batch
+    )
 
 
 def find_policy(name: str) -> tuple[str | Path, RunDirectory | None, int | None]:
-    """Where the weights' shapes come from, and the run and step when `name` is a run, its checkpoints or one of them.
-
-    Raises:
-        Refusal: a run's directory without a policy in it.
-    """
+    """Where the weights' shapes come from, and the run and step when `name` is a run, its checkpoints or one of them."""
     path = Path(name)
-    candidates = [(path, None), (path.parent, None), (path.parent.parent, path.name)]
-    for directory, step in candidates[: 1 + 2 * ("checkpoints" in path.parts)]:
+    candidates = [(path, None)]
+    if path.name == "checkpoints":
+        candidates.append((path.parent, None))
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        candidates.append((path.parent.parent, int(path.name)))
+    for directory, step in candidates:
         run = RunDirectory(directory)
-        if run.checkpoints.is_dir() and run.config.exists():
-            source = run.reference if run.reference.exists() else json.loads(run.config.read_text())["model"] or run.model
-            return source, run, int(step) if step and step.isdigit() else None
+        if run.checkpoints.is_dir() and run.task.exists():
+            source = run.reference if run.reference.exists() else json.loads(run.task.read_text())["model"]
+            return source, run, step
     return name, None, None
+
+
+def _rows(options) -> list[dict]:
+    rows = []
+    for row in formats.rows(options.data):
+        rows.append(row)
+        if len(rows) == options.prompts:
+            break
+    if not rows:
+        raise Refusal(f"{options.data} holds no rows: give at least one with a prompt")
+    return rows
+
+
+def _objective_of(row: Mapping) -> str | None:
+    return next((name for name in ("dpo", "shiq", "sft") if _is_example(row, name)), None)
+
+
+def _is_example(row: Mapping, objective: str) -> bool:
+    fields = {
+        "dpo": [{"chosen", "rejected"}],
+        "shiq": [{"completion", "reward"}, {"tokens", "rewards"}],
+        "sft": [{"completion"}, {"messages"}, {"text"}],
+    }
+    return any(wanted <= row.keys() for wanted in fields[objective])
+
+
+def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    nested = numbers.get("objective_metrics") or {}
+    shown = {key: value for key, value in numbers.items() if not isinstance(value, dict | None)}
+    return shown | {f"{numbers['objective']}: {key}": value for key, value in nested.items()}

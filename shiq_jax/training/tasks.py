@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from shiq_jax.data import formats
-from shiq_jax.data.files import rows as read_rows
 from shiq_jax.errors import Refusal
+from shiq_jax.replay import Buffer
 from shiq_jax.rollout import rewards
 from shiq_jax.training.config import Job
-from shiq_jax.training.run_directory import RunDirectory, write_jsonl
+from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Task:
     Attributes:
         model: directory in Hugging Face format, or hub id.
         train: prompt rows to sample answers for.
-        held_out: prompt rows to evaluate on.
+        held_out: prompt rows to evaluate on; None where the run's own data are all there is.
         demonstrations: rows with `prompt` and `completion`, for supervised updates.
         reward: scores the text of a completion to a row, None when nothing does.
     """
 
     model: str
     train: Sequence[Mapping]
-    held_out: Sequence[Mapping]
+    held_out: Sequence[Mapping] | None
     demonstrations: Sequence[Mapping]
     reward: Callable[[Mapping, str], float] | None
 
@@ -39,18 +39,37 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     """The task of a job; its rows are written to the run's `data/`, so that they can be looked at and used again.
 
     Raises:
-        Refusal: the job names data without a model, or a reward or data set that cannot be had.
+        Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that cannot
+            be had.
     """
-    task = (_from_data if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task])(job, run)
+    task = _from_data(job) if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
     if job.evaluation.data:
         task = dataclasses.replace(task, held_out=formats.prompts(job.evaluation.data))
     if job.reward:
         task = dataclasses.replace(task, reward=rewards.resolve(job.reward))
-    task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
+    if not job.data and not (task.demonstrations if job.objective == "sft" else task.train):
+        raise Refusal(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
+    if task.held_out is not None:
+        task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
     run.data.mkdir(exist_ok=True)
     for name in ("train", "held_out", "demonstrations"):
-        write_jsonl(run.data / f"{name}.jsonl", list(getattr(task, name)))
+        write_jsonl(run.data / f"{name}.jsonl", list(getattr(task, name) or ()))
+    write_json(run.task, {"model": task.model})
     return task
+
+
+def prompts_of(buffer: Buffer, count: int) -> list[dict]:
+    """The first `count` different prompts of a buffer as rows: the tokens before a record's first action, and its own row."""
+    seen: dict[bytes, dict] = {}
+    for number in range(len(buffer)):
+        record = buffer[number]
+        prefix = record.tokens[: int(np.argmax(record.action_mask))]
+        if prefix.tobytes() not in seen:
+            row = json.loads(record.prompt) if record.prompt else {}
+            seen[prefix.tobytes()] = {"id": record.group} | row | {"tokens": prefix.tolist()}
+        if len(seen) == count:
+            break
+    return list(seen.values())
 
 
 def _sorting(job: Job, run: RunDirectory) -> Task:
@@ -69,7 +88,7 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
         held_out=sorting_rows(job.evaluation.prompts, split="held_out", seed=job.seed),
         demonstrations=[
             row | {"completion": row["answer"][::-1] if turn else row["answer"]}
-            for row, turn in list(zip(rows, backwards))[job.collection.prompts :]
+            for row, turn in list(zip(rows, backwards, strict=True))[job.collection.prompts :]
         ],
         reward=rewards.resolve("sorting"),
     )
@@ -94,16 +113,7 @@ def _demonstrations(job: Job) -> int:
     return job.warm_start.demonstrations if job.warm_start.steps or job.objective == "sft" else 0
 
 
-def _from_data(job: Job, run: RunDirectory) -> Task:
+def _from_data(job: Job) -> Task:
     if job.model is None:
         raise Refusal("--data needs --model: the directory or hub id of the model that is to learn from it")
-    return Task(model=job.model, train=(), held_out=_prompts_of(job.data), demonstrations=(), reward=None)
-
-
-def _prompts_of(data: str) -> list[dict]:
-    """The different prompts of a data file, for measuring the KL where no other prompts are given."""
-    seen: dict[str, dict] = {}
-    for row in read_rows(data):
-        if "prompt" in row:
-            seen.setdefault(json.dumps(row["prompt"]), {"prompt": row["prompt"]})
-    return list(seen.values())
+    return Task(model=job.model, train=(), held_out=None, demonstrations=(), reward=None)

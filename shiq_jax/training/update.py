@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,16 @@ def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...
     return jax.tree.map(lambda values: take(values, batch.gather), stats)
 
 
+def objective_sums(model, objective: Objective, params: Params, batch: Batch, coupled=None) -> LossOut:
+    """Value, weight and metrics of an objective, each summed over the real examples of a batch."""
+    out: LossOut = jax.vmap(jax.vmap(objective.loss))(_examples(model, params, batch, coupled))
+    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+
+
+def _examples(model, params: Params, batch: Batch, coupled) -> Example:
+    return batch.example._replace(policy=policy_statistics(model, params, batch), coupled=coupled)
+
+
 def make_update(
     model,
     objective: Objective,
@@ -58,19 +67,15 @@ def make_update(
     """
     mesh = mesh if mesh is not None else model.mesh
 
-    def examples(params, batch: Batch, coupled) -> Example:
-        return batch.example._replace(policy=policy_statistics(model, params, batch), coupled=coupled)
-
     def sums(trainable, frozen, batch: Batch, coupled):
-        out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples(merge(trainable, frozen), batch, coupled))
-        total = partial(_masked_sum, real=batch.real)
-        return total(out.value), (total(out.weight), jax.tree.map(total, out.metrics))
+        value, *others = objective_sums(model, objective, merge(trainable, frozen), batch, coupled)
+        return value, tuple(others)
 
     def couple(params, slices: Batch):
         """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
 
         def summarise(batch):
-            return jax.vmap(jax.vmap(objective.couple.summary))(examples(params, batch, None))
+            return jax.vmap(jax.vmap(objective.couple.summary))(_examples(model, params, batch, None))
 
         summaries = jax.lax.map(summarise, slices)
         lead = slices.real.shape
@@ -104,10 +109,6 @@ def make_update(
         return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0 if donate else ())
-
-
-def _masked_sum(values, *, real):
-    return jnp.sum(jnp.where(real, values, 0))
 
 
 def _slices(batch: Batch, microbatches: int, mesh: Mesh | None) -> Batch:

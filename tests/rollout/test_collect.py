@@ -1,5 +1,6 @@
 """Records of sampled answers: what was said, what it earned, and where it came from."""
 
+import datetime
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.tiny import tiny_tokenizer
+from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
 from shiq_jax.rollout.collect import collect, decode
@@ -87,12 +89,60 @@ def test_statistics_are_those_of_the_sampler(records):
 
 def test_answers_to_one_prompt_are_a_group(records):
     # Named by the row, or numbered in the whole list, of which these rows are the part from 7 on.
-    assert [record.group for record in records] == ["first"] * 3 + ["8"] * 3 + ["9"] * 3
+    assert [record.group for record in records] == ["first"] * 3 + ["#8"] * 3 + ["#9"] * 3
+
+
+def test_ids_and_numbers_never_name_the_same_group(scripted, tokenizer):
+    rows = [{"prompt": "a", "id": name} for name in ("3", "#3", "##3", 0, "")] + [{"prompt": "a"}, {"prompt": "a", "id": None}]
+    out = collect(scripted([["x"]] * 7), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2)
+    assert [record.group for record in out] == ["3", "##3", "###3", "0", "", "#3", "#4"]
 
 
 def test_the_row_comes_back_from_the_record(records):
     assert [json.loads(record.prompt) for record in records] == np.repeat(ROWS, 3).tolist()
     assert "zwölf ☃" in records[0].prompt
+
+
+def test_what_json_does_not_know_is_stored_as_text(scripted, tokenizer):
+    row = {"prompt": "a", "when": datetime.date(2024, 2, 29), "numbers": [np.int64(7), 8]}
+    (record,) = collect(scripted([["b"]]), None, tokenizer, [row], lambda row, text: 1, key=0, stop_tokens=())
+    assert json.loads(record.prompt) == {"prompt": "a", "when": "2024-02-29", "numbers": ["7", 8]}
+
+
+@pytest.mark.parametrize("tokens", [[5, 6, 7], np.array([5, 6, 7]), (np.int32(5), 6, 7)], ids=["list", "array", "tuple"])
+def test_tokens_of_a_row_are_the_prompt_as_they_are(tokens, scripted, tokenizer):
+    row = {"prompt": "sort 21:", "tokens": tokens, "answer": "12"}
+    sampler, seen = scripted([["12"], ["a"]]), []
+    rows = [row, {"tokens": tokens}]
+    out = collect(sampler, None, tokenizer, rows, lambda row, text: seen.append(row) or 0, key=0, stop_tokens=())
+    assert sampler.asked[1] == [[5, 6, 7]] * 2
+    assert [record.tokens[~record.action_mask].tolist() for record in out] == [[5, 6, 7]] * 2
+    # The stored row can be scored again, but does not repeat what the record holds.
+    assert [json.loads(record.prompt) for record in out] == [{"prompt": "sort 21:", "answer": "12"}, {}]
+    assert seen[0] is row
+
+
+def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}{{ messages[0].content }}>"
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": messages}, {"prompt": messages, "tools": [{"name": "add"}, {"name": "sort"}]}]
+    sampler = scripted([["a"], ["b"]])
+    collect(sampler, None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=())
+    assert [tokenizer.decode(prompt) for prompt in sampler.asked[1]] == ["hi>", "add;sort;hi>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"id": "q", "answer": "1"}, "the row 'q' has neither 'prompt' nor 'tokens'"),
+        ({"id": "q", "tokens": [1, 2.5]}, "the row 'q' has 'tokens' that are no integers"),
+        ({"prompt": "a", "tokens": 7}, 'the row with the prompt "a" has \'tokens\' that are no integers'),
+    ],
+)
+def test_rows_without_a_usable_prompt_are_refused(row, said, scripted, tokenizer):
+    with pytest.raises(Refusal, match=said):
+        collect(scripted([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
 
 
 def test_the_reward_sees_row_and_text(scripted, tokenizer):

@@ -8,6 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shiq_jax.errors import Refusal
 from shiq_jax.models import Model, load_hf
 from shiq_jax.rollout.generate import Sampler, Sampling, behaviour_logits, make_generate, pad_prompts
 from shiq_jax.sharding import make_mesh
@@ -231,6 +232,19 @@ def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, 
     assert chi_square(counts.ravel(), np.outer(first, joint.sum(0)).ravel()) < 1e-3
 
 
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
+def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, model, params, prompts, uncached):
+    tokens, valid = pad_prompts(prompts[:3])
+    keys = jax.random.split(KEY, 6)
+    out = jax.device_get(make_generate(model, sampling, (), 2)(params, tokens, valid, keys))
+    for row, drawn in enumerate(out.tokens):
+        prompt = prompts[row // 2]
+        logits = uncached.next_logits(params, [*prompt, *drawn])[len(prompt) - 1 : -1]
+        for t, token in enumerate(drawn):
+            noise = jax.random.gumbel(jax.random.fold_in(keys[row], t), logits[t].shape)
+            assert np.argmax(filtered_logp(logits[t], sampling) + noise) == token
+
+
 # --- where a sequence ends
 
 
@@ -259,6 +273,33 @@ def test_entries_behind_the_end_are_empty(model, params, prompts):
     ends_in_stop = np.isin(out.tokens[np.arange(6), out.length - 1], [2, 9, 17])
     assert (ends_in_stop | (out.length == NEW)).all()
     assert (out.lse[~behind] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("stops", "new"),
+    [((), NEW), ((), 1), ((2, 9, 17), NEW), (range(24), NEW)],
+    ids=["to the end", "one token", "stopped", "stopped at once"],
+)
+def test_nothing_is_computed_after_the_last_token(stops, new, model, params, prompts):
+    seen = []
+
+    class Counting:
+        """The model, noting each forward pass by its number of tokens per sequence."""
+
+        init_cache, repeat_cache, project = model.init_cache, model.repeat_cache, model.project
+
+        @staticmethod
+        def extend(params, cache, tokens, *rest):
+            jax.debug.callback(lambda: seen.append(tokens.shape[1]))
+            return model.extend(params, cache, tokens, *rest)
+
+    tokens, valid = pad_prompts(prompts[1:2])
+    sampling = Sampling(0.8, 7, 0.9, new)
+    out = make_generate(Counting, sampling, stops, 2)(params, tokens, valid, jax.random.split(KEY, 2))
+    longest = int(out.length.max())
+    jax.effects_barrier()
+    assert sorted(seen) == [1] * (longest - 1) + [32]
+    assert longest == new if not stops else longest < new
 
 
 # --- what a sequence depends on
@@ -302,9 +343,28 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
     draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
     fits = [[3] * (config.max_positions - NEW)]
     assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
-    said = f"a prompt of {len(fits[0]) + 1} tokens and {NEW} new ones exceed the model's context of 96"
-    with pytest.raises(ValueError, match=said):
-        draw(params, [[1], fits[0] + [3]], KEY)
+    said = "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
+    with pytest.raises(Refusal, match=said):
+        draw(params, [[1], fits[0] + [3]], KEY, 7)
+
+
+@pytest.mark.parametrize(
+    ("new", "length", "said"),
+    [
+        (NEW, 96, "prompt 0 has 96 tokens.*: shorten the prompt to 84$"),
+        (96, 5, "prompt 0 has 5 tokens.*: lower max_tokens to 91$"),
+        (100, 200, "prompt 0 has 200 tokens.*: shorten the prompt and lower max_tokens$"),
+    ],
+)
+def test_a_prompt_too_long_is_told_only_what_helps(new, length, said, sampler, params):
+    draw = sampler(Sampling(max_tokens=new), samples_per_prompt=1, prompts_per_batch=4)
+    with pytest.raises(Refusal, match=said):
+        draw(params, [[3] * length], KEY)
+
+
+def test_an_empty_prompt_is_refused_by_its_number(sampler, params):
+    with pytest.raises(Refusal, match="prompt 6 has no tokens"):
+        sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, [[1], []], KEY, 5)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +383,22 @@ def test_settings_out_of_range_are_refused(settings_, said):
 
 
 def test_prompts_are_padded_on_the_left():
-    tokens, valid = pad_prompts([[1, 2, 3], [4], [5] * 5], multiple=4)
+    tokens, valid = pad_prompts([[1, 2, 3], [4], [5] * 5], smallest=4)
     assert tokens.tolist() == [[0] * 5 + [1, 2, 3], [0] * 7 + [4], [0] * 3 + [5] * 5]
     assert valid.tolist() == [[False] * (8 - n) + [True] * n for n in (3, 1, 5)]
-    assert pad_prompts([[1] * 4], multiple=4)[0].shape == (1, 4)
+    assert pad_prompts([[1] * 4], smallest=4)[0].shape == (1, 4)
+
+
+def test_widths_are_few():
+    widths = [pad_prompts([[1] * length, [2]])[0].shape[1] for length in range(1, 1400)]
+    assert sorted(set(widths)) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
+    # The first that holds the prompt, and from 64 on never half as wide again.
+    assert all(width >= length for length, width in enumerate(widths, 1))
+    assert all(pad_prompts([[1] * width])[0].shape[1] == width for width in set(widths))
+    assert max(width / length for length, width in enumerate(widths, 1) if length > 64) < 1.5
+
+
+def test_prompts_are_never_wider_than_allowed():
+    tokens, valid = pad_prompts([[1] * 150, [2]], widest=160)
+    assert tokens.shape == (2, 160) and valid.sum(axis=1).tolist() == [150, 1]
+    assert pad_prompts([[1] * 150], widest=200)[0].shape[1] == 192

@@ -48,7 +48,7 @@ def test_unknown_rewards_are_refused(name, said):
         rewards.resolve(name)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high", 10**400])
 def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
     monkeypatch.setattr(math, "given_reward", lambda row, completion: value, raising=False)
     reward = rewards.resolve("math:given_reward")
@@ -56,10 +56,35 @@ def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
         reward({"id": "q7", "prompt": "a"}, "b")
     with pytest.raises(Refusal, match='the prompt "a"'):
         reward({"prompt": "a"}, "b")
+    with pytest.raises(Refusal, match='the prompt "a"'):
+        reward({"id": None, "prompt": "a"}, "b")
+
+
+@pytest.mark.parametrize("error", [KeyError("weight"), ZeroDivisionError("by zero"), RuntimeError("no\nway")])
+def test_rewards_that_fail_name_the_row_and_the_error(error, monkeypatch):
+    def fail(row, completion):
+        raise error
+
+    monkeypatch.setattr(math, "given_reward", fail, raising=False)
+    with pytest.raises(Refusal, match="(?s)'math:given_reward' failed with .* the row 'q7' .* 'hello'") as refused:
+        rewards.resolve("math:given_reward")({"id": "q7"}, "hello")
+    assert f"{type(error).__name__}: {error}" in str(refused.value)
+    assert refused.value.__cause__ is error
+
+
+def test_what_a_reward_refuses_is_told_as_it_is(monkeypatch):
+    def refuse(row, completion):
+        raise Refusal("the judge is away: call again")
+
+    monkeypatch.setattr(math, "given_reward", refuse, raising=False)
+    with pytest.raises(Refusal, match="^the judge is away: call again$"):
+        rewards.resolve("math:given_reward")({}, "b")
 
 
 def test_rows_that_lack_what_a_reward_reads_are_named():
     with pytest.raises(Refusal, match="'answer'"):
         rewards.resolve("exact")({"prompt": "a"}, "b")
+    with pytest.raises(Refusal, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""):
+        rewards.resolve("sorting")({"prompt": "sort 21:"}, "12")
     with pytest.raises(Refusal, match="'functions'"):
         rewards._NAMED["bfcl"]({"id": 1, "prompt": "a"}, "b")
