@@ -71,10 +71,11 @@ def behaviour_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[A
 def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples_per_prompt: int = 1) -> Callable:
     """Compile-once sampler `generate(params, tokens [P, L], valid [P, L], keys [P * n]) -> Samples` with B = P * n.
 
-    Prompts are padded on the left (`valid` False) and computed once for their `n = samples_per_prompt` completions, which
-    stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it becomes does
-    not depend on who shares its batch. A sequence ends with the first of `stop_tokens`, which is part of it, or after
-    `sampling.max_tokens`; the loop ends with the last sequence, and nothing is computed after the last drawn token.
+    Prompts are padded on the left (`valid` False) and computed once for their `n = samples_per_prompt` completions,
+    which stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it
+    becomes does not depend on who shares its batch. A sequence ends with the first of `stop_tokens`, which is part of
+    it, or after `sampling.max_tokens`; the loop ends with the last sequence, and nothing is computed after the last
+    drawn token.
     """
     stops = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
     steps = sampling.max_tokens
@@ -110,7 +111,9 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
         last, lengths = jnp.repeat(last, samples_per_prompt, axis=0), jnp.repeat(lengths, samples_per_prompt)
         batch = prompts * samples_per_prompt
         out = Samples(
-            jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), *(jnp.zeros((batch, steps)) for _ in range(3))
+            jnp.zeros((batch, steps), jnp.int32),
+            jnp.zeros(batch, jnp.int32),
+            *(jnp.zeros((batch, steps)) for _ in range(3)),
         )
 
         def running(carry):
@@ -161,7 +164,9 @@ class Sampler:
         prompts_per_batch: prompts in one compiled call; a short last batch is filled up and the filling dropped.
     """
 
-    def __init__(self, model, sampling: Sampling, stop_tokens: Sequence[int], *, samples_per_prompt=1, prompts_per_batch=16):
+    def __init__(
+        self, model, sampling: Sampling, stop_tokens: Sequence[int], *, samples_per_prompt=1, prompts_per_batch=16
+    ):
         self.samples_per_prompt, self.prompts_per_batch = samples_per_prompt, prompts_per_batch
         self._generate = make_generate(model, sampling, stop_tokens, samples_per_prompt)
         self._context = model.config.max_positions

@@ -343,7 +343,9 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
     draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
     fits = [[3] * (config.max_positions - NEW)]
     assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
-    said = "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
+    said = (
+        "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
+    )
     with pytest.raises(Refusal, match=said):
         draw(params, [[1], fits[0] + [3]], KEY, 7)
 

@@ -84,7 +84,9 @@ def test_what_a_reward_refuses_is_told_as_it_is(monkeypatch):
 def test_rows_that_lack_what_a_reward_reads_are_named():
     with pytest.raises(Refusal, match="'answer'"):
         rewards.resolve("exact")({"prompt": "a"}, "b")
-    with pytest.raises(Refusal, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""):
+    with pytest.raises(
+        Refusal, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""
+    ):
         rewards.resolve("sorting")({"prompt": "sort 21:"}, "12")
     with pytest.raises(Refusal, match="'functions'"):
         rewards._NAMED["bfcl"]({"id": 1, "prompt": "a"}, "b")
