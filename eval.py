@@ -1,4 +1,4 @@
-"""Evaluate a model directory, a run or a checkpoint: reward, accuracy and KL of fresh samples, and an objective's metrics."""
+"""Evaluate a model directory, a run or a checkpoint: reward, accuracy, KL and an objective's metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Evaluate:
     data: str
     """Rows with `prompt` and what the reward needs, or whole examples of an objective; see docs/data.md."""
     reward: str | None = None
-    """exact, sorting, bfcl or module:function(row, completion) -> float; without one there is no reward of fresh samples."""
+    """exact, sorting, bfcl or module:function(row, completion) -> float; without one nothing is scored."""
     reference: str | None = None
     """What the KL is measured to: a directory or hub id; default: the run's own reference, if the model is a run's."""
     objective: Literal["shiq", "dpo", "sft"] | None = None

@@ -110,7 +110,8 @@ def command_line(arguments: Sequence[str]):
     jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Sft())]
     jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
     kinds = [
-        Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)] for job in jobs
+        Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)]
+        for job in jobs
     ]
     return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
 

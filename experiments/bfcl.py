@@ -81,11 +81,20 @@ def draw(runs: dict[str, RunDirectory], path: Path) -> None:
             panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
             panel.set_ylim(bottom=0)
         if "greedy_reward" in points[0]:
-            row[0].plot(steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy")
+            row[0].plot(
+                steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy"
+            )
             row[0].legend(frameon=False, fontsize=8, loc="lower right")
-        row[2].plot([update["step"] for update in updates], [update["loss"] for update in updates], color="tab:blue", linewidth=1)
+        row[2].plot(
+            [update["step"] for update in updates],
+            [update["loss"] for update in updates],
+            color="tab:blue",
+            linewidth=1,
+        )
         row[0].set_ylabel(titles[name], fontsize=8)
-        for panel, title in zip(row, ("reward on held-out prompts", "KL to the reference, nats per sequence", "ShiQ loss")):
+        for panel, title in zip(
+            row, ("reward on held-out prompts", "KL to the reference, nats per sequence", "ShiQ loss")
+        ):
             panel.set_title(title, fontsize=9)
             panel.set_xlabel("update", fontsize=8)
             panel.grid(alpha=0.3)
@@ -100,19 +109,22 @@ def render(run: RunDirectory, summary: dict) -> str:
     warm, collection, held_out = options["warm_start"], options["collection"], options["evaluation"]["prompts"]
     evaluations = MetricsLog(run.metrics).rows("evaluation")
     date = datetime.date.fromtimestamp(run.summary.stat().st_mtime)
-    serves = "so they serve as the reference's" if summary["probe"]["passed"] else "so they do not serve as the reference's"
+    serves = (
+        "so they serve as the reference's" if summary["probe"]["passed"] else "so they do not serve as the reference's"
+    )
     return f"""# Function calling: a first run
 
-SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard (simple_python,
-multiple, parallel, parallel_multiple), split by connected components of question and function name, so that no function of a
-held-out question was seen. The reward is 1 where the official AST checker accepts the answer.
+SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard
+(simple_python, multiple, parallel, parallel_multiple), split by connected components of question and function name, so
+that no function of a held-out question was seen. The reward is 1 where the official AST checker accepts the answer.
 
     pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl
 
-{warm["steps"]} supervised updates of {warm["batch_size"]} demonstrations make the reference. It answers {collection["prompts"]} other training questions
-{collection["samples_per_prompt"]} times each, at most {collection["sampling"]["max_tokens"]} tokens. {summary["updates"]} ShiQ updates of {options["batch_size"]} questions with all their
-answers (beta {options["loss"]["beta"]}, rewards relative to the mean of a question's answers) make the policy. Both are measured on the same
-{held_out} held-out questions.
+{warm["steps"]} supervised updates of {warm["batch_size"]} demonstrations make the reference. It answers
+{collection["prompts"]} other training questions {collection["samples_per_prompt"]} times each, at most
+{collection["sampling"]["max_tokens"]} tokens. {summary["updates"]} ShiQ updates of {options["batch_size"]} questions
+with all their answers (beta {options["loss"]["beta"]}, rewards relative to the mean of a question's answers) make the
+policy. Both are measured on the same {held_out} held-out questions.
 
 | | reference | after ShiQ |
 |---|---|---|
@@ -121,12 +133,14 @@ answers (beta {options["loss"]["beta"]}, rewards relative to the mean of a quest
 | KL to the reference, nats per sequence | 0 | {summary["kl"]:.2f} ± {summary["kl_stderr"]:.2f} |
 | mean length of a sample, tokens | {evaluations[0]["length"]:.1f} | {evaluations[-1]["length"]:.1f} |
 
-± is one standard error over questions. This is one seed ({summary["seed"]}) and {held_out} questions: a difference below about
-{2 * 0.5 / held_out**0.5:.2f} says nothing. The buffer holds {summary["records"]} answers in {summary["buffer_bytes"] / 1e6:.1f} MB. The sampler's statistics differed from
-the update step's by at most {_largest(summary["probe"]):.1e} nats per token, {serves}.
+± is one standard error over questions. This is one seed ({summary["seed"]}) and {held_out} questions: a difference
+below about {2 * 0.5 / held_out**0.5:.2f} says nothing. The buffer holds {summary["records"]} answers in
+{summary["buffer_bytes"] / 1e6:.1f} MB. The sampler's statistics differed from the update step's by at most
+{_largest(summary["probe"]):.1e} nats per token, {serves}.
 
-{machine["cpu_cores"]} CPU cores shared with other work ({machine["device"]}), jax {machine["jax"]}, Python {machine["python"]}, {date}: {summary["seconds"] / 60:.0f} minutes,
-{summary["tokens_per_second"]:.0f} real tokens per second through the update step. All numbers: [bfcl.json](bfcl.json). This page is written by
+{machine["cpu_cores"]} CPU cores shared with other work ({machine["device"]}), jax {machine["jax"]}, Python
+{machine["python"]}, {date}: {summary["seconds"] / 60:.0f} minutes, {summary["tokens_per_second"]:.0f} real tokens per
+second through the update step. All numbers: [bfcl.json](bfcl.json). This page is written by
 `python -m experiments.bfcl`.
 
 ![Learning curves of both presets](runs.png)

@@ -12,7 +12,7 @@ import pytest
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.data.tiny import tiny_directory
-from shiq_jax.replay import Buffer
+from shiq_jax.replay import Buffer, to_jsonl
 from shiq_jax.training import passes
 
 ROOT = Path(__file__).parent.parent
@@ -126,21 +126,21 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, tiny, tmp_path, monkey
 
 
 def test_sampling_that_stopped_goes_on_with_the_same_samples(finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.training import pipeline
+    from shiq_jax.training import filling
 
     arguments = ["shiq", "--model", tiny, "--output-dir", str(tmp_path / "run"), "--mesh", "fsdp=1", *SMALL]
-    collect = pipeline.collect
+    collect = filling.collect
 
     def die(*args, first, **kwargs):
         if first == 8:
             raise KeyboardInterrupt
         return collect(*args, first=first, **kwargs)
 
-    monkeypatch.setattr(pipeline, "collect", die)
+    monkeypatch.setattr(filling, "collect", die)
     with pytest.raises(KeyboardInterrupt):
         training_door.main(arguments)
     assert len(Buffer.open(tmp_path / "run" / "buffer")) == 24
-    monkeypatch.setattr(pipeline, "collect", collect)
+    monkeypatch.setattr(filling, "collect", collect)
     training_door.main([*arguments, "--resume"])
     assert Buffer.open(tmp_path / "run" / "buffer").read(range(36)) == Buffer.open(finished / "buffer").read(range(36))
 
@@ -173,53 +173,145 @@ def test_the_python_example_of_the_docs_learns_from_the_run(finished):
     assert int(scope["state"].step) == 10 and np.isfinite(float(scope["metrics"]["loss"]))
 
 
-OFFLINE = ["--batch-size", "2", "--epochs", "1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4"]
+OFFLINE = [
+    "--batch-size", "2", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--optimizer.learning-rate", "1e-3",
+]  # fmt: skip
+TOKENS = {"tokens": [1, 20, 30, 40], "action_mask": [0, 0, 1, 1], "rewards": [0, 0, 0.5, 1], "group_id": "a"}
+FORMATS = {
+    "scored": (
+        "shiq",
+        [{"prompt": f"say {p}", "completion": c, "reward": r} for p in "ab" for c, r in (("y", 1), ("n", 0))],
+    ),
+    "tokens": ("shiq", [TOKENS, TOKENS | {"tokens": [1, 20, 50, 60], "rewards": [0, 0, 0, 0]}]),
+    "pairs": ("dpo", [{"prompt": f"say {p}", "chosen": "yes", "rejected": "no"} for p in "abcd"]),
+    "demonstrations": ("sft", [{"prompt": f"say {p}", "completion": "yes"} for p in "abcd"]),
+    "messages": (
+        "sft",
+        [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "yes"}]} for p in "ab"],
+    ),
+    "text": ("sft", [{"text": "one two"}, {"text": "three"}]),
+}
 
 
-@pytest.mark.parametrize(
-    "command, rows",
-    [
-        ("shiq", [{"prompt": f"say {p}", "completion": c, "reward": r} for p in "abc" for c, r in (("yes", 1), ("no", 0))]),
-        ("dpo", [{"prompt": f"say {p}", "chosen": "yes", "rejected": "no"} for p in "abcd"]),
-        ("sft", [{"prompt": f"say {p}", "completion": "yes"} for p in "abcd"]),
-    ],
-)
-def test_somebody_elses_data_alone_is_enough(command, rows, tiny, tmp_path):
-    data = jsonl(tmp_path / "data.jsonl", rows)
-    out = tmp_path / "run"
-    options = ["--warm-start.steps", "0"] if command != "sft" else []
-    rate = ["--optimizer.learning-rate", "1e-3"]
-    training_door.main([command, "--data", data, "--model", tiny, "--output-dir", str(out), *OFFLINE, *options, *rate])
+@pytest.mark.parametrize("name", FORMATS)
+def test_somebody_elses_data_alone_is_enough(name, tiny, tmp_path):
+    command, rows = FORMATS[name]
+    data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
+    training_door.main([command, "--data", data, "--model", tiny, "--output-dir", str(out), *OFFLINE])
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["reward_before"] is None and summary["kl"] is not None
+    assert summary["reward_before"] is None and np.isfinite(summary["kl"])
     buffer = Buffer.open(out / "buffer")
     assert len(buffer) == sum(2 if "chosen" in row else 1 for row in rows)
     assert len(buffer.identities()) == (command != "sft")
+    assert not (out / "reference").exists()
 
 
-def test_data_are_refused_with_file_and_line(tiny, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b", "reward": 1}\n{"prompt": "a", "completion": "b"}\n')
-    arguments = ["shiq", "--data", str(data), "--model", tiny, "--output-dir", str(tmp_path / "run"), "--warm-start.steps", "0"]
-    error = refusal(training_door, arguments, capsys)
-    assert "data.jsonl" in error and "line 2" in error and "reward" in error
-    assert "--model" in refusal(training_door, ["shiq", "--data", str(data), "--output-dir", str(tmp_path / "other")], capsys)
+def test_samples_of_one_run_are_data_for_another(finished, tiny, tmp_path):
+    data = tmp_path / "samples.jsonl"
+    first = Buffer.open(finished / "buffer")
+    to_jsonl(first, data)
+    out = tmp_path / "run"
+    options = ["--reward", "sorting", "--baseline", "group_mean"]
+    reference = str(finished / "reference")
+    training_door.main(
+        ["shiq", "--data", str(data), "--model", reference, "--output-dir", str(out), *OFFLINE, *options]
+    )
+    second = Buffer.open(out / "buffer")
+    for mine, theirs in zip(second.read(range(36)), first.read(range(36)), strict=True):
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_array_equal(mine.lse, theirs.lse)
+    summary = json.loads((out / "summary.json").read_text())
+    # The samples came from this very model, so their statistics were taken over; and the rows' answers still score.
+    assert summary["probe"]["passed"] and summary["reward_before"] is not None
 
 
-def test_evaluation_of_a_run_its_export_and_its_checkpoints_agree(finished, tmp_path, capsys):
+MISTAKES = {
+    "a missing field": (
+        ["shiq"],
+        [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "b"}],
+        "line 2",
+    ),
+    "a reward that does not exist": (["shiq", "--reward", "nothing:here"], FORMATS["scored"][1], "nothing:here"),
+    "devices that do not exist": (["shiq", "--mesh", "fsdp=99"], FORMATS["scored"][1], "--mesh fsdp=99"),
+    "no room for the context": (
+        ["shiq"],
+        [{"prompt": "a" * 5000, "completion": "b", "reward": 1}],
+        "context holds 2048",
+    ),
+    "nothing left of the rewards": (
+        ["shiq", "--baseline", "group_mean"],
+        [{"prompt": "a", "completion": "b", "reward": 1}],
+        "--baseline none",
+    ),
+    "no unlike rewards": (["dpo"], [{"prompt": "a", "completion": "b", "reward": 1}], "chosen"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(name, tiny, tmp_path, capsys):
+    (command, *options), rows, said = MISTAKES[name]
+    data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
+    arguments = [command, "--data", data, "--model", tiny, "--output-dir", str(out), *OFFLINE, *options]
+    assert said in refusal(training_door, arguments, capsys)
+    assert not out.exists()
+
+
+def test_numbers_out_of_range_are_refused_before_anything_is_done(tmp_path, capsys):
+    for flag, value in (
+        ("--loss.beta", "0"),
+        ("--loss.gamma", "1.5"),
+        ("--collection.samples-per-prompt", "0"),
+        ("--seed", "-1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            training_door.main(["shiq", flag, value, "--output-dir", str(tmp_path / "run")])
+        assert stop.value.code == 2 and flag.split(".")[-1].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_need_a_model(tmp_path, capsys):
+    data = jsonl(tmp_path / "data.jsonl", FORMATS["scored"][1])
+    assert "--model" in refusal(training_door, ["shiq", "--data", data, "--output-dir", str(tmp_path / "run")], capsys)
+
+
+@pytest.mark.parametrize(
+    "name, metric", [("pairs", "rewards/accuracies"), ("scored", "logratio"), ("demonstrations", "probability")]
+)
+def test_evaluation_measures_the_objective_of_the_rows(name, metric, finished, tmp_path):
+    data = jsonl(tmp_path / "data.jsonl", FORMATS[name][1])
+    out = tmp_path / "eval"
+    evaluation_door.main(["--model", str(finished), "--data", data, "--max-tokens", "4", "--output-dir", str(out)])
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["objective"] == FORMATS[name][0] and np.isfinite(found["objective_metrics"][metric])
+    assert found["objective_metrics"]["loss"] > 0 and found["reference"] and "reward" not in found
+    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_evaluation_is_not_shown_as_this_one(finished, tmp_path, capsys):
+    data = jsonl(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    arguments = ["--model", str(finished), "--data", data, "--max-tokens", "2", "--output-dir", str(tmp_path / "eval")]
+    evaluation_door.main(arguments)
+    evaluation_door.main([*arguments, "--resume"])
+    assert "--resume" in refusal(evaluation_door, arguments, capsys)
+    assert "max_tokens=2, not 3" in refusal(evaluation_door, [*arguments, "--resume", "--max-tokens", "3"], capsys)
+
+
+def test_evaluation_of_a_run_its_export_and_its_checkpoints_agree(finished, tmp_path):
+    data = str(finished / "data" / "held_out.jsonl")
+
     def numbers(name, *more):
-        capsys.readouterr()
-        out = tmp_path / str(abs(hash((name, more))))
-        evaluation_door.main([
-            "--model", str(finished / name), "--data", str(finished / "data" / "held_out.jsonl"), "--reward", "sorting",
-            "--max-tokens", "8", "--output-dir", str(out), "--mesh", "fsdp=1", *more,
-        ])  # fmt: skip
-        printed = json.loads(capsys.readouterr().out)
-        assert json.loads((out / "evaluation.json").read_text()) == printed
-        return {key: printed.get(key) for key in ("reward", "greedy_reward", "kl", "length", "prompts")}
+        out = tmp_path / f"{name.replace('/', '-')}{len(more)}"
+        policy = ["--model", str(finished / name), "--output-dir", str(out)]
+        evaluation_door.main(
+            [*policy, "--data", data, "--reward", "sorting", "--max-tokens", "8", "--mesh", "fsdp=1", *more]
+        )
+        found = json.loads((out / "evaluation.json").read_text())
+        assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+        shown = ("reward", "accuracy", "greedy_reward", "kl", "length", "rows", "objective_metrics")
+        return {key: found.get(key) for key in shown}
 
     run = numbers(".")
-    assert run["prompts"] == 4 and run["kl"] is not None
+    assert run["rows"] == 4 and run["objective_metrics"]["logratio"] == pytest.approx(run["kl"], abs=1e-4)
     assert numbers("checkpoints") == numbers("checkpoints/6") == run
     assert numbers("export", "--reference", str(finished / "reference")) == run
     assert numbers("export")["kl"] is None
@@ -229,6 +321,8 @@ def test_evaluation_of_a_run_its_export_and_its_checkpoints_agree(finished, tmp_
 def test_help_and_mistakes_on_the_command_line():
     run = [sys.executable, str(ROOT / "train.py")]
     shown = subprocess.run([*run, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and all(name in shown.stdout for name in ("shiq", "dpo", "sft", "shiq-bfcl", "inspect"))
+    assert shown.returncode == 0 and all(
+        name in shown.stdout for name in ("shiq", "dpo", "sft", "shiq-bfcl", "inspect")
+    )
     wrong = subprocess.run([*run, "shiq", "--batch-sise", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "batch-size" in wrong.stdout + wrong.stderr

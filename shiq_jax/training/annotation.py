@@ -47,7 +47,8 @@ def statistics_of(
         records: sequences; their own statistics are not looked at.
         prompts_per_batch: groups in one compiled call.
         row_length: groups of more tokens are split.
-        shape: sizes of the compiled call, when these records are part of a larger set; by default what they need, rounded
+        shape: sizes of the compiled call, when these records are part of a larger set; by default what they need,
+        rounded
             up so that few programs are compiled.
     """
     bundles = _bundles(records, row_length)
@@ -65,7 +66,7 @@ def statistics_of(
 
 
 def _bundles(records: Sequence[Record], row_length: int) -> list[tuple[tuple[int], ...]]:
-    """The records of each group as one bundle, or as several where they would not fit into a row even without sharing."""
+    """The records of each group as one bundle, or as several where even unshared they would not fit."""
     groups: dict[str, list[list[int]]] = {}
     used: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -89,11 +90,12 @@ def _coarse(shape: Shape) -> Shape:
 
 
 def probe(model, params, buffer: Buffer, *, sequences: int = 32) -> dict[str, float | bool] | None:
-    """Whether the sampler's own statistics are those of the update step's forward pass, on sequences spread over the buffer.
+    """Whether the sampler's own statistics are those of the update step's forward pass, on sequences spread over the
+    buffer.
 
     Returns:
-        largest |logratio| and |difference of lse| over their actions, and `passed`; None when some record lacks the sampler's
-        statistics.
+        largest |logratio| and |difference of lse| over their actions, and `passed`; None when some record lacks the
+        sampler's statistics.
     """
     if buffer.coverage()["lse"] < len(buffer):
         return None
@@ -117,8 +119,8 @@ def annotate(
 ) -> dict | None:
     """Fill the buffer with the statistics of a reference model, and say what the probe of the sampler's own found.
 
-    Where the probe passes, the sampler's statistics are adopted as they are; otherwise, shard by shard, a forward pass makes
-    them. Shards that have them are left alone, so an annotation that was stopped goes on.
+    Where the probe passes, the sampler's statistics are adopted as they are; otherwise, shard by shard, a forward pass
+    makes them. Shards that have them are left alone, so an annotation that was stopped goes on.
 
     Args:
         model, params: the reference.

@@ -13,8 +13,8 @@ from shiq_jax.replay import Buffer, Record
 class GroupMeanBaseline:
     """The buffer's records, each with the mean return of its group taken off the reward of its last action.
 
-    With gamma = 1 a constant per prompt on the last reward leaves the optimal policy as it is and moves only the value of the
-    prompt, which the logits then need not learn; the buffer itself keeps the raw rewards.
+    With gamma = 1 a constant per prompt on the last reward leaves the optimal policy as it is and moves only the value
+    of the prompt, which the logits then need not learn; the buffer itself keeps the raw rewards.
 
     Raises:
         Refusal: no group has two answers, so that nothing would be left of the rewards.
@@ -25,7 +25,7 @@ class GroupMeanBaseline:
         _, members = np.unique(buffer.group_ids(), return_inverse=True)
         if len(buffer) and np.bincount(members).max() == 1:
             raise Refusal(
-                f"every prompt of {buffer.path} has one answer, so its mean is its reward and nothing would be left to learn: use "
+                f"every prompt of {buffer.path} has one answer, whose mean is itself, so nothing would be left to learn: use "
                 "--baseline none"
             )
         means = np.bincount(members, buffer.returns()) / np.bincount(members)

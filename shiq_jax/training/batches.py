@@ -53,7 +53,9 @@ class Batches:
         self.records, self.statistics, self.mesh = buffer if records is None else records, statistics, mesh
         self.bundles = bundles(buffer, unit, row_length=row_length)
         if not self.bundles:
-            raise Refusal(f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards")
+            raise Refusal(
+                f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards"
+            )
         # A batch larger than the buffer would hold some of it several times.
         batch_size = min(batch_size, len(self.bundles))
         self.schedule = Schedule(len(self.bundles), batch_size, seed)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a `State`: asynchronous, the last few and the best kept, restored into the target's shardings."""
+"""Orbax checkpoints of a `State`: asynchronous, the last few and the best kept, restored into any sharding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _PARTS = {"policy": ("trainable",), "memory": ("targets", "opt_state", "step", "
 class Checkpoints:
     """The checkpoints of one run in one directory, numbered by update step.
 
-    What learns is saved: `State.frozen` comes from the model's own files and is taken from the state that is restored into.
+    What learns is saved: `State.frozen` comes from the model's own files and is taken from the state that is restored
+    into.
 
     Args:
         directory: made if missing.
@@ -137,7 +138,9 @@ class Checkpoints:
         for name, leaf in wanted.items():
             found = (tuple(there[name].shape), str(there[name].dtype))
             if found != (tuple(leaf.shape), str(leaf.dtype)):
-                raise Refusal(f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}")
+                raise Refusal(
+                    f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}"
+                )
 
 
 def _storable(state: State, name: str):
@@ -145,7 +148,7 @@ def _storable(state: State, name: str):
 
 
 def _flatten(state: State, part: str) -> dict[str, Any]:
-    """A flat dict by path: empty subtrees and optimiser tuples, which formats treat differently, leave no trace in it."""
+    """A flat dict by path: empty subtrees and optimiser tuples, which formats treat differently, leave no trace."""
     leaves, _ = jax.tree_util.tree_flatten_with_path({name: _storable(state, name) for name in _PARTS[part]})
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -26,7 +26,7 @@ def _positive(beta: float) -> None:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A few supervised updates on demonstrations before anything is sampled; they make the policy that is the reference."""
+    """A few supervised updates on demonstrations, before anything is sampled, make the reference."""
 
     steps: int = 0
     """Updates; 0 starts from the model as it is."""
@@ -61,7 +61,7 @@ class Evaluation:
     """Fresh temperature-1 samples on held-out prompts."""
 
     data: str | None = None
-    """Prompts to evaluate on (JSONL rows with `prompt` and what the reward needs); default: the task's held-out split."""
+    """Prompts to evaluate on (rows with `prompt` and what the reward needs); default: the task's held-out split."""
     prompts: int = 128
     """How many of them, at most."""
     samples_per_prompt: int = 4
@@ -137,11 +137,11 @@ class Job:
     data: str | None = None
     """Someone's data (.jsonl, .json, .parquet or a hub id) instead of our own samples; see docs/data.md."""
     task: Literal["sorting", "bfcl"] = "sorting"
-    """Where prompts, demonstrations and rewards come from when there is no --data: the embedded toy, or function calling."""
+    """Where prompts, demonstrations and rewards come from without --data: the toy, or function calling."""
     reward: str | None = None
     """exact, sorting, bfcl or module:function(row, completion) -> float; default: the task's own."""
     baseline: Literal["none", "group_mean"] = "none"
-    """What is taken off an answer's last reward; the mean of its prompt's answers leaves the optimum as it is at gamma 1."""
+    """What is taken off an answer's last reward; the mean of its prompt's answers does not move the optimum."""
     output_dir: Path | None = None
     """Where everything is written; default: runs/COMMAND."""
     seed: int = 0
@@ -175,7 +175,9 @@ class Job:
     def __post_init__(self):
         _at_least(self, seed=0, batch_size=1, epochs=0, microbatches=1, save_every=1, keep=1, row_length=2)
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma != 1):
-            raise ValueError("a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none")
+            raise ValueError(
+                "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
+            )
 
     def directory(self) -> Path:
         """The output directory."""

@@ -59,7 +59,11 @@ class Evaluator:
         def sampler(temperature, samples):
             sampling = Sampling(temperature=temperature, max_tokens=self.max_tokens)
             return Sampler(
-                self.model, sampling, self.stop_tokens, samples_per_prompt=samples, prompts_per_batch=self.prompts_per_batch
+                self.model,
+                sampling,
+                self.stop_tokens,
+                samples_per_prompt=samples,
+                prompts_per_batch=self.prompts_per_batch,
             )
 
         object.__setattr__(self, "_sampler", sampler(1.0, self.samples_per_prompt))
@@ -74,10 +78,10 @@ class Evaluator:
             key: random key of the samples.
 
         Returns:
-            `kl` in nats per sequence, the mean over fresh temperature-1 samples of the summed log-ratio to the reference;
-            `length` in tokens; with a reward also `reward`, and `accuracy`, the share of samples whose reward is at least 1;
-            all with a standard error over prompts in `..._stderr`; and, when asked for, `greedy_reward` and
-            `greedy_accuracy`.
+            `kl` in nats per sequence, the mean over fresh temperature-1 samples of the summed log-ratio to the
+            reference; `length` in tokens; with a reward also `reward`, and `accuracy`, the share of samples whose
+            reward is at least 1; all with a standard error over prompts (over samples when there is one prompt) in
+            `..._stderr`; and, when asked for, `greedy_reward` and `greedy_accuracy`.
 
         Raises:
             Refusal: there is no prompt.
@@ -119,7 +123,8 @@ class Evaluator:
     def _mean(self, name: str, values: np.ndarray) -> dict[str, float]:
         """Mean, and its standard error from the spread between prompts: samples of one prompt are not independent."""
         by_prompt = np.reshape(values, (len(self.rows), -1)).mean(axis=1)
-        error = np.std(by_prompt, ddof=1) / np.sqrt(len(by_prompt)) if len(by_prompt) > 1 else 0.0
+        drawn = by_prompt if len(by_prompt) > 1 else np.asarray(values)
+        error = np.std(drawn, ddof=1) / np.sqrt(len(drawn)) if len(drawn) > 1 else 0.0
         return {name: float(by_prompt.mean()), f"{name}_stderr": float(error)}
 
     def _draw(self, sampler: Sampler, params, key) -> list[Record]:

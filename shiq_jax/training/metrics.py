@@ -14,8 +14,8 @@ from shiq_jax.replay.storage import write_atomically
 class MetricsLog:
     """Appends one JSON object per line: `stage`, `step` and numbers.
 
-    Lines of a stage that lie behind the step from which it is resumed are dropped by `rewind`, so that the file of a run that
-    was interrupted is that of a run that was not.
+    Lines of a stage that lie behind the step from which it is resumed are dropped by `rewind`, so that the file of a
+    run that was interrupted is that of a run that was not.
     """
 
     def __init__(self, path: Path):
@@ -60,7 +60,7 @@ def _plain(value):
 
 
 def track(items: Iterable, what: str, total: int, unit: str = "it") -> Iterator:
-    """Pass the items on and show how far they are and how fast: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Pass the items on and show how far they are and how fast: a bar on a terminal, else a line every ten seconds."""
     if sys.stderr.isatty():
         yield from _bar(items, what, total, unit)
         return
@@ -71,7 +71,11 @@ def track(items: Iterable, what: str, total: int, unit: str = "it") -> Iterator:
         now = time.monotonic()
         if now - last > 10 or done == total:
             last = now
-            print(f"{what}: {done}/{total} {unit}, {done / max(now - start, 1e-9):.2f} {unit}/s", file=sys.stderr, flush=True)
+            print(
+                f"{what}: {done}/{total} {unit}, {done / max(now - start, 1e-9):.2f} {unit}/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _bar(items, what, total, unit):

@@ -15,7 +15,14 @@ from shiq_jax.training.update import objective_sums
 
 
 def objective_metrics(
-    model, params, objective: Objective, buffer: Buffer, statistics=None, *, prompts_per_batch: int = 32, row_length: int = 4096
+    model,
+    params,
+    objective: Objective,
+    buffer: Buffer,
+    statistics=None,
+    *,
+    prompts_per_batch: int = 32,
+    row_length: int = 4096,
 ) -> dict[str, float]:
     """`loss` and the objective's metrics as means over a whole buffer, each example once.
 
@@ -32,7 +39,9 @@ def objective_metrics(
         ValueError: the objective couples examples.
     """
     if objective.couple is not None:
-        raise ValueError("an objective that couples examples has no value on a part of them: measure it in the update step")
+        raise ValueError(
+            "an objective that couples examples has no value on a part of them: measure it in the update step"
+        )
     chosen = bundles(buffer, objective.unit, row_length=row_length)
     if not chosen:
         raise Refusal(f"{buffer.path} holds no {objective.unit} to measure")

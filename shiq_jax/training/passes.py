@@ -43,7 +43,8 @@ def run_passes(
         the last state, which is also on disk.
 
     Raises:
-        Refusal: the loss or the gradient is not finite; the message names the step and its records, and the checkpoints on
+        Refusal: the loss or the gradient is not finite; the message names the step and its records, and the
+        checkpoints on
             disk are those of before.
     """
     start, shapes = int(state.step), set()
@@ -57,7 +58,9 @@ def run_passes(
         shape = tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
         timing = {"tokens": item.tokens, "seconds": round(seconds, 4), "compiled": shape not in shapes}
         shapes.add(shape)
-        log.write(stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing)
+        log.write(
+            stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing
+        )
         values = {}
         if evaluate and (done == steps or (marks.evaluate and done % marks.evaluate == 0)):
             values = evaluate(state, done)
@@ -69,7 +72,7 @@ def run_passes(
 
 
 def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
-    """Real tokens through the update step per second, over the logged updates that did not compile; None without any."""
+    """Real tokens through the update step per second, over the updates that did not compile; None without any."""
     counted = [row for row in rows if not row["compiled"]]
     seconds = sum(row["seconds"] for row in counted)
     return sum(row["tokens"] for row in counted) / seconds if seconds else None
@@ -80,6 +83,6 @@ def _check(metrics: dict, stage: str, number: int, members) -> None:
     if bad:
         records = sorted({int(index) for index in members.ravel() if index >= 0})
         raise Refusal(
-            f"{' and '.join(bad)} of {stage} step {number + 1} (records {records}) is not finite; the last checkpoint is the one "
-            "before it: lower the learning rate or look at those records"
+            f"{' and '.join(bad)} of {stage} step {number + 1} (records {records}) is not finite; the last checkpoint "
+            "is from before it: lower the learning rate or look at those records"
         )

@@ -189,9 +189,17 @@ def _fit(
         state, _ = checkpoints.restore(state)
     run.log.rewind((stage, "evaluation") if evaluate else (stage,), int(state.step))
     state = run_passes(
-        make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches), state, batches, steps,
-        stage=stage, log=run.log, checkpoints=checkpoints, metadata={"stage": stage, "settings": run.job.settings()},
-        learning_rate=optimizer.learning_rate_at(steps), marks=marks, evaluate=evaluate,
+        make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches),
+        state,
+        batches,
+        steps,
+        stage=stage,
+        log=run.log,
+        checkpoints=checkpoints,
+        metadata={"stage": stage, "settings": run.job.settings()},
+        learning_rate=optimizer.learning_rate_at(steps),
+        marks=marks,
+        evaluate=evaluate,
     )
     checkpoints.close()
     return state

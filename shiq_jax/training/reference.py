@@ -37,8 +37,8 @@ class Reference:
         model, params = self.load(self.source)
         if self.vocab_size not in (None, model.config.vocab_size):
             raise Refusal(
-                f"the reference {self.source} has a vocabulary of {model.config.vocab_size} tokens and the policy one of "
-                f"{self.vocab_size}: take a reference of the same family"
+                f"the reference {self.source} has a vocabulary of {model.config.vocab_size} tokens and the policy one "
+                f"of {self.vocab_size}: take a reference of the same family"
             )
         return model, params
 

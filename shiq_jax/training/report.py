@@ -108,7 +108,7 @@ def draw_evaluation(samples: Sequence[Mapping], logratios: Sequence[float] | Non
     elif logratios is not None:
         axes[1].hist(logratios, bins=20, color="tab:red")
     for axis, shown in zip(axes, (rewards, logratios), strict=True):
-        if not shown:
+        if shown is None or not len(shown):
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

@@ -63,7 +63,7 @@ def set_up(job: Job, directory: RunDirectory) -> Run:
         length = len(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
         if length + new > context:
             raise Refusal(
-                f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's context of {context}: "
-                "leave it out or lower max_tokens"
+                f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
+                f"context of {context}: leave it out or lower max_tokens"
             )
     return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), MetricsLog(directory.metrics))

@@ -35,14 +35,17 @@ class RunDirectory:
         """A new run in an empty or missing directory, or the one that is there, of the same settings, with `resume`.
 
         Raises:
-            Refusal: the directory holds a run and `resume` is not asked for, holds none and it is, holds other files, or holds
+            Refusal: the directory holds a run and `resume` is not asked for, holds none and it is, holds other files,
+            or holds
                 a run of other settings.
         """
         run = cls(path)
         settings = json.loads(json.dumps(settings, default=str))
         if not resume:
             if run.config.exists():
-                raise Refusal(f"{path} holds a run already: add --resume to go on with it, or name another --output-dir")
+                raise Refusal(
+                    f"{path} holds a run already: add --resume to go on with it, or name another --output-dir"
+                )
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
                 raise Refusal(f"{path} is not empty and holds no run: name another --output-dir")
             run.path.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,11 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict], Se
         examples.append(records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
-    return numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()}, evaluator.shown(records), logratios
+    return (
+        numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
+        evaluator.shown(records),
+        logratios,
+    )
 
 
 def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):
@@ -113,7 +117,7 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
 
 
 def find_policy(name: str) -> tuple[str | Path, RunDirectory | None, int | None]:
-    """Where the weights' shapes come from, and the run and step when `name` is a run, its checkpoints or one of them."""
+    """Where the weights' shapes come from; also run and step when `name` is a run or its checkpoints."""
     path = Path(name)
     candidates = [(path, None)]
     if path.name == "checkpoints":

@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 
 
 class State(NamedTuple):
-    """One pytree: what learns, what does not, slow copies, the optimiser's memory, the number of updates and a random key."""
+    """One pytree: what learns, what does not, slow copies, the optimiser's memory, the step and a random key."""
 
     trainable: Params
     frozen: Params
@@ -68,7 +68,8 @@ def init_state(
 ) -> State:
     """State at step 0, the optimiser's memory born in the shardings of the parameters it belongs to.
 
-    The state takes `params` over: the first update donates the arrays, so keep a copy (or the files) of what must outlive it.
+    The state takes `params` over: the first update donates the arrays, so keep a copy (or the files) of what must
+    outlive it.
 
     Args:
         model: the model that the parameters belong to; its mesh is used when `mesh` is not given.
@@ -88,7 +89,7 @@ def init_state(
     # A copy, because a buffer that stands twice in donated arguments cannot be donated.
     slow = jax.tree.map(jnp.copy, dict(targets(params))) if targets else {}
     opt_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, learns, mesh))(learns)
-    # Copied as well: placing an array may share its memory, and the caller's key must outlive the donation of the state.
+    # Copied as well: placing an array may share its memory, and the caller's key must outlive the donation.
     step, key = jnp.int32(0), jnp.copy(key)
     if mesh is not None:
         step, key = jax.device_put((step, key), NamedSharding(mesh, PartitionSpec()))

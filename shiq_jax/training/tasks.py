@@ -1,4 +1,4 @@
-"""Where a run's prompts, demonstrations and rewards come from: the embedded toy, function calling, or someone's files."""
+"""Where a run's prompts, demonstrations and rewards come from: toy, function calling, or files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     """The task of a job; its rows are written to the run's `data/`, so that they can be looked at and used again.
 
     Raises:
-        Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that cannot
+        Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
+        cannot
             be had.
     """
     task = _from_data(job) if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
@@ -59,7 +60,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
 
 
 def prompts_of(buffer: Buffer, count: int) -> list[dict]:
-    """The first `count` different prompts of a buffer as rows: the tokens before a record's first action, and its own row."""
+    """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row."""
     seen: dict[bytes, dict] = {}
     for number in range(len(buffer)):
         record = buffer[number]
@@ -73,7 +74,7 @@ def prompts_of(buffer: Buffer, count: int) -> list[dict]:
 
 
 def _sorting(job: Job, run: RunDirectory) -> Task:
-    """The embedded toy: a teacher who writes half of the answers backwards leaves a policy that cannot know the direction."""
+    """The toy: a teacher who writes half of the answers backwards leaves a policy unsure of the direction."""
     from shiq_jax.data.sorting import sorting_rows
     from shiq_jax.data.tiny import tiny_directory
 
@@ -95,7 +96,7 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
 
 
 def _bfcl(job: Job, run: RunDirectory) -> Task:
-    """Function calling: the first training questions are demonstrated, the next ones sampled, so that samples are not recited."""
+    """Function calling: the first training questions are demonstrated, the next ones sampled, none both."""
     from shiq_jax.data import bfcl, fetch
 
     train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)

@@ -1,4 +1,4 @@
-"""The update step: forward over packed rows, statistics of actions, objective, gradient, optimiser; one jitted function."""
+"""The update step: forward over packed rows, statistics of actions, objective, gradient, optimiser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -
 
 
 def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...] = ()) -> TokenStats:
-    """Statistics of every action of every example, `[rows, slots, K, T]`, each distinct action of a row computed once."""
+    """Statistics of every action, `[rows, slots, K, T]`, each distinct action of a row computed once."""
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
     predicting = jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
     stats = model.token_stats(params, predicting, batch.targets, extra=extra)
@@ -52,8 +52,8 @@ def make_update(
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
     """A pure, jitted `update(state, batch) -> (state, metrics)`, sharded when there is a mesh.
 
-    The loss is `sum(value) / sum(weight)` over the global batch, so neither it nor the gradient depends on how the batch is
-    cut into microbatches, rows or devices. The state is donated: use the returned one.
+    The loss is `sum(value) / sum(weight)` over the global batch, so neither it nor the gradient depends on how the
+    batch is cut into microbatches, rows or devices. The state is donated: use the returned one.
 
     Args:
         model: gives `hidden` and `token_stats`; its mesh is used when `mesh` is not given.
@@ -98,7 +98,9 @@ def make_update(
         else:
             shapes = jax.eval_shape(piece_of, jax.tree.map(lambda leaf: leaf[0], pieces))
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            totals, _ = jax.lax.scan(lambda sum_, piece: (jax.tree.map(jnp.add, sum_, piece_of(piece)), None), zeros, pieces)
+            totals, _ = jax.lax.scan(
+                lambda sum_, piece: (jax.tree.map(jnp.add, sum_, piece_of(piece)), None), zeros, pieces
+            )
         value, weight, metrics, grads = totals
         # A batch without any example of weight leaves the parameters to the optimiser's own decay and nothing else.
         count = jnp.where(weight > 0, weight, 1)
@@ -112,7 +114,7 @@ def make_update(
 
 
 def _slices(batch: Batch, microbatches: int, mesh: Mesh | None) -> Batch:
-    """`[rows, ...] -> [microbatches, rows / microbatches, ...]`, every device keeping a share of its own rows in each slice."""
+    """`[rows, ...] -> [microbatches, rows / microbatches, ...]`, each device keeping a share of its rows in each."""
     rows = batch.tokens.shape[0]
     if rows % microbatches:
         raise ValueError(f"{rows} rows cannot be cut into {microbatches} equal microbatches: pack with rows_multiple")

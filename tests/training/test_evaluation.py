@@ -9,8 +9,10 @@ import pytest
 
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.tiny import tiny_tokenizer
+from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.training.evaluation import Evaluator
+from shiq_jax.training.reference import Reference
 
 CONFIG = DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=64, initializer_range=0.3)
 ROWS = [{"prompt": text, "bonus": bonus} for text, bonus in (("sort 31:", 0.0), ("2", 1.0), ("abc ", -2.0), ("b", 0.5))]
@@ -51,6 +53,11 @@ def policy(reference):
 
 
 @pytest.fixture(scope="module")
+def handle(model, reference):
+    return Reference("the reference", lambda source: (model, reference), CONFIG.vocab_size)
+
+
+@pytest.fixture(scope="module")
 def prompts(tokenizer):
     return [encode_prompt(tokenizer, row["prompt"]) for row in ROWS]
 
@@ -81,31 +88,34 @@ def evaluator(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def evaluated(evaluator, policy, reference):
-    return evaluator(policy, reference, KEY)
+def evaluated(evaluator, policy, handle):
+    return evaluator(policy, handle, KEY)
 
 
 def divergence(policy_logp, reference_logp):
     return (np.exp(policy_logp) * (policy_logp - reference_logp)).sum(axis=1)
 
 
-def test_a_policy_is_at_no_distance_from_itself(evaluator, reference):
-    for other in (jax.tree.map(jnp.copy, reference), None):
-        numbers, _ = evaluator(reference, other, KEY)
+def test_a_policy_is_at_no_distance_from_itself(evaluator, reference, handle):
+    for other in (handle, None):
+        numbers = evaluator(reference, other, KEY).numbers
         assert abs(numbers["kl"]) < 1e-5 and abs(numbers["kl_stderr"]) < 1e-5
 
 
-def test_kl_of_one_token_is_the_exact_one(model, tokenizer, policy, reference, prompts, logp):
-    exact = divergence(logp(policy, prompts), logp(reference, prompts)).mean()
-    evaluator = Evaluator(model, tokenizer, STOPS, ROWS, None, 1, samples_per_prompt=400, prompts_per_batch=4)
-    numbers, _ = evaluator(policy, reference, KEY)
+@pytest.mark.parametrize("row", [0, 3])
+def test_kl_of_one_token_is_the_exact_one(model, tokenizer, policy, reference, handle, prompts, logp, row):
+    exact = divergence(logp(policy, prompts[row : row + 1]), logp(reference, prompts[row : row + 1]))[0]
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[row : row + 1], None, 1, 1500, prompts_per_batch=1)
+    numbers = evaluator(policy, handle, KEY).numbers
     assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"]
     # The bound above says something, in either direction.
     assert 0 < 10 * numbers["kl_stderr"] < exact
     assert numbers["length"] == 1
 
 
-def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(model, tokenizer, policy, reference, prompts, logp):
+def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(
+    model, tokenizer, policy, reference, handle, prompts, logp
+):
     prompt = prompts[1]
     further = [token for token in range(CONFIG.vocab_size) if token not in STOPS]
     first = logp(policy, [prompt])
@@ -113,15 +123,16 @@ def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(model, tokenizer
     after = divergence(logp(policy, continued), logp(reference, continued))
     exact = divergence(first, logp(reference, [prompt]))[0] + (np.exp(first[0, further]) * after).sum()
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_per_batch=1)
-    numbers, samples = evaluator(policy, reference, KEY)
+    numbers, samples, logratios = evaluator(policy, handle, KEY)
     assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"] < exact / 2
+    assert numbers["kl"] == pytest.approx(logratios.mean())
     going_on = np.exp(first[0, further]).sum()
     assert numbers["length"] == pytest.approx(1 + going_on, abs=5 * np.sqrt(going_on * (1 - going_on) / 1500))
     assert len(samples) == 1500
 
 
-def test_reward_and_its_error_are_those_of_the_samples(evaluated):
-    numbers, samples = evaluated
+def test_reward_and_its_error_are_those_of_the_samples(evaluator, evaluated):
+    numbers, samples = evaluated.numbers, evaluator.shown(evaluated.records)
     assert len(samples) == 12
     rewards = np.array([sample["reward"] for sample in samples])
     expected = [reward(row, sample["completion"]) for row, sample in zip(np.repeat(ROWS, 3), samples, strict=True)]
@@ -131,10 +142,11 @@ def test_reward_and_its_error_are_those_of_the_samples(evaluated):
     # Answers to one prompt are not independent: the prompts are what was drawn.
     assert numbers["reward_stderr"] == pytest.approx(np.sqrt(means.var(ddof=1) / 4), abs=1e-6)
     assert len(set(rewards.round(4))) > 6
+    assert numbers["accuracy"] == (rewards >= 1).mean() and 0 < numbers["accuracy"] < 1
 
 
-def test_samples_show_the_prompt_as_the_model_reads_it(evaluated, tokenizer, prompts):
-    shown = [sample["prompt"] for sample in evaluated[1][::3]]
+def test_samples_show_the_prompt_as_the_model_reads_it(evaluator, evaluated, tokenizer, prompts):
+    shown = [sample["prompt"] for sample in evaluator.shown(evaluated.records[::3])]
     assert shown == [tokenizer.decode(prompt) for prompt in prompts] == [f"<bos>{row['prompt']}" for row in ROWS]
 
 
@@ -146,21 +158,40 @@ def test_greedy_reward_is_that_of_the_most_likely_tokens(evaluated, policy, prom
             tokens.append(int(logp(policy, [tokens])[0].argmax()))
         completion = tokens[len(prompt) : -1 if tokens[-1] in STOPS else None]
         total += reward(row, tokenizer.decode(completion, skip_special_tokens=True))
-    assert evaluated[0]["greedy_reward"] == pytest.approx(total / len(ROWS), abs=1e-6)
+    assert evaluated.numbers["greedy_reward"] == pytest.approx(total / len(ROWS), abs=1e-6)
 
 
-def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, reference):
-    numbers, samples = evaluated
-    assert set(numbers) == {"length", "reward", "reward_stderr", "kl", "kl_stderr", "greedy_reward"}
+def test_the_error_is_taken_over_prompts(evaluated):
+    kl = evaluated.logratios.reshape(4, 3).mean(axis=1)
+    assert evaluated.numbers["kl"] == pytest.approx(kl.mean())
+    assert evaluated.numbers["kl_stderr"] == pytest.approx(kl.std(ddof=1) / 2)
+
+
+def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, handle):
+    numbers = evaluated.numbers
+    scores = {prefix + name for prefix in ("", "greedy_") for name in ("reward", "accuracy")}
+    expected = scores | {"length", "kl", "kl_stderr"} | {f"{name}_stderr" for name in scores}
+    assert set(numbers) == expected
     assert {type(value) for value in numbers.values()} == {float}
-    assert evaluator(policy, reference, KEY) == (numbers, samples)
-    other, _ = evaluator(policy, reference, jax.random.key(9))
+    again = evaluator(policy, handle, KEY)
+    assert again.numbers == numbers and again.records == evaluated.records
+    other = evaluator(policy, handle, jax.random.key(9)).numbers
     assert other["kl"] != numbers["kl"] and other["greedy_reward"] == numbers["greedy_reward"]
 
 
-def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, reference):
+def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, handle):
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_per_batch=1, greedy=True)
-    numbers, samples = evaluator(policy, reference, KEY)
-    assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] != 0
+    numbers, records, logratios = evaluator(policy, handle, KEY)
+    assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] == pytest.approx(logratios[0]) != 0
     # One sample has no spread to estimate an error from.
-    assert numbers["kl_stderr"] == 0 and len(samples) == 1 and samples[0]["reward"] == 0
+    assert numbers["kl_stderr"] == 0 and len(records) == 1 and evaluator.shown(records)[0]["reward"] is None
+
+
+def test_a_reference_of_another_vocabulary_is_refused(evaluator, policy, model, reference):
+    with pytest.raises(Refusal, match="vocabulary of 264 tokens and the policy one of 99"):
+        evaluator(policy, Reference("other", lambda source: (model, reference), 99), KEY)
+
+
+def test_nothing_to_evaluate_on_is_refused(model, tokenizer, policy):
+    with pytest.raises(Refusal, match="no prompt"):
+        Evaluator(model, tokenizer, STOPS, [], None, 1)(policy, None, KEY)
