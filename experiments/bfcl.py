@@ -20,9 +20,6 @@ from shiq_jax.training.pipeline import train as run_job
 from shiq_jax.training.run_directory import RunDirectory, write_json
 
 
-_WHEN = ("before", "after")
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Where the runs are kept and where the page goes."""
@@ -82,18 +79,19 @@ def draw(runs: dict[str, RunDirectory], path: Path) -> None:
             panel.plot(steps, values, marker="o", color=color, label="fresh samples")
             low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
             panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-            panel.set_ylim(bottom=0)
         if "greedy_reward" in points[0]:
             row[0].plot(
                 steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy"
             )
-            row[0].legend(frameon=False, fontsize=8, loc="lower right")
+            row[0].legend(frameon=False, fontsize=8, loc="upper left" if name == "shiq-bfcl" else "lower right")
         row[2].plot(
             [update["step"] for update in updates],
             [update["loss"] for update in updates],
             color="tab:blue",
             linewidth=1,
         )
+        row[0].set_ylim(0, 1)
+        row[1].set_ylim(bottom=0)
         row[0].set_ylabel(titles[name], fontsize=8)
         for panel, title in zip(
             row, ("reward on held-out prompts", "KL to the reference, nats per sequence", "ShiQ loss")
@@ -115,6 +113,14 @@ def render(run: RunDirectory, summary: dict) -> str:
     serves = (
         "so they serve as the reference's" if summary["probe"]["passed"] else "so they do not serve as the reference's"
     )
+    story = (
+        f"{warm['steps']} supervised updates of {warm['batch_size']} demonstrations make the reference. It answers "
+        f"{collection['prompts']} other training questions\n{collection['samples_per_prompt']} times each, with at most "
+        f"{collection['sampling']['max_tokens']} tokens. {summary['updates']} ShiQ updates of {options['batch_size']} "
+        f"questions with all their answers\n(beta {options['loss']['beta']}, learning rate "
+        f"{options['optimizer']['learning_rate']:g}, rewards relative to the mean of a question's answers) make the "
+        f"policy.\nBoth are measured on the same {held_out} held-out questions."
+    )
     return f"""# Function calling: a first run
 
 SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard
@@ -123,11 +129,7 @@ that no function of a held-out question was seen. The reward is 1 where the offi
 
     pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl
 
-{warm["steps"]} supervised updates of {warm["batch_size"]} demonstrations make the reference. It answers
-{collection["prompts"]} other training questions {collection["samples_per_prompt"]} times each, at most
-{collection["sampling"]["max_tokens"]} tokens. {summary["updates"]} ShiQ updates of {options["batch_size"]} questions
-with all their answers (beta {options["loss"]["beta"]}, rewards relative to the mean of a question's answers) make the
-policy. Both are measured on the same {held_out} held-out questions.
+{story}
 
 | | reference | after ShiQ |
 |---|---|---|
@@ -158,8 +160,9 @@ def _with_error(summary: dict, when: str) -> str:
 
 def _verdict(summary: dict, questions: int) -> str:
     """What the table says, in words that follow from the numbers."""
-    counts = {(how, when): round(summary[f"{how}reward_{when}"] * questions) for how in ("", "greedy_") for when in _WHEN}
-    sampled, greedy = ((counts[how, "before"], counts[how, "after"]) for how in ("", "greedy_"))
+    sampled, greedy = (
+        [round(summary[f"{how}reward_{when}"] * questions) for when in ("before", "after")] for how in ("", "greedy_")
+    )
     word = "helped" if sampled[1] > sampled[0] else "did harm" if sampled[1] < sampled[0] else "changed nothing"
     return (
         f"These updates {word} at temperature 1: from {sampled[0]} to {sampled[1]} right answers of {questions}, and from "
