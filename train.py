@@ -61,13 +61,17 @@ class Inspect:
 
 def embedded(job: Job) -> Job:
     """The job with defaults for the toy task: a tiny decoder from scratch."""
-    rate = Optimizer(learning_rate=2e-3, schedule="cosine") if job.objective == "sft" else Optimizer(learning_rate=3e-4)
+    optimizers = {
+        "shiq": Optimizer(learning_rate=3e-4),
+        "dpo": Optimizer(learning_rate=1e-4),
+        "sft": Optimizer(learning_rate=2e-3, schedule="cosine"),
+    }
     return replace(
         job,
         warm_start=WarmStart(steps=200, batch_size=48, demonstrations=4096),
         collection=Collection(sampling=Sampling(max_tokens=16)),
         evaluation=Evaluation(max_tokens=16),
-        optimizer=rate,
+        optimizer=optimizers[job.objective],
     )
 
 
