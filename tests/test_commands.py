@@ -111,8 +111,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, tiny, tmp_path, monkey
         check(metrics, name, number, members)
 
     monkeypatch.setattr(passes, "_check", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         training_door.main(arguments)
+    assert stop.value.code == 130
     monkeypatch.setattr(passes, "_check", check)
     training_door.main([*arguments, "--resume"])
     same = ("export/model.safetensors", "reference/model.safetensors", "buffer/manifest.json", "samples/000006.jsonl")
@@ -137,8 +138,9 @@ def test_sampling_that_stopped_goes_on_with_the_same_samples(finished, tiny, tmp
         return collect(*args, first=first, **kwargs)
 
     monkeypatch.setattr(filling, "collect", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         training_door.main(arguments)
+    assert stop.value.code == 130
     assert len(Buffer.open(tmp_path / "run" / "buffer")) == 24
     monkeypatch.setattr(filling, "collect", collect)
     training_door.main([*arguments, "--resume"])
