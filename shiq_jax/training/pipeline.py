@@ -6,6 +6,7 @@ anywhere goes on with the same calls.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -185,21 +186,13 @@ def _fit(
     """Update from the newest checkpoint, or from `params`, to the last step."""
     rule = optimizer.build(steps)
     state = init_state(model, params, rule, key=key, mesh=run.mesh)
-    if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
-    run.log.rewind((stage, "evaluation") if evaluate else (stage,), int(state.step))
-    state = run_passes(
-        make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches),
-        state,
-        batches,
-        steps,
-        stage=stage,
-        log=run.log,
-        checkpoints=checkpoints,
-        metadata={"stage": stage, "settings": run.job.settings()},
-        learning_rate=optimizer.learning_rate_at(steps),
-        marks=marks,
-        evaluate=evaluate,
-    )
-    checkpoints.close()
-    return state
+    # Closed also when the passes end early: a save under way is finished before anything else opens the directory.
+    with contextlib.closing(checkpoints):
+        if checkpoints.latest() is not None:
+            state, _ = checkpoints.restore(state)
+        run.log.rewind((stage, "evaluation") if evaluate else (stage,), int(state.step))
+        return run_passes(
+            make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches), state, batches, steps,
+            stage=stage, log=run.log, checkpoints=checkpoints, metadata={"stage": stage, "settings": run.job.settings()},
+            learning_rate=optimizer.learning_rate_at(steps), marks=marks, evaluate=evaluate,
+        )  # fmt: skip
