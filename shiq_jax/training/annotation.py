@@ -48,8 +48,7 @@ def statistics_of(
         prompts_per_batch: groups in one compiled call.
         row_length: groups of more tokens are split.
         shape: sizes of the compiled call, when these records are part of a larger set; by default what they need,
-        rounded
-            up so that few programs are compiled.
+            rounded up so that few programs are compiled.
     """
     bundles = _bundles(records, row_length)
     shape = shape or _coarse(plan(records, bundles))

@@ -14,13 +14,15 @@ from shiq_jax.rollout.generate import Sampler
 from shiq_jax.training.metrics import track
 from shiq_jax.training.run import Run, Use
 
+# How somebody's rows become records, by the objective that learns from them.
+READERS = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}
+
 
 def fill_buffer(run: Run, model, params) -> Buffer:
     """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
     job, path = run.job, run.directory.buffer
     if job.data:
-        read = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}[job.objective]
-        return import_records(path, lambda: read(job.data, run.tokenizer), model)
+        return import_records(path, lambda: READERS[job.objective](job.data, run.tokenizer), model)
     if job.objective == "sft":
         return demonstrations(run, path, model)
     buffer = _open_or_create(path)

@@ -44,8 +44,7 @@ def run_passes(
 
     Raises:
         Refusal: the loss or the gradient is not finite; the message names the step and its records, and the
-        checkpoints on
-            disk are those of before.
+            checkpoints on disk are those of before.
     """
     start, shapes = int(state.step), set()
     for number, item in enumerate(track(batches.ahead(start, steps), stage, steps - start, "updates"), start):

@@ -36,8 +36,7 @@ class RunDirectory:
 
         Raises:
             Refusal: the directory holds a run and `resume` is not asked for, holds none and it is, holds other files,
-            or holds
-                a run of other settings.
+                or holds a run of other settings.
         """
         run = cls(path)
         settings = json.loads(json.dumps(settings, default=str))

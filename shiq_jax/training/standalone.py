@@ -21,14 +21,12 @@ from shiq_jax.rollout import rewards
 from shiq_jax.training import report
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.filling import import_records
+from shiq_jax.training.filling import READERS, import_records
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 from shiq_jax.training.tasks import prompts_of
-
-_READERS = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}
 
 
 def evaluate(options) -> dict[str, Any]:
@@ -75,11 +73,11 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict], Se
     rows = _rows(options)
     name = options.objective or _objective_of(rows[0])
     examples = None
-    if _is_example(rows[0], name or "shiq"):
+    if name and _is_example(rows[0], name):
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         shutil.rmtree(out.buffer, ignore_errors=True)
-        examples = import_records(out.buffer, lambda: _READERS[name](file, tokenizer), model)
+        examples = import_records(out.buffer, lambda: READERS[name](file, tokenizer), model)
         rows = prompts_of(examples, options.prompts)
     reward = rewards.resolve(options.reward) if options.reward else None
     evaluator = Evaluator(

@@ -40,8 +40,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
 
     Raises:
         Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
-        cannot
-            be had.
+            cannot be had.
     """
     task = _from_data(job) if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
     if job.evaluation.data:
