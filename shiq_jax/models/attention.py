@@ -1,5 +1,6 @@
 """The one seam through which every layer attends: training on packed rows and decoding with a cache alike."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 NEVER = np.iinfo(np.int32).max  # as `key_enter`: a key that no query sees
+_BLOCK = 128  # queries; a block's scores over some thousand keys fit into a CPU core's cache
 
 
 class Visibility(NamedTuple):
@@ -24,6 +26,7 @@ class Visibility(NamedTuple):
     key_index: Int[Array, "#rows keys"]
     key_enter: Int[Array, "#rows keys"]
     key_exit: Int[Array, "#rows keys"]
+    aligned: bool = False
 
 
 def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibility:
@@ -31,22 +34,24 @@ def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibi
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if intervals is None:
         zeros = jnp.zeros_like(index)
-        return Visibility(index, zeros, index, zeros, zeros + 1)
+        return Visibility(index, zeros, index, zeros, zeros + 1, aligned=True)
     enter, exit_ = intervals[..., 0], intervals[..., 1]
-    return Visibility(index, enter, index, enter, exit_)
+    return Visibility(index, enter, index, enter, exit_, aligned=True)
 
 
 def cached(valid: Bool[Array, "rows slots"], start: Int[Array, ""] | int, queries: int) -> Visibility:
     """The visibility of `queries` tokens at cache slots start, start + 1, ...: all valid slots up to their own."""
     slots = jnp.arange(valid.shape[-1], dtype=jnp.int32)[None]
     own = jnp.arange(queries, dtype=jnp.int32)[None] + start
-    return Visibility(own, jnp.zeros_like(own), slots, jnp.where(valid, 0, NEVER), jnp.ones_like(slots))
+    ones = jnp.ones_like(slots)
+    aligned = isinstance(start, int) and start == 0
+    return Visibility(own, jnp.zeros_like(own), slots, jnp.where(valid, 0, NEVER), ones, aligned)
 
 
 def visible(visibility: Visibility) -> Bool[Array, "rows queries keys"]:
     """The rule of `Visibility` spelled out as a mask."""
     query_index, query_enter = visibility.query_index[..., :, None], visibility.query_enter[..., :, None]
-    key_index, key_enter, key_exit = (keys[..., None, :] for keys in visibility[2:])
+    key_index, key_enter, key_exit = (keys[..., None, :] for keys in visibility[2:5])
     return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)
 
 
@@ -70,15 +75,35 @@ def attention(
 
 
 def _xla(q, k, v, visibility: Visibility, scale: float):
-    rows, queries, heads, head_dim = q.shape
+    """Query blocks one after the other, each against the keys that it can see at all.
+
+    That halves the work of causal rows and keeps the scores in cache; what a block computed is recomputed in the
+    backward pass, so that memory grows with the row's length and not with its square. Heads come first, for a batched
+    product of contiguous matrices is what backends are fast at.
+    """
+    rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
-    q = q.reshape(rows, queries, groups, heads // groups, head_dim)
+    q = q.reshape(rows, length, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
+    k, v = (each.transpose(0, 2, 1, 3) for each in (k, v))
+    mixed = []
+    for start in range(0, length, _BLOCK):
+        queries = slice(start, min(start + _BLOCK, length))
+        keys = slice(0, queries.stop if visibility.aligned else k.shape[2])
+        part = Visibility(*(each[:, queries] for each in visibility[:2]), *(each[:, keys] for each in visibility[2:5]))
+        block = functools.partial(_block, visibility=part, scale=scale)
+        block = jax.checkpoint(block) if length > _BLOCK else block
+        mixed.append(block(q[:, :, :, queries], k[:, :, keys], v[:, :, keys]))
+    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
+
+
+def _block(q, k, v, visibility: Visibility, scale: float):
+    """`q` [rows, groups, heads of a group, queries, head_dim], `k` and `v` [rows, groups, keys, head_dim]."""
     precise = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bqgrd,bkgd->bgrqk", q, k, preferred_element_type=precise) * scale
+    scores = jnp.einsum("bgrqd,bgkd->bgrqk", q, k, preferred_element_type=precise) * scale
     # The most negative finite number, not -inf: a query that sees nothing then has a finite value and gradient.
     scores = jnp.where(visible(visibility)[:, None, None], scores, jnp.finfo(precise).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrqk,bkgd->bqgrd", weights, v).reshape(rows, queries, heads, head_dim)
+    return jnp.einsum("bgrqk,bgkd->bgrqd", weights, v)
 
 
 ENGINES: Mapping[str, Callable] = {"xla": _xla}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import Refusal, refuse_pointer
 
 SUPPORTED_MODELS = ("llama",)
 SUPPORTED_ROPES = ("default", "linear", "llama3")
@@ -74,14 +75,12 @@ class DecoderConfig:
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
+        self._check_sizes(*_REQUIRED)
         object.__setattr__(self, "num_kv_heads", self.num_heads if self.num_kv_heads is None else self.num_kv_heads)
         object.__setattr__(
             self, "head_dim", self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
         )
-        for name in (*_REQUIRED, "num_kv_heads", "head_dim", "max_positions"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"model config: {name} is {size!r}; it must be a positive integer")
+        self._check_sizes("num_kv_heads", "head_dim", "max_positions")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly; "
@@ -89,6 +88,12 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model config: head_dim is {self.head_dim}; rotary positions need an even number")
+
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"model config: {name} is {size!r}; it must be a positive integer")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], name: str = "config.json") -> "DecoderConfig":
@@ -112,6 +117,7 @@ class DecoderConfig:
             raise Refusal(
                 f"{name}: field {missing[0]} is missing; the file must be the config.json of a {model_type} model"
             )
+        _check_types(raw, name)
         values = {ours: raw[theirs] for ours, theirs in _REQUIRED.items()}
         values |= {ours: raw[theirs] for ours, theirs in _OPTIONAL.items() if raw.get(theirs) is not None}
         theta, scaling = _read_rope(raw, values.get("max_positions", cls.max_positions), name)
@@ -123,7 +129,8 @@ class DecoderConfig:
     @classmethod
     def read(cls, directory: str | Path) -> "DecoderConfig":
         """The config of a Hugging Face model directory; Refusal when its config.json is missing or not JSON."""
-        return cls.from_dict(read_json(Path(directory) / "config.json"), str(Path(directory) / "config.json"))
+        path = Path(directory) / "config.json"
+        return cls.from_dict(read_json(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """What transformers reads as config.json: everything that `source` held, under the values of this config."""
@@ -135,6 +142,7 @@ class DecoderConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; Refusal when there is no such file or it does not hold an object."""
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -146,10 +154,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_types(raw: Mapping[str, Any], name: str) -> None:
+    """Refuses settings that are not of their default's type; sizes are looked at when the config is made."""
+    defaults = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
+    for ours, theirs in _OPTIONAL.items():
+        value, default = raw.get(theirs), defaults[ours]
+        if value is not None and isinstance(default, bool) and not isinstance(value, bool):
+            raise Refusal(f"{name}: {theirs} is {value!r}; expected true or false")
+        if value is not None and isinstance(default, float):
+            _positive(value, theirs, name)
+
+
+def _positive(value: Any, field: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise Refusal(f"{name}: {field} is {value!r}; expected a positive number")
+    return float(value)
+
+
 def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[float, RopeScaling | None]:
     """theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or DecoderConfig.rope_theta)
+    rope: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(field) or {}, Mapping):
+            raise Refusal(f"{name}: {field} is {raw[field]!r}; expected an object with named fields")
+        rope |= raw.get(field) or {}
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or DecoderConfig.rope_theta
+    theta = _positive(theta, "rope_theta", name)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in SUPPORTED_ROPES:
         raise Refusal(f"{name}: rope type is {kind!r}; supported: {', '.join(SUPPORTED_ROPES)}")
@@ -161,10 +191,12 @@ def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[f
     missing = [field for field in needed if rope.get(field) is None]
     if missing:
         raise Refusal(f"{name}: rope type {kind} lacks {missing[0]}; it needs {', '.join(needed)}")
+    factors = [_positive(rope[field], field, name) for field in needed]
     if kind == "linear":
-        return theta, RopeScaling(kind, float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or max_positions
-    return theta, RopeScaling(kind, *(float(rope[field]) for field in needed), original_max_positions=int(original))
+        return theta, RopeScaling(kind, *factors)
+    field = "original_max_position_embeddings"
+    original = int(_positive(rope.get(field) or max_positions, field, name))
+    return theta, RopeScaling(kind, *factors, original_max_positions=original)
 
 
 def _write_rope(out: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import Refusal, refuse_pointer
 from shiq_jax.models.config import DecoderConfig, read_json
 from shiq_jax.models.model import Model
 from shiq_jax.models.naming import Entry, entries
+from shiq_jax.progress import track
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -58,7 +60,8 @@ def load_hf(
         tensors = _Tensors(directory, stack)
         _check(plan, tensors, config)
         params: dict[str, Any] = {}
-        for entry in plan:
+        amount = ("MB", lambda entry: math.prod(entry.shape) * model.dtype.itemsize / 1e6)
+        for entry in track(plan, f"loading {directory.name}", len(plan), "parameters", amount=amount):
             sharding = None if mesh is None else _at(abstract, entry.path).sharding
             _put(params, entry.path, _load(entry, tensors, model.dtype, sharding))
     return model, params
@@ -80,7 +83,8 @@ def save_hf(model: Model, params: Mapping[str, Any], path: str | Path) -> Path:
     if writing:
         directory.mkdir(parents=True, exist_ok=True)
     writer = _Writer(directory, SHARD_BYTES, total, writing)
-    for entry in plan:
+    amount = ("MB", lambda entry: _at(params, entry.path).nbytes / 1e6)
+    for entry in track(plan, f"writing {directory.name}", len(plan), "parameters", amount=amount):
         _save(entry, _at(params, entry.path), writer)
     written = writer.finish()
     if writing:
@@ -127,6 +131,7 @@ class _Tensors(Mapping):
         self.directory = directory
         self._handles = {}
         for file in self._files():
+            refuse_pointer(file)
             try:
                 self._handles[file] = stack.enter_context(safe_open(file, "numpy"))
             except (SafetensorError, OSError) as error:
@@ -138,13 +143,16 @@ class _Tensors(Mapping):
     def _files(self) -> list[Path]:
         if (self.directory / INDEX).exists():
             weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise Refusal(f"{self.directory / INDEX}: lacks weight_map; bring an undamaged copy of the file")
             files = [self.directory / name for name in sorted(set(weight_map.values()))]
         else:
             files = [self.directory / SINGLE]
+        partial = sorted(file.name for file in self.directory.glob("*.incomplete"))
         for file in files:
-            if not file.exists():
+            if not file.is_file() and partial:
+                raise Refusal(f"{file}: no such file, but {partial[0]} is there: finish the download of this model")
+            if not file.is_file():
                 raise Refusal(
                     f"{file}: no such file; weights are expected in {SINGLE}, or in the files that {INDEX} names "
                     "(other formats: load them with transformers and save_pretrained)"
@@ -211,25 +219,37 @@ def _check_tied(tensors: _Tensors) -> None:
 
 def _load(entry: Entry, tensors: _Tensors, dtype: np.dtype, sharding) -> jax.Array:
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-    regions: dict[tuple, np.ndarray] = {}  # devices that hold copies of one region read it once
-
-    def region(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, entry.shape, strict=True))
-        key = tuple((each.start, each.stop) for each in bounds)
-        if key not in regions:
-            regions[key] = _read(entry, tensors, dtype, bounds)
-        return regions[key]
-
-    return jax.make_array_from_callback(entry.shape, sharding, region)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # devices with copies of one region read it once
+    for device, index in sharding.addressable_devices_indices_map(entry.shape).items():
+        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, entry.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    pieces: list[jax.Array] = []
+    for bounds, devices in holders.items():
+        region = _read(entry, tensors, dtype, tuple(slice(*each) for each in bounds))
+        # Waiting lets go of the host's copy before the next region is read.
+        pieces += jax.block_until_ready([jax.device_put(region, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(entry.shape, sharding, pieces, dtype=dtype)
 
 
 def _read(entry: Entry, tensors: _Tensors, dtype: np.dtype, bounds: tuple[slice, ...]) -> np.ndarray:
     if not entry.stacked:
-        return np.ascontiguousarray(entry.read(tensors[entry.names[0]], bounds).astype(dtype, copy=False))
+        return np.ascontiguousarray(_part(entry, tensors, entry.names[0], bounds).astype(dtype, copy=False))
     out = np.empty([each.stop - each.start for each in bounds], dtype)
     for place, layer in enumerate(range(bounds[0].start, bounds[0].stop)):
-        out[place] = entry.read(tensors[entry.names[layer]], bounds[1:])
+        out[place] = _part(entry, tensors, entry.names[layer], bounds[1:])
     return out
+
+
+def _part(entry: Entry, tensors: _Tensors, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
+    """The region of one layer's part; Refusal when it holds what no weights are, as a damaged file may."""
+    part = entry.read(tensors[name], bounds)
+    # In blocks, for the answers of a whole embedding table would be hundreds of megabytes themselves.
+    if not all(np.isfinite(part[start : start + 1024]).all() for start in range(0, len(part), 1024)):
+        raise Refusal(
+            f"{tensors.file(name)}: tensor {name} holds infinities or NaN, which no usable model has; the file is "
+            "damaged, or the training that made it diverged"
+        )
+    return part
 
 
 class _Writer:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import rope
 from shiq_jax.models.config import DecoderConfig
+from shiq_jax.models.contraction import contract
 from shiq_jax.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -58,7 +59,7 @@ class Projection(nnx.Module):
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        out = jnp.tensordot(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
+        out = contract(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
         return out if self.bias is None else out + self.bias[...].astype(dtype)
 
 

@@ -85,6 +85,13 @@ def test_equal_configs_are_one_key():
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope type llama3 lacks low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_attention_heads": "4"}, "num_heads is '4'"),
+        ({"max_position_embeddings": True}, "max_positions is True"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+        ({"rope_theta": -1}, "rope_theta is -1; expected a positive number"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; expected an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor is '2'; expected a positive number"),
     ],
 )
 def test_refusals_name_file_and_field(change, words):

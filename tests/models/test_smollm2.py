@@ -9,23 +9,63 @@ import transformers
 
 from shiq_jax.data.fetch import smollm2
 from shiq_jax.models import fingerprint, load_hf, save_hf
+from shiq_jax.rollout.generate import Sampler, Sampling
 from shiq_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village,",
-    "The three laws of thermodynamics state that",
-    "2 + 2 =",
-    "To bake bread you need flour,",
-    "In 1969, the first humans",
-    "SELECT name FROM users WHERE",
-    "Dear Sir or Madam,",
-    "The opposite of hot is",
-]
-NEW = 32
+PROMPTS = """\
+The capital of France is
+def fibonacci(n):
+Once upon a time, in a small village,
+The three laws of thermodynamics state that
+2 + 2 =
+To bake bread you need flour,
+In 1969, the first humans
+SELECT name FROM users WHERE
+Dear Sir or Madam,
+The opposite of hot is
+Water boils at
+import numpy as np
+She opened the letter and
+The largest planet of the solar system
+A haiku about autumn:
+for i in range(10):
+The quick brown fox
+My favourite book is
+To whom it may concern: I am writing because
+Photosynthesis is the process by which
+The derivative of x squared is
+Hello
+Q: How many legs does a spider have?
+Mix the eggs with the sugar, then
+#include <stdio.h>
+The president of the United States
+One, two, three, four,
+In the beginning
+According to the weather forecast, tomorrow
+Translate to Spanish: good morning
+Roses are red,
+The meeting begins at nine o'clock and everybody who wants to speak should
+<html><head><title>
+Mount Everest is
+If it rains, we
+A triangle with a base of 10 units and a height of 5 units has an area of
+class Stack:
+Sleep is important because
+The train from Paris to Lyon
+{"name": "Alice", "age":
+Shakespeare wrote
+To make a cup of tea, first
+The chemical symbol of gold is
+Yesterday I met an old friend whom I had not seen for more than ten years, and we
+Breaking news:
+There are seven days in
+git commit -m
+Bees make
+The first step in solving a problem is to
+Thank you for""".split("\n")
+NEW = 12
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +89,11 @@ def prompts(directory):
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-def greedy(model, params, prompts: list[list[int]]) -> np.ndarray:
-    """The NEW most likely tokens after each prompt, decoded together from a left-padded cache."""
-    width = max(map(len, prompts))
-    tokens = jnp.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    valid = jnp.asarray([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    lengths = valid.sum(1)
-
-    @jax.jit
-    def run(params):
-        cache = model.init_cache(len(prompts), width + NEW)
-        hidden, cache = model.extend(params, cache, tokens, jnp.maximum(jnp.cumsum(valid, 1) - 1, 0), valid, 0)
-
-        def step(carry, index):
-            last, cache = carry
-            best = jnp.argmax(model.project(params, last), -1)
-            there = jnp.ones((len(prompts), 1), bool)
-            hidden, cache = model.extend(params, cache, best[:, None], (lengths + index)[:, None], there, width + index)
-            return (hidden[:, 0], cache), best
-
-        return jax.lax.scan(step, (hidden[:, -1], cache), jnp.arange(NEW))[1].T
-
-    return np.asarray(run(params))
-
-
 def test_logits_are_those_of_transformers(theirs, ours, prompts):
     model, params = ours
     logits = jax.jit(model.logits)
     width = max(map(len, prompts))
-    for prompt in prompts:
+    for prompt in prompts[::5]:
         with torch.no_grad():
             expected = theirs(torch.tensor([prompt])).logits[0].numpy()
         found = logits(params, jnp.asarray([prompt + [0] * (width - len(prompt))]))[0, : len(prompt)]
@@ -85,15 +101,18 @@ def test_logits_are_those_of_transformers(theirs, ours, prompts):
 
 
 def test_the_same_greedy_tokens(theirs, ours, prompts):
-    found = greedy(*ours, prompts)
-    for prompt, tokens in zip(prompts, found, strict=True):
-        inputs = torch.tensor([prompt])
+    assert len(prompts) == 50 and len(set(map(len, prompts))) > 10
+    model, params = ours
+    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (), prompts_per_batch=25)
+    found = [answer["tokens"].tolist() for (answer,) in draw(params, prompts, jax.random.key(0))]
+    settings = dict(do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
+    expected = {}
+    for length in set(map(len, prompts)):  # prompts of one length make a batch without padding
+        batch = torch.tensor([prompt for prompt in prompts if len(prompt) == length])
         with torch.no_grad():
-            expected = theirs.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW,
-                eos_token_id=None, repetition_penalty=1.0,
-            )  # fmt: skip
-        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+            out = theirs.generate(batch, attention_mask=torch.ones_like(batch), repetition_penalty=1.0, **settings)
+        expected |= {tuple(row[:length]): row[length:] for row in out.tolist()}
+    assert found == [expected[tuple(prompt)] for prompt in prompts]
 
 
 def test_an_export_is_exact_from_any_mesh(directory, ours, tmp_path):
