@@ -43,7 +43,8 @@ def bfcl_reward(row: Mapping[str, Any], completion: str) -> float:
       completion: text such as `[f(a=1), g(b="x")]`; what cannot be decoded is wrong.
 
     One departure from the leaderboard: its decoder evaluates arithmetic in arguments with Python's `eval`. Here that is
-    arithmetic on constants only, so that no text of a model is ever executed; other expressions are wrong.
+    arithmetic on constants only, so that no text of a model is ever executed; other expressions (calls such as
+    `len('abc') + 1`, shifts, sums with True) are wrong, also where Python would find an accepted value.
     """
     for field in ("functions", "answers", "category"):
         if field not in row:

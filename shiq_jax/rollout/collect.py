@@ -60,6 +60,11 @@ def collect(
     return records
 
 
+def sampled_tokens(records: Sequence[Record]) -> int:
+    """How many tokens were drawn for some records."""
+    return sum(len(record.rewards) for record in records)
+
+
 def _encoded(tokenizer, row: Mapping) -> list[int]:
     if row.get("tokens") is None:
         if row.get("prompt") is None:

@@ -18,12 +18,16 @@ from shiq_jax.objectives import token_stats_from_logits
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 takes the most likely token, top_k 0 and top_p 1 filter nothing."""
+    """How tokens are drawn."""
 
     temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
     top_k: int = 0
+    """Draw among the so many most likely tokens; 0 among all."""
     top_p: float = 1.0
+    """Draw among the fewest tokens whose probabilities sum to this; 1 among all."""
     max_tokens: int = 64
+    """Longest completion, in tokens."""
 
     def __post_init__(self):
         if self.temperature < 0:

@@ -1,6 +1,9 @@
 """The leaderboard's checker as a reward: right answers score one, wrong ones zero, and no text is executed."""
 
+import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,10 @@ from shiq_jax.data import bfcl, fetch
 from shiq_jax.errors import Refusal
 from shiq_jax.rollout.bfcl_checker import bfcl_reward, constant_arithmetic, load_official
 
+# What the leaderboard's own evaluation said of many answers; `make_bfcl_verdicts.py` beside it wrote it.
+VERDICTS = Path(__file__).parent.parent / "goldens" / "bfcl_verdicts.jsonl"
+# The leaderboard runs these as Python and finds the right value; here they are no arithmetic, and wrong.
+DEPARTURES = {"abs(-9) + 1", "len('123456789') + 1", "9 + True", "5 << 1"}
 NUMBERS = st.integers(-50, 50).map(str)
 EXPRESSIONS = st.recursive(
     NUMBERS,
@@ -71,6 +78,21 @@ def rows():
 def test_every_ground_truth_scores_one(rows):
     assert [row["id"] for row in rows if bfcl_reward(row, row["target"]) != 1.0] == []
     assert not [name for name in sys.modules if name.split(".")[0] == "bfcl_eval"]
+
+
+@pytest.mark.slow
+def test_rewards_are_the_verdicts_of_the_official_evaluation(rows):
+    by_id = {row["id"]: row for row in rows}
+    lines = [json.loads(line) for line in VERDICTS.read_text(encoding="utf-8").splitlines()]
+    right = Counter(line["valid"] for line in lines)
+    assert right[True] >= 300 and right[False] >= 600 and right.total() == len(lines)
+    # Written for the purpose out of the ground truth, and drawn from a language model; all categories.
+    sampled = Counter(line["valid"] for line in lines if line["source"] == "sampled")
+    assert min(sampled[True], sampled[False], right[True] - sampled[True], right[False] - sampled[False]) > 25
+    assert len({(by_id[line["id"]]["category"], line["valid"]) for line in lines}) == 2 * len(bfcl.CATEGORIES)
+    unlike = [line for line in lines if bfcl_reward(by_id[line["id"]], line["text"]) != line["valid"]]
+    assert {line["source"] for line in unlike} == {f"expression {each}" for each in DEPARTURES}, unlike
+    assert all(line["valid"] for line in unlike) and len(unlike) == len(DEPARTURES)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
         np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(NEW))
 
 
-def test_greedy_is_that_of_transformers(tmp_path, prompts):
+def test_greedy_is_that_of_transformers_on_fifty_prompts(tmp_path):
     import torch
     import transformers
 
@@ -93,18 +93,26 @@ def test_greedy_is_that_of_transformers(tmp_path, prompts):
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     model, params = load_hf(tmp_path)
+    lengths = (1, 2, 3, 5, 8, 13, 21, 31, 40, 50)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 24, (5, length)) for length in lengths]
 
-    def expected(prompt):
-        tokens = torch.tensor([prompt])
+    def expected(same_length):
+        tokens = torch.tensor(same_length)
         settings = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=13)
-        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
-        return out[0, len(prompt) :].tolist()
+        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[:, tokens.shape[1] :].tolist()
+        return [row[: row.index(13) + 1] if 13 in row else row for row in out]
 
-    answers = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_per_batch=6)(params, prompts, KEY)
-    ours = [answer["tokens"].tolist() for (answer,) in answers]
-    assert ours == [expected(prompt) for prompt in prompts]
-    # Both ways to end happen here.
-    assert {len(tokens) == NEW for tokens in ours} == {True, False}
+    order = random.permutation(50)  # one batch of ours holds many lengths
+    ours = [None] * 50
+    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_per_batch=25)
+    rows = [row.tolist() for same_length in prompts for row in same_length]
+    for place, (answer,) in zip(order, draw(params, [rows[place] for place in order], KEY), strict=True):
+        ours[place] = answer["tokens"].tolist()
+    assert ours == [answer for same_length in prompts for answer in expected(same_length)]
+    # Both ways to end happen here, at many places, and the answers are not all one.
+    ends = {len(tokens) for tokens in ours}
+    assert NEW in ends and len(ends) > 4 and len(set(map(tuple, ours))) > 25
 
 
 @pytest.mark.parametrize(
