@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import Refusal, refuse_pointer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 _MARK = "0MARK0"
@@ -31,8 +31,13 @@ class Encoded(NamedTuple):
     turn_ends: np.ndarray
 
 
-def load_tokenizer(path_or_hub_id: str | Path):
-    """The transformers tokenizer of a model directory or of a hub id; Refusal when there is none."""
+def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
+    """The transformers tokenizer of a model directory or of a hub id.
+
+    vocab_size: of the model, when it is known.
+    Raises Refusal when there is no tokenizer, or it has a token that lies outside the model's vocabulary. (Vocabularies
+    that are larger than their tokenizer are common: they are filled up to a round number.)
+    """
     from transformers import AutoTokenizer
 
     name = str(path_or_hub_id)
@@ -40,12 +45,16 @@ def load_tokenizer(path_or_hub_id: str | Path):
         raise Refusal(f"the directory {name} does not exist: expected a model directory with a tokenizer, or a hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         if Path(name).is_dir():
+            for file in sorted(Path(name).glob("*token*")):
+                refuse_pointer(file)
             found = ", ".join(sorted(entry.name for entry in Path(name).iterdir())) or "nothing"
+            reason = " ".join(str(error).split())[:200]
             raise Refusal(
-                f"{name} holds no tokenizer that transformers can load (it holds: {found}): expected tokenizer.json or "
-                "another tokenizer format beside config.json; save one there with tokenizer.save_pretrained"
+                f"{name} holds no tokenizer that transformers can load ({reason}; it holds: {found}): expected "
+                "tokenizer.json or another tokenizer format beside config.json; save one there with "
+                "tokenizer.save_pretrained"
             ) from error
         raise Refusal(
             f"{name!r} is neither a directory with a tokenizer nor a hub id that can be reached now: check the "
@@ -54,6 +63,12 @@ def load_tokenizer(path_or_hub_id: str | Path):
     if not len(tokenizer):
         raise Refusal(
             f"the tokenizer of {name} has no tokens: expected a trained vocabulary; copy the right tokenizer.json"
+        )
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size is not None and number >= vocab_size:
+        raise Refusal(
+            f"the tokenizer of {name} gives {token!r} the id {number}, and the model has a vocabulary of {vocab_size}: "
+            "expected the tokenizer that the model was trained with; copy its files beside config.json"
         )
     return tokenizer
 
@@ -137,11 +152,14 @@ def _named_stops(model: str | Path) -> int | list[int] | None:
         file = Path(model) / name if Path(model).is_dir() else _hub_file(str(model), name)
         if file is not None and Path(file).is_file():
             try:
-                return json.loads(Path(file).read_text()).get("eos_token_id")
-            except (json.JSONDecodeError, AttributeError) as error:
+                stops = json.loads(Path(file).read_text()).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
                 raise Refusal(
                     f"{file} is not a JSON object: expected the model's settings; download it again"
                 ) from error
+            if not all(isinstance(stop, int) for stop in (stops if isinstance(stops, list) else [stops or 0])):
+                raise Refusal(f"{file} has the eos_token_id {stops!r}: expected a token id, or a list of them")
+            return stops
     return None
 
 

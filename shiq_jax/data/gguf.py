@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shiq_jax.errors import Refusal
+from shiq_jax.progress import track
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -54,7 +55,7 @@ def gguf_to_huggingface(file: Path, directory: Path) -> None:
             f"{file} has (architecture, tokenizer) = {kind}: expected ('llama', 'gpt2'); take another GGUF file"
         )
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in track(reader.tensors, "dequantising", len(reader.tensors), "tensors"):
         name, kept = _huggingface_name(tensor.name)
         if not kept:
             continue

@@ -183,6 +183,17 @@ def test_stop_tokens_are_all_that_end_a_turn(tmp_path):
     (directory / "generation_config.json").write_text("[")
     with pytest.raises(Refusal, match="generation_config.json is not a JSON object"):
         stop_tokens(tokenizer, directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, "7"]}))
+    with pytest.raises(Refusal, match="generation_config.json has the eos_token_id"):
+        stop_tokens(tokenizer, directory)
+
+
+def test_a_tokenizer_must_fit_into_the_vocabulary_but_need_not_fill_it(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for size in (None, 264, 320):
+        assert len(load_tokenizer(tmp_path, size)) == 264
+    with pytest.raises(Refusal, match="the id 263, and the model has a vocabulary of 263: expected the tokenizer"):
+        load_tokenizer(tmp_path, 263)
 
 
 @pytest.mark.parametrize(

