@@ -1,4 +1,9 @@
-"""Evaluate a model directory, a run or a checkpoint: reward, accuracy, KL and an objective's metrics."""
+"""Evaluate a run, a checkpoint or a model: reward, accuracy, KL, loss.
+
+examples:
+  python eval.py --model runs/shiq --data FILE --reward exact
+  python eval.py --model DIR --reference DIR --data FILE
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,12 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from shiq_jax.errors import Refusal
+from shiq_jax.training.config import given_as
 
 
 @dataclass(frozen=True)
@@ -18,35 +24,37 @@ class Evaluate:
     """What to evaluate, on what."""
 
     model: str
-    """Directory in Hugging Face format, hub id, or a run's directory, its checkpoints, or one of them."""
+    """A run, its checkpoints or one of them; or a model's directory or hub id."""
     data: str
-    """Rows with `prompt` and what the reward needs, or whole examples of an objective; see docs/data.md."""
-    reward: str | None = None
-    """exact, sorting, bfcl or module:function(row, completion) -> float; without one nothing is scored."""
-    reference: str | None = None
-    """What the KL is measured to: a directory or hub id; default: the run's own reference, if the model is a run's."""
-    objective: Literal["shiq", "dpo", "sft"] | None = None
-    """Whose metrics to measure; default: the one that the rows are examples of, else ShiQ's on the fresh samples."""
-    beta: float = 0.1
-    """Temperature of that objective."""
-    output_dir: Path | None = None
-    """Where evaluation.json, evaluation.png and samples.jsonl go; default: runs/eval."""
-    seed: int = 0
-    """Of the samples."""
+    """Rows with `prompt` and what the reward needs, or an objective's examples; see docs/data.md."""
+    reward: Annotated[str | None, given_as("NAME", "nothing is scored")] = None
+    """exact, sorting, bfcl or module:function(row, completion) -> float."""
+    reference: Annotated[str | None, given_as("DIR|HUB_ID", "the run's own")] = None
+    """What the KL is measured to."""
+    output_dir: Annotated[Path | None, given_as("DIR", "runs/eval")] = None
+    """Where evaluation.json, evaluation.png and samples.jsonl go."""
     resume: bool = False
     """Go on in an output directory of the same options; a finished evaluation is shown again."""
     prompts: int = 512
     """How many rows, at most."""
     samples_per_prompt: int = 1
-    """Fresh temperature-1 samples of each."""
+    """Fresh temperature-1 samples of each prompt."""
+    max_tokens: int = 64
+    """Longest completion, in tokens."""
+    greedy: bool = True
+    """Also decode greedily: every prompt, or without a reward a few to look at."""
+    seed: int = 0
+    """Of the samples."""
+    objective: Annotated[Literal["shiq", "dpo", "sft"] | None, given_as("{shiq,dpo,sft}", "by the rows")] = None
+    """Whose metrics to measure, on the rows if they are its examples, or on the fresh samples."""
+    beta: float = 0.1
+    """Temperature of that objective."""
+    score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
+    """Field of the rows that holds the scores of their answers."""
     prompts_per_batch: int = 16
     """Prompts of one compiled call."""
-    max_tokens: int = 64
-    """Longest completion."""
-    greedy: bool = True
-    """Also decode every prompt greedily."""
-    mesh: str | None = None
-    """Devices by axis, such as fsdp=4,tensor=2; default: all devices on fsdp."""
+    mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
+    """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model's layers."""
 
@@ -75,6 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Refusal as refusal:
         print(f"eval.py: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; the same command with --resume measures again", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

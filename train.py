@@ -1,11 +1,28 @@
-"""Train: `python train.py` runs the embedded default; `python train.py --help` lists the rest."""
+"""Fine-tune a language model offline: ShiQ, DPO or supervised.
+
+examples:
+  python train.py                                    the embedded toy, minutes
+  python train.py shiq --model DIR --data FILE       on scored samples
+  python train.py shiq --model DIR --prompts FILE --reward MODULE:FUNCTION
+                                                     on answers that it samples
+  python train.py dpo --model DIR --data FILE        on preference pairs
+  python train.py shiq --output-dir DIR --resume     go on after a stop
+  python train.py inspect DIR                        look at a run or a buffer
+
+Options without a command are those of shiq; --help behind a command lists them.
+
+Defaults fit what is learned from: `train.py shiq --data FILE --help` says so.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Union
 
@@ -13,13 +30,14 @@ import tyro
 
 from shiq_jax.errors import Refusal
 from shiq_jax.rollout.generate import Sampling
+from shiq_jax.training import stopping
 from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
 from shiq_jax.training.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
 class Shiq(Job):
-    """Q-learning on the logits: sample from a policy, score, keep, and learn offline token by token."""
+    """Q-learning on the logits: sample, score, keep, learn offline token by token."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
@@ -28,7 +46,7 @@ class Shiq(Job):
 
 @dataclass(frozen=True)
 class Dpo(Job):
-    """Direct preference optimisation: on prompt/chosen/rejected data, or on the best and worst of our own samples."""
+    """Direct preference optimisation, on pairs or the best and worst of our samples."""
 
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
@@ -46,17 +64,33 @@ class Sft(Job):
 
 @dataclass(frozen=True)
 class ShiqBfcl(Shiq):
-    """ShiQ on function calling: SmolLM2-135M-Instruct on the Berkeley Function Calling Leaderboard."""
+    """ShiQ on function calling: SmolLM2-135M-Instruct and the Berkeley leaderboard."""
 
     command: ClassVar[str] = "shiq-bfcl"
 
 
 @dataclass(frozen=True)
-class Inspect:
-    """Show what a replay buffer holds, after holding every file against its checksum."""
+class ShiqUltraFeedback(Shiq):
+    """ShiQ on UltraFeedback, or other data with several scored answers per prompt."""
 
-    buffer: tyro.conf.Positional[Path]
-    """Directory of the buffer."""
+    command: ClassVar[str] = "shiq-ultrafeedback"
+
+
+@dataclass(frozen=True)
+class DpoUltraFeedback(Dpo):
+    """DPO on the best and worst answers of UltraFeedback, or of data like it."""
+
+    command: ClassVar[str] = "dpo-ultrafeedback"
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show a run: how far it is, its numbers, some generations; or a replay buffer."""
+
+    path: tyro.conf.Positional[Path]
+    """Directory of a run or of a buffer, whose files are held against their checksums."""
+    generations: int = 3
+    """How many prompts to show of a run, with what was generated for them."""
 
 
 def embedded(job: Job) -> Job:
@@ -103,16 +137,25 @@ def own_data(job: Job) -> Job:
     )
 
 
+def ultrafeedback(job: Job) -> Job:
+    """The job with defaults for a pretrained chat model on answers of very unlike length that others have scored."""
+    job = replace(own_data(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
+    if job.objective == "shiq":
+        return replace(job, baseline="group_mean", loss=ShiqLoss(normalisation="mean_t"))
+    return job
+
+
 def command_line(arguments: Sequence[str]):
     """The commands as a type for tyro, with the defaults that fit what the arguments are about."""
     given = " ".join(arguments)
     defaults = embedded
-    if re.search(r"--data\b", given):
+    if re.search(r"--(data|prompts)\b", given):
         defaults = own_data
     elif re.search(r"--task[= ]bfcl\b", given):
         defaults = function_calling
     jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Sft())]
     jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
+    jobs += [ultrafeedback(ShiqUltraFeedback()), ultrafeedback(DpoUltraFeedback())]
     kinds = [
         Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)]
         for job in jobs
@@ -120,16 +163,60 @@ def command_line(arguments: Sequence[str]):
     return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
 
 
+# Options, or groups of them, without effect: where data are given, and where demonstrations are imitated.
+_IDLE_WITH_DATA = ("task", "collection", "warm_start")
+_IDLE_IN_SFT = (
+    *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "sampling")),
+    *(f"warm_start.{name}" for name in ("steps", "batch_size", "optimizer")),
+)
+
+
+def without_effect(job: Job) -> Iterator[str]:
+    """The flags of options that differ from their defaults although nothing in such a run looks at them."""
+    idle = _IDLE_WITH_DATA if job.data else _IDLE_IN_SFT if job.objective == "sft" else ()
+    if job.prompts:
+        idle = ("task", "warm_start")
+    defaults = own_data if job.data or job.prompts else function_calling if job.task == "bfcl" else embedded
+    usual = dict(_flat(defaults(type(job)())))
+    for name, value in _flat(job):
+        if value != usual[name] and any(f"{name}.".startswith(f"{group}.") for group in idle):
+            yield "--" + name.replace("_", "-")
+
+
+def _flat(options, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
 def run(command) -> None:
     """Carry out a parsed command."""
     if isinstance(command, Inspect):
-        from shiq_jax.replay import Buffer
+        from shiq_jax.training.inspection import inspect
 
-        print(Buffer.open(command.buffer).report())
+        print(inspect(command.path, prompts=command.generations))
         return
-    from shiq_jax.training.pipeline import train
+    if idle := list(without_effect(command)):
+        why = "nothing is sampled, nor warmed up, with data" if command.data else "sft samples nothing to learn from"
+        print(f"train.py: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
+    with stopping.on_signals():
+        from shiq_jax.training.pipeline import train
 
-    train(command)
+        train(command)
+
+
+def parse(arguments: Sequence[str]):
+    """The command with its options; SystemExit with code 2 when there is no such command, option or value."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command_line(arguments), args=arguments, description=__doc__)
+    finally:
+        # Groups of options are called there as tyro calls them inside; as many letters keep its frame straight.
+        sys.stderr.write(said.getvalue().replace("__tyro-dummy-inner__.", "the group of options "))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,12 +224,17 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shiq", *arguments]
-    command = tyro.cli(command_line(arguments), args=arguments, description=__doc__)
+    command = parse(arguments)
     try:
         run(command)
     except Refusal as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
+    except stopping.Stopped as stopped:
+        print(f"train.py: {stopped}; the same command with --resume goes on", file=sys.stderr)
+        # To a scheduler that asks with SIGTERM all is well; what a person interrupts is not to be taken for finished.
+        if stopped.signal == signal.SIGINT:
+            raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,7 +1,14 @@
-"""First runs of both presets: `python -m experiments.bfcl` regenerates docs/results/bfcl.md, bfcl.json and runs.png.
+"""What wins on function calling from one buffer: `python -m experiments.bfcl`.
 
-It runs `train.py` and `train.py shiq-bfcl` with their defaults (or goes on with runs that stopped, or reads finished
-ones) and writes what they measured, whatever it is. `--quick` runs a fraction of both, to try the script itself.
+Per seed: a supervised warm start makes the reference, the reference answers training questions several times, and from
+there five policies are measured on held-out questions: the reference itself; more supervised training on the warm
+start's demonstrations; supervised training on the best answer of each question; DPO; ShiQ. The last four read as many
+tokens in their updates as one another. Every step is a run of train.py, so whatever was stopped goes on, and what a
+seed measured is kept in docs/results/bfcl, so that finished seeds cost nothing.
+
+    python -m experiments.bfcl                        small: two CPU cores, under an hour per seed
+    python -m experiments.bfcl --scale large          for an accelerator
+    python -m experiments.bfcl --quick                minutes: tries the script, says nothing
 """
 
 from __future__ import annotations
@@ -9,170 +16,290 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shutil
+import time
 from pathlib import Path
+from typing import Literal
 
+import jax
+import numpy as np
 import tyro
 
 import train
-from shiq_jax.training.config import Job
+from experiments import bfcl_page
+from shiq_jax.data import bfcl, fetch
+from shiq_jax.data.chat import load_tokenizer, stop_tokens
+from shiq_jax.models import load_hf
+from shiq_jax.replay import Buffer, bundles
+from shiq_jax.rollout import rewards
+from shiq_jax.rollout.generate import Sampling
+from shiq_jax.training import report
+from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, Precision, ShiqLoss
+from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.metrics import MetricsLog
+from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.pipeline import train as run_job
-from shiq_jax.training.run_directory import RunDirectory, write_json
+from shiq_jax.training.reference import Reference
+from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
+
+ARMS = ("reference", "more_sft", "best_of_k", "dpo", "shiq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of everything.
+
+    Attributes:
+        categories: of the leaderboard.
+        held_out: questions to measure on, the same for every seed.
+        demonstrations: questions whose accepted answer is shown in the warm start.
+        prompts: other questions, which the reference answers.
+        samples: answers to each.
+        max_tokens: longest answer.
+        warm_epochs: passes over the demonstrations.
+        epochs: passes of ShiQ over the buffer; the other policies read as many tokens.
+        measured: fresh answers per held-out question, besides the greedy one.
+        prompts_per_batch: questions in one call of the sampler.
+    """
+
+    categories: tuple[str, ...]
+    held_out: int
+    demonstrations: int
+    prompts: int
+    samples: int
+    max_tokens: int
+    warm_epochs: float
+    epochs: float
+    measured: int
+    prompts_per_batch: int
+
+
+SCALES = {
+    "small": Scale(
+        categories=("simple_python",), held_out=200, demonstrations=60, prompts=128, samples=8, max_tokens=64,
+        warm_epochs=3, epochs=1, measured=2, prompts_per_batch=16,
+    ),
+    "large": Scale(
+        categories=bfcl.CATEGORIES, held_out=200, demonstrations=160, prompts=600, samples=16, max_tokens=192,
+        warm_epochs=2, epochs=3, measured=8, prompts_per_batch=64,
+    ),
+    "quick": Scale(
+        categories=("simple_python",), held_out=8, demonstrations=40, prompts=12, samples=6, max_tokens=40,
+        warm_epochs=2, epochs=1, measured=1, prompts_per_batch=12,
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where the runs are kept and where the page goes."""
+    """What to run and where."""
 
-    runs: Path | None = None
-    """Directory of both runs, whose finished ones are read and stopped ones go on; default: runs/experiments."""
-    out: Path | None = None
-    """Directory of the page; default: docs/results, or beside the runs with --quick."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One reference, buffer and set of policies each."""
+    scale: Literal["small", "large"] = "small"
+    """How much of everything."""
     quick: bool = False
-    """A fraction of both runs, in runs/experiments-quick."""
+    """A few questions, to try the script itself; the page goes beside the runs."""
+    runs: Path = Path("runs/bfcl")
+    """Where the runs are kept; they can be removed when the numbers are."""
+    out: Path = Path("docs/results")
+    """Where the page goes, and numbers that are kept."""
 
 
 def main(options: Options) -> None:
-    """Run what is missing and write the page."""
-    runs = options.runs or Path("runs/experiments-quick" if options.quick else "runs/experiments")
-    out = options.out or (runs / "page" if options.quick else Path("docs/results"))
-    jobs = [train.embedded(train.Shiq()), train.function_calling(train.ShiqBfcl())]
-    directories = {job.command: RunDirectory(runs / job.command) for job in jobs}
-    for job in map(_quick, jobs) if options.quick else jobs:
-        run = directories[job.command]
-        if not run.summary.exists():
-            run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
-    out.mkdir(parents=True, exist_ok=True)
-    draw(directories, out / "runs.png")
-    summaries = {name: json.loads(run.summary.read_text()) for name, run in directories.items()}
-    write_json(out / "bfcl.json", summaries)
-    (out / "bfcl.md").write_text(render(directories["shiq-bfcl"], summaries["shiq-bfcl"]))
+    """Run what is missing, keep its numbers, and write the page."""
+    scale = "quick" if options.quick else options.scale
+    runs = options.runs / scale
+    out = runs / "page" if options.quick else options.out
+    jax.config.update("jax_compilation_cache_dir", str((options.runs / "compiled").absolute()))
+    for seed in options.seeds:
+        Seed(SCALES[scale], seed, runs / f"seed-{seed}", out / "bfcl" / f"{scale}-{seed}.json").finish()
+    bfcl_page.write(out, scale)
 
 
-def _quick(job: Job) -> Job:
-    small = dataclasses.replace
-    return small(
-        job,
-        epochs=1,
-        batch_size=4,
-        warm_start=small(job.warm_start, steps=2, batch_size=2, demonstrations=8),
-        collection=small(job.collection, prompts=8, prompts_per_batch=4),
-        evaluation=small(job.evaluation, prompts=4, prompts_per_batch=4, samples_per_prompt=1, times=1),
-    )
+class Seed:
+    """Everything that is done with one seed; each part is there already or is made."""
 
+    def __init__(self, scale: Scale, seed: int, root: Path, kept: Path):
+        self.scale, self.seed, self.root, self.kept = scale, seed, root, kept
 
-def draw(runs: dict[str, RunDirectory], path: Path) -> None:
-    """One row of panels per run: reward of fresh samples, KL to the reference, loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {"shiq": "embedded default: sorting digits", "shiq-bfcl": "SmolLM2-135M on function calling"}
-    figure, axes = plt.subplots(len(runs), 3, figsize=(10.5, 2.7 * len(runs)), layout="constrained", squeeze=False)
-    for row, (name, run) in zip(axes, runs.items()):
-        log = MetricsLog(run.metrics)
-        points, updates = log.rows("evaluation"), log.rows("update")
-        steps = [point["step"] for point in points]
-        for panel, key, color in ((row[0], "reward", "tab:green"), (row[1], "kl", "tab:red")):
-            values, errors = ([point[suffix] for point in points] for suffix in (key, f"{key}_stderr"))
-            panel.plot(steps, values, marker="o", color=color, label="fresh samples")
-            low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
-            panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        if "greedy_reward" in points[0]:
-            row[0].plot(
-                steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy"
-            )
-            row[0].legend(frameon=False, fontsize=8, loc="upper left" if name == "shiq-bfcl" else "lower right")
-        row[2].plot(
-            [update["step"] for update in updates],
-            [update["loss"] for update in updates],
-            color="tab:blue",
-            linewidth=1,
+    def finish(self) -> None:
+        """Make what is missing of this seed, and keep its numbers."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.scale)))
+        if self.kept.exists() and json.loads(self.kept.read_text())["settings"] == settings:
+            return
+        self._write_questions()
+        for name in ("warm_start", "shiq", "dpo", "best_of_k", "more_sft"):
+            self._run(name)
+        found = {name: self._measure(name) for name in ARMS}
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.kept,
+            {
+                "seed": self.seed,
+                "settings": settings,
+                "date": datetime.date.today().isoformat(),
+                "machine": report.machine(),
+                "buffer": self._buffer_numbers(),
+                "arms": found,
+                "jobs": {name: self._learning(name) for name in ("warm_start", *ARMS[1:])},
+            },
         )
-        row[0].set_ylim(0, 1)
-        row[1].set_ylim(bottom=0)
-        row[0].set_ylabel(titles[name], fontsize=8)
-        for panel, title in zip(
-            row, ("reward on held-out prompts", "KL to the reference, nats per sequence", "ShiQ loss")
-        ):
-            panel.set_title(title, fontsize=9)
-            panel.set_xlabel("update", fontsize=8)
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+
+    def _write_questions(self) -> None:
+        """Held-out questions are the same for every seed; which of the others are demonstrated is not."""
+        rows = bfcl.load(fetch.bfcl(), self.scale.categories)
+        share = self.scale.held_out / len(rows)
+        training, held_out = bfcl.split(rows, seed=0, held_out=min(1.02 * share, 0.9))
+        order = np.random.default_rng(self.seed).permutation(len(training))
+        training = [training[index] for index in order]
+        shown, asked = self.scale.demonstrations, self.scale.prompts
+        parts = {
+            "held_out": held_out[: self.scale.held_out],
+            "demonstrations": [row | {"completion": row["target"]} for row in training[:shown]],
+            "prompts": training[shown : shown + asked],
+        }
+        self.root.mkdir(parents=True, exist_ok=True)
+        for name, rows in parts.items():
+            write_jsonl(self.root / f"{name}.jsonl", rows)
+
+    def job(self, name: str) -> Job:
+        """One run of train.py."""
+        scale, reference = self.scale, str(self.root / "warm_start" / "export")
+        shared = {
+            "seed": self.seed,
+            "output_dir": self.root / name,
+            "precision": Precision(),
+            "save_every": 32,
+            # What is measured is measured by `_measure`; this one only shows that the run is alive.
+            "evaluation": Evaluation(
+                data=str(self.root / "held_out.jsonl"), prompts=4, samples_per_prompt=1, prompts_per_batch=4,
+                max_tokens=scale.max_tokens, times=0, greedy=False,
+            ),
+            "reward": "bfcl",
+        }  # fmt: skip
+        demonstrations = str(self.root / "demonstrations.jsonl")
+        if name == "warm_start":
+            return train.Sft(
+                model=str(fetch.smollm2()), data=demonstrations, epochs=scale.warm_epochs, batch_size=4,
+                optimizer=Optimizer(learning_rate=5e-5, schedule="cosine"), **shared,
+            )  # fmt: skip
+        shared["model"] = reference
+        if name == "shiq":
+            return train.Shiq(
+                prompts=str(self.root / "prompts.jsonl"), baseline="group_mean", epochs=scale.epochs, batch_size=2,
+                collection=Collection(
+                    prompts=scale.prompts, samples_per_prompt=scale.samples, prompts_per_batch=scale.prompts_per_batch,
+                    sampling=Sampling(max_tokens=scale.max_tokens),
+                ),
+                loss=ShiqLoss(), optimizer=Optimizer(learning_rate=1e-5), **shared,
+            )  # fmt: skip
+        buffer = self.root / "shiq" / "buffer"
+        if name == "dpo":
+            return train.Dpo(
+                data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=3,
+                loss=DpoLoss(), optimizer=Optimizer(learning_rate=1e-5), **shared,
+            )  # fmt: skip
+        data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best(buffer)}[name]
+        return train.Sft(
+            data=str(data), epochs=self._epochs(data, "trajectory"), batch_size=4,
+            optimizer=Optimizer(learning_rate=1e-5), **shared,
+        )  # fmt: skip
+
+    def _run(self, name: str) -> None:
+        run = RunDirectory(self.root / name)
+        if not run.summary.exists():
+            run_job(dataclasses.replace(self.job(name), resume=run.config.exists()))
+
+    def _best(self, buffer: Path) -> Path:
+        """A buffer of the first right answer to each question that has one."""
+        path = self.root / "best_answers"
+        if not path.exists():
+            everything = Buffer.open(buffer)
+            chosen: dict[str, int] = {}
+            for number, (group, value) in enumerate(zip(everything.group_ids(), everything.returns(), strict=True)):
+                if value >= 1:
+                    chosen.setdefault(group, number)
+            shutil.rmtree(partial := path.with_name(path.name + ".partial"), ignore_errors=True)
+            Buffer.create(partial).append(everything.read(list(chosen.values())))
+            partial.rename(path)
+        return path
+
+    def _epochs(self, path: Path, unit: str) -> float:
+        """How many passes over a buffer read as many tokens as ShiQ's passes, shared prompts counted once."""
+        return self.scale.epochs * _tokens(self.root / "shiq" / "buffer", "trajectory") / _tokens(path, unit)
+
+    def _measure(self, name: str) -> dict:
+        """Right or wrong per held-out question, and the log-ratio to the reference of every fresh answer."""
+        path = self.root / "measured" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        began = time.monotonic()
+        reference = self.root / "warm_start" / "export"
+        source = reference if name == "reference" else self.root / name / "export"
+        rows = [json.loads(line) for line in (self.root / "held_out.jsonl").read_text().splitlines()]
+        model, params = load_hf(str(source))
+        tokenizer = load_tokenizer(str(source))
+        evaluator = Evaluator(
+            model, tokenizer, stop_tokens(tokenizer, source), rows, rewards.resolve("bfcl"), self.scale.max_tokens,
+            self.scale.measured, self.scale.prompts_per_batch, greedy=True,
+        )  # fmt: skip
+        held = None if name == "reference" else Reference(str(reference), load_hf)
+        # The same random numbers for every policy: differences then vary less.
+        found = evaluator(params, held, jax.random.key(self.seed))
+        logratios = np.zeros(len(found.records)) if found.logratios is None else found.logratios
+        shape = (len(rows), self.scale.measured)
+        numbers = {
+            "questions": [row["id"] for row in rows],
+            "sampled": np.reshape([record.rewards.sum() for record in found.records], shape).tolist(),
+            "greedy": [float(record.rewards.sum()) for record in found.greedy],
+            "logratio": np.reshape(logratios, shape).round(4).tolist(),
+            "length": np.reshape([len(record.rewards) for record in found.records], shape).tolist(),
+            "seconds": round(time.monotonic() - began),
+        }
+        path.parent.mkdir(exist_ok=True)
+        write_jsonl(path.with_suffix(".samples.jsonl"), evaluator.shown(found, prompts=40))
+        write_json(path, numbers)
+        return numbers
+
+    def _learning(self, name: str) -> dict:
+        """What a run cost, and the options of its loss and optimiser."""
+        run = RunDirectory(self.root / name)
+        summary, config = (json.loads(file.read_text()) for file in (run.summary, run.config))
+        updates = MetricsLog(run.metrics).rows("update")
+        return {
+            "updates": len(updates),
+            "epochs": round(config["epochs"], 3),
+            "batch_size": config["batch_size"],
+            "loss": config["loss"],
+            "learning_rate": config["optimizer"]["learning_rate"],
+            "tokens": sum(row["tokens"] for row in updates),
+            "seconds": round(summary["seconds"]),
+            "losses": [round(row["loss"], 5) for row in updates],
+        }
+
+    def _buffer_numbers(self) -> dict:
+        buffer = Buffer.open(self.root / "shiq" / "buffer")
+        groups = {}
+        for group, value in zip(buffer.group_ids(), buffer.returns(), strict=True):
+            groups.setdefault(group, []).append(value)
+        return {
+            "records": len(buffer),
+            "accuracy": float(np.mean(buffer.returns() >= 1)),
+            "with_a_right_answer": sum(max(values) >= 1 for values in groups.values()),
+            "with_both": sum(max(values) > min(values) for values in groups.values()),
+        }
 
 
-def render(run: RunDirectory, summary: dict) -> str:
-    """The page of the function-calling run."""
-    options, machine = json.loads(run.config.read_text()), summary["machine"]
-    warm, collection, held_out = options["warm_start"], options["collection"], options["evaluation"]["prompts"]
-    evaluations = MetricsLog(run.metrics).rows("evaluation")
-    date = datetime.date.fromtimestamp(run.summary.stat().st_mtime)
-    serves = (
-        "so they serve as the reference's" if summary["probe"]["passed"] else "so they do not serve as the reference's"
-    )
-    story = (
-        f"{warm['steps']} supervised updates of {warm['batch_size']} demonstrations make the reference. It answers "
-        f"{collection['prompts']} other training questions\n{collection['samples_per_prompt']} times each, with at most "
-        f"{collection['sampling']['max_tokens']} tokens. {summary['updates']} ShiQ updates of {options['batch_size']} "
-        f"questions with all their answers\n(beta {options['loss']['beta']}, learning rate "
-        f"{options['optimizer']['learning_rate']:g}, rewards relative to the mean of a question's answers) make the "
-        f"policy.\nBoth are measured on the same {held_out} held-out questions."
-    )
-    return f"""# Function calling: a first run
-
-SmolLM2-135M-Instruct, fp32, on the single-turn Python categories of the Berkeley Function Calling Leaderboard
-(simple_python, multiple, parallel, parallel_multiple), split by connected components of question and function name, so
-that no function of a held-out question was seen. The reward is 1 where the official AST checker accepts the answer.
-
-    pip install -e '.[fetch]' && python -m shiq_jax.data.fetch && python train.py shiq-bfcl
-
-{story}
-
-| | reference | after ShiQ |
-|---|---|---|
-| accuracy of one sample at temperature 1 | {_with_error(summary, "before")} | {_with_error(summary, "after")} |
-| accuracy of greedy decoding | {summary["greedy_reward_before"]:.3f} | {summary["greedy_reward_after"]:.3f} |
-| KL to the reference, nats per sequence | 0 | {summary["kl"]:.2f} ± {summary["kl_stderr"]:.2f} |
-| mean length of a sample, tokens | {evaluations[0]["length"]:.1f} | {evaluations[-1]["length"]:.1f} |
-
-{_verdict(summary, held_out)}
-
-± is one standard error over questions. This is one seed ({summary["seed"]}) and {held_out} questions: a difference
-below about {2 * 0.5 / held_out**0.5:.2f} says nothing. The buffer holds {summary["records"]} answers in
-{summary["buffer_bytes"] / 1e6:.1f} MB. The sampler's statistics differed from the update step's by at most
-{_largest(summary["probe"]):.1e} nats per token, {serves}.
-
-{machine["cpu_cores"]} CPU cores shared with other work ({machine["device"]}), jax {machine["jax"]}, Python
-{machine["python"]}, {date}: {summary["seconds"] / 60:.0f} minutes, {summary["tokens_per_second"]:.0f} real tokens per
-second through the update step. All numbers: [bfcl.json](bfcl.json). This page is written by
-`python -m experiments.bfcl`.
-
-![Learning curves of both presets](runs.png)
-"""
-
-
-def _with_error(summary: dict, when: str) -> str:
-    return f"{summary[f'reward_{when}']:.3f} ± {summary[f'reward_stderr_{when}']:.3f}"
-
-
-def _verdict(summary: dict, questions: int) -> str:
-    """What the table says, in words that follow from the numbers."""
-    sampled, greedy = (
-        [round(summary[f"{how}reward_{when}"] * questions) for when in ("before", "after")] for how in ("", "greedy_")
-    )
-    word = "helped" if sampled[1] > sampled[0] else "did harm" if sampled[1] < sampled[0] else "changed nothing"
-    return (
-        f"These updates {word} at temperature 1: from {sampled[0]} to {sampled[1]} right answers of {questions}, and from "
-        f"{greedy[0]} to {greedy[1]} with\ngreedy decoding. Nothing was tuned: this run shows that the whole path works on real "
-        "input, not what ShiQ can do on it."
-    )
-
-
-def _largest(probe: dict) -> float:
-    return max(probe["max_logratio"], probe["max_lse_difference"])
+def _tokens(path: Path, unit: str) -> int:
+    """Tokens of one pass over a buffer, the prompt of a bundle counted once."""
+    buffer = Buffer.open(path)
+    lengths, actions = buffer.lengths(), buffer.actions()
+    total = 0
+    for bundle in bundles(buffer, unit):
+        members = np.array([number for example in bundle for number in example])
+        total += int((lengths - actions)[members[0]] + actions[members].sum())
+    return total
 
 
 if __name__ == "__main__":

@@ -39,13 +39,16 @@ def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibi
     return Visibility(index, enter, index, enter, exit_, aligned=True)
 
 
-def cached(valid: Bool[Array, "rows slots"], start: Int[Array, ""] | int, queries: int) -> Visibility:
-    """The visibility of `queries` tokens at cache slots start, start + 1, ...: all valid slots up to their own."""
-    slots = jnp.arange(valid.shape[-1], dtype=jnp.int32)[None]
-    own = jnp.arange(queries, dtype=jnp.int32)[None] + start
-    ones = jnp.ones_like(slots)
-    aligned = isinstance(start, int) and start == 0
-    return Visibility(own, jnp.zeros_like(own), slots, jnp.where(valid, 0, NEVER), ones, aligned)
+def cached(
+    enter: Int[Array, "rows slots"],
+    exit: Int[Array, "rows slots"],
+    query_enter: Int[Array, "rows queries"],
+    start: Int[Array, ""] | int,
+) -> Visibility:
+    """The visibility of tokens at cache slots start, start + 1, ... over all slots up to their own."""
+    slots = jnp.arange(enter.shape[-1], dtype=jnp.int32)[None]
+    own = jnp.arange(query_enter.shape[-1], dtype=jnp.int32)[None] + start
+    return Visibility(own, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
 
 
 def visible(visibility: Visibility) -> Bool[Array, "rows queries keys"]:

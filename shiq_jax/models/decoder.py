@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
 from shiq_jax.models import rope
@@ -69,14 +69,14 @@ class Decoder(nnx.Module):
         cache: Cache,
         tokens: Int[Array, "batch new"],
         positions: Int[Array, "batch new"],
-        valid: Bool[Array, "batch new"],
+        intervals: Int[Array, "batch new 2"],
         start: Int[Array, ""] | int,
         settings: Settings,
     ) -> tuple[Float[Array, "batch new features"], Cache]:
         """Hidden states of new tokens after the final norm, and the cache with them at slots start, start + 1, ..."""
         attend, rotation = self._attention(settings), self._rotation(positions)
-        cache = cache._replace(valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, start)))
-        visibility = cached(cache.valid, start, tokens.shape[1])
+        cache = caches.note(cache, intervals, start)
+        visibility = cached(cache.enter, cache.exit, intervals[..., 0], start)
         definition, stack = nnx.split(self.layers)
 
         def body(carry, scanned):
@@ -85,8 +85,7 @@ class Decoder(nnx.Module):
 
             def remember(q, k, v):
                 grown = caches.write(cache, index, k, v, start)
-                keys, values = (jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in grown[:2])
-                return attend(q, keys, values, visibility), grown
+                return attend(q, *caches.read(grown, index), visibility), grown
 
             x, cache = nnx.merge(definition, weights)(x, rotation, remember, settings)
             return (x, cache), None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
 from shiq_jax.models.attention import ENGINES, forest
@@ -122,12 +122,8 @@ class Model:
         return self.project(params, self.hidden(params, tokens, positions, intervals))
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `length` tokens, left padding included."""
+        """An empty cache for `batch` rows of up to `length` tokens, left padding and all continuations included."""
         return self._placed(caches.empty(self.config, batch, length, self.compute_dtype))
-
-    def repeat_cache(self, cache: Cache, times: int) -> Cache:
-        """The cache with each sequence repeated `times` times in place: [a, b] becomes [a, a, b, b] for 2."""
-        return self._placed(caches.repeat(cache, times))
 
     def extend(
         self,
@@ -135,22 +131,24 @@ class Model:
         cache: Cache,
         tokens: Int[Array, "batch new"],
         positions: Int[Array, "batch new"],
-        valid: Bool[Array, "batch new"],
         start: Int[Array, ""] | int,
+        intervals: Int[Array, "batch new 2"] | None = None,
     ) -> tuple[Float[Array, "batch new features"], Cache]:
-        """Hidden states of `new` further tokens per sequence, and the cache that holds them too.
+        """Hidden states of `new` further tokens per row, and the cache that holds them too.
 
-        Their keys and values go to slots start, start + 1, ... of every sequence; each token attends to all valid slots
-        up to its own. Prompts are padded on the left with `valid` False: such slots are never seen, and what is
-        computed at them means nothing. positions: of each token in its sequence, padding not counted. `start` may be
-        traced.
+        Their keys and values go to slots start, start + 1, ... of every row; each token attends to the slots up to its
+        own that the rule of `attention.Visibility` lets it see: by default to all. `cache.intervals_of` makes intervals
+        for left padding, which is never seen, and for several continuations of one prompt, which do not see each other,
+        so that a row holds the prompt once. positions: of each token in its sequence. `start` may be traced.
         Raises ValueError when the tokens do not fit into the cache and `start` is a Python number; a traced `start` is
         the caller's to keep in bounds.
         """
-        slots, new = cache.valid.shape[1], tokens.shape[1]
+        slots, new = cache.enter.shape[1], tokens.shape[1]
         if isinstance(start, int) and not 0 <= start <= slots - new:
             raise ValueError(f"start is {start}: {new} tokens from there do not fit into a cache of {slots} slots")
-        return self._decoder(params).extend(cache, tokens, positions, valid, start, self._settings)
+        if intervals is None:
+            intervals = caches.intervals_of(jnp.ones(tokens.shape, bool))
+        return self._decoder(params).extend(cache, tokens, positions, intervals, start, self._settings)
 
     def abstract_params(self) -> dict[str, Any]:
         """Shape, dtype and (with a mesh) sharding of every parameter, as a nested dict of `jax.ShapeDtypeStruct`."""

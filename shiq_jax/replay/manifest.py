@@ -77,6 +77,11 @@ class Manifest:
         return [entry for entry in entries if entry["source"] == "file"]
 
 
+def is_buffer(path: str | Path) -> bool:
+    """Whether a replay buffer stands at `path`."""
+    return (Path(path) / NAME).is_file()
+
+
 def migrate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The manifest in today's schema; raises Refusal for a version that is newer, or older than the first known one."""
     version = content.get("schema_version")
@@ -116,6 +121,10 @@ def check_vacant(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise Refusal(f"{path} is a file; name a directory for the replay buffer.")
     foreign = [file.name for file in path.glob("*") if file.name != NAME + TEMPORARY]
+    if records := [name for name in foreign if name.startswith("records-")]:
+        raise Refusal(
+            f"{path} holds {min(records)} of a replay buffer that lost its {NAME}; restore it, or remove both."
+        )
     if foreign:
         raise Refusal(
             f"{path} holds other files, such as {min(foreign)}; name an empty directory for the replay buffer."

@@ -48,12 +48,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
     The bytes reach the disk under a temporary name before the name is changed, and the directory is synchronised after.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(temporary, path)
+    except BaseException as error:
+        # What a full disk could take of the file would only keep it full.
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     sync_directory(path.parent)
     return size
 
@@ -133,7 +140,7 @@ class Shard:
                 f"{path} holds {self._batch.num_rows} rows, but the manifest says {rows}; restore the file or make "
                 "the buffer anew."
             )
-        self.rows = rows
+        self.path, self.rows = path, rows
         self._views: dict[str, tuple[np.ndarray, np.ndarray, pa.Array]] = {}
 
     def get(self, name: str, row: int) -> np.ndarray | None:
@@ -179,7 +186,10 @@ class Shard:
             _, offsets, _, values = column.buffers()
             kind = column.type.value_type
             dtype = np.dtype(np.uint8) if pa.types.is_boolean(kind) else np.dtype(kind.to_pandas_dtype())
-            flat = np.frombuffer(values, dtype) if values is not None and values.size else np.zeros(0, dtype)
+            try:
+                flat = np.frombuffer(values, dtype) if values is not None and values.size else np.zeros(0, dtype)
+            except ValueError as error:
+                raise Refusal(f"{self.path} is corrupt; restore the file or make the buffer anew.") from error
             self._views[name] = (np.frombuffer(offsets, np.int64)[: self.rows + 1], flat, column)
         return self._views[name]
 

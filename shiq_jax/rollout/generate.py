@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from shiq_jax.errors import Refusal
+from shiq_jax.models.cache import intervals_of
 from shiq_jax.objectives import token_stats_from_logits
 
 
@@ -76,7 +77,7 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
     """Compile-once sampler `generate(params, tokens [P, L], valid [P, L], keys [P * n]) -> Samples` with B = P * n.
 
     Prompts are padded on the left (`valid` False) and computed once for their `n = samples_per_prompt` completions,
-    which stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it
+    which share its cache and stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it
     becomes does not depend on who shares its batch. A sequence ends with the first of `stop_tokens`, which is part of
     it, or after `sampling.max_tokens`; the loop ends with the last sequence, and nothing is computed after the last
     drawn token.
@@ -87,8 +88,11 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
     def draw(logits, keys, t):
         raw = logits.astype(jnp.float32)
         behaviour = behaviour_logits(raw, sampling)
-        drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))(keys, behaviour)
-        drawn = drawn.astype(jnp.int32)
+        if sampling.temperature == 0:
+            drawn = jnp.argmax(raw, axis=-1).astype(jnp.int32)
+        else:
+            pick = lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row)
+            drawn = jax.vmap(pick)(keys, behaviour).astype(jnp.int32)
         stats = token_stats_from_logits(raw, drawn)
         behaviour_logp = token_stats_from_logits(behaviour, drawn).logp
         return drawn, stats.logp, stats.lse, behaviour_logp
@@ -107,13 +111,13 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
 
     @jax.jit
     def generate(params, tokens: Int[Array, "P L"], valid: Bool[Array, "P L"], keys) -> Samples:
-        prompts, width = tokens.shape
+        (prompts, width), batch = tokens.shape, tokens.shape[0] * samples_per_prompt
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-        cache = model.init_cache(prompts, width + steps)
-        hidden, cache = model.extend(params, cache, tokens, positions, valid, 0)
-        cache, last, lengths = model.repeat_cache(cache, samples_per_prompt), hidden[:, -1], valid.sum(axis=1)
-        last, lengths = jnp.repeat(last, samples_per_prompt, axis=0), jnp.repeat(lengths, samples_per_prompt)
-        batch = prompts * samples_per_prompt
+        cache = model.init_cache(prompts, width + (steps - 1) * samples_per_prompt)
+        hidden, cache = model.extend(params, cache, tokens, positions, 0, intervals_of(valid))
+        last, lengths = jnp.repeat(hidden[:, -1], samples_per_prompt, axis=0), valid.sum(axis=1)[:, None]
+        # The completions of a prompt stand in its row, where they see the prompt and themselves but not each other.
+        branch = jnp.arange(samples_per_prompt)
         out = Samples(
             jnp.zeros((batch, steps), jnp.int32),
             jnp.zeros(batch, jnp.int32),
@@ -126,11 +130,12 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
 
         def step(carry):
             t, finished, drawn, cache, out = carry
-            before = t - 1
-            hidden, cache = model.extend(
-                params, cache, drawn[:, None], (lengths + before)[:, None], ~finished[:, None], width + before
-            )
-            drawn, finished, out = drawn_into(out, params, hidden[:, 0], keys, t, finished)
+            before, shape = t - 1, (prompts, samples_per_prompt)
+            where = jnp.broadcast_to(lengths + before, shape)
+            intervals = intervals_of(~finished.reshape(shape), branch, branch + 1)
+            start = width + before * samples_per_prompt
+            hidden, cache = model.extend(params, cache, drawn.reshape(shape), where, start, intervals)
+            drawn, finished, out = drawn_into(out, params, hidden.reshape(batch, -1), keys, t, finished)
             return t + 1, finished, drawn, cache, out
 
         drawn, finished, out = drawn_into(out, params, last, keys, jnp.int32(0), jnp.zeros(batch, bool))
@@ -162,7 +167,7 @@ class Sampler:
     """Draws `samples_per_prompt` completions for lists of prompts, in batches of one fixed number of prompts.
 
     Args:
-        model: supplies `init_cache`, `repeat_cache`, `extend` and `project`.
+        model: supplies `init_cache`, `extend` and `project`.
         sampling: how tokens are drawn.
         stop_tokens: ids that end a sequence.
         prompts_per_batch: prompts in one compiled call; a short last batch is filled up and the filling dropped.

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from shiq_jax.models import fingerprint
+from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
-from shiq_jax.training.metrics import track
+from shiq_jax.training import stopping
 from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.update import policy_statistics
 
@@ -53,9 +54,14 @@ def statistics_of(
     bundles = _bundles(records, row_length)
     shape = shape or _coarse(plan(records, bundles))
     forward, out = _forward(model), [None] * len(records)
-    for start in range(0, len(bundles), prompts_per_batch):
-        chosen = bundles[start : start + prompts_per_batch]
-        packed = pack(chosen, records, None, shape, rows_multiple=data_devices(model.mesh))
+    starts = range(0, len(bundles), prompts_per_batch)
+    batches = (
+        pack(bundles[start : start + prompts_per_batch], records, None, shape, rows_multiple=data_devices(model.mesh))
+        for start in starts
+    )
+    amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)
+    for packed in track(batches, "token statistics", len(starts), "batches", amount=amount):
+        stopping.check("while computing token statistics")
         stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
         for spot, number in np.ndenumerate(packed.members):
             if number >= 0:
@@ -130,13 +136,20 @@ def annotate(
     """
     found = probe(model, params, buffer)
     missing = buffer.missing_statistics(identity)
-    if missing and found and found["passed"]:
+    if not missing:
+        return found
+    if found and found["passed"]:
         buffer.adopt_sampler_statistics(identity)
         return found
-    shards = [buffer.read(buffer.shards[number]) for number in missing]
-    shapes = [plan(records, _bundles(records, row_length)) for records in shards]
-    shape = Shape(*map(max, zip(*shapes, strict=True))) if shapes else None
+    # Of all shards, not of those that are missing: padding moves the last bits, and an annotation that goes on must
+    # find those of one that was never stopped.
+    planned = (buffer.read(numbers) for numbers in buffer.shards)
+    shapes = [plan(records, _bundles(records, row_length)) for records in planned]
+    shape = Shape(*map(max, zip(*shapes, strict=True)))
+    shards = (buffer.read(buffer.shards[number]) for number in missing)
     options = {"prompts_per_batch": prompts_per_batch, "row_length": row_length, "shape": shape}
-    for shard, records in track(zip(missing, shards, strict=True), "reference statistics", len(missing), "shards"):
+    done, total = len(shapes) - len(missing), len(shapes)
+    todo = zip(missing, shards, strict=True)
+    for shard, records in track(todo, "reference statistics", total, "shards", first=done):
         buffer.write_statistics(identity, shard, statistics_of(model, params, records, **options))
     return found

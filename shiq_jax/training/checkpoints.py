@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,10 @@ import jax.numpy as jnp
 
 from shiq_jax.errors import Refusal
 from shiq_jax.training.state import Params, State, split
+
+# What a checkpoint is called while its files are deleted, so that none is ever seen with a part of them, and what orbax
+# calls one whose files are being written.
+_REMOVED, _WRITTEN = ".removed", ".orbax-checkpoint-tmp"
 
 # Two parts, so that a policy can be read without the optimiser's memory.
 _PARTS = {"policy": ("trainable",), "memory": ("targets", "opt_state", "step", "key")}
@@ -32,37 +39,36 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
         # Orbax logs every file that it touches, which would bury what a run has to say.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1 as ocp
 
-        policies = ocp.training.preservation_policies
-        preserve = [policies.LatestN(keep)]
-        if best is not None:
-            # By default every checkpoint that was not evaluated would be kept for good.
-            options = {"n": 1, "keep_checkpoints_without_metrics": False}
-            preserve.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], **options))
-        self.directory, self.best = Path(directory), best
+        self.directory, self.keep, self.best, self.read_only = Path(directory), keep, best, read_only
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
+            for state in (_REMOVED, _WRITTEN):
+                for left in self.directory.glob(f"*{state}*"):
+                    shutil.rmtree(left)
         self._ocp = ocp
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             # The default policy drops a save without a word while another is under way.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(preserve),
-            cleanup_tmp_directories=not read_only,
+            # Orbax would delete a checkpoint file by file under its own name; see `_prune`.
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
         )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
-        self._checkpointer.wait()
+        self.wait()
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     def save(self, state: State, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Start writing `state` under its step; returns once the arrays are copied, the files follow in the background.
 
-        A step that is already there is left as it is: it holds the same state.
+        A step that is already there is left as it is, for it holds the same state, unless it lacks metrics that are
+        given now.
 
         Args:
             state: what to save.
@@ -70,8 +76,11 @@ class Checkpoints:
             metrics: numbers that choose the best checkpoint.
         """
         step = int(state.step)
-        if any(known.step == step for known in self._checkpointer.checkpoints):
-            return
+        self.wait()
+        if step in self._known():
+            if self.metrics(step) is not None or not metrics:
+                return
+            self._remove([step])
         # A numpy float among the metrics would fail when the step is committed, long after this call.
         metrics = {name: float(value) for name, value in (metrics or {}).items()} or None
         started = self._checkpointer.save_checkpointables_async(
@@ -99,7 +108,8 @@ class Checkpoints:
             Refusal: as `restore`; leaves that the checkpoint does not have are left as they are.
         """
         step = self._existing(step)
-        names = set(self._checkpointer.checkpointables_metadata(step).metadata["policy"])
+        with self._whole(step):
+            names = set(self._checkpointer.checkpointables_metadata(step).metadata["policy"])
         learned, rest = split(params, lambda path: ".".join(("trainable", *path)) in names)
         state = State(learned, rest, {}, (), jnp.int32(0), jax.random.key(0))
         return state._replace(**self._load(step, "policy", state)).params()
@@ -108,13 +118,42 @@ class Checkpoints:
         """The JSON values that were saved with a step."""
         return dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
 
+    def metrics(self, step: int) -> dict | None:
+        """The numbers that were saved with a step, None if there were none."""
+        return self._known()[step] or None
+
     def wait(self) -> None:
-        """Return when every started save is complete on disk."""
+        """Return when every started save is complete on disk, and what is not to be kept is gone."""
         self._checkpointer.wait()
+        if not self.read_only:
+            self._prune()
 
     def close(self) -> None:
         """Finish what is under way and let go of the directory."""
+        self.wait()
         self._checkpointer.close()
+
+    def _known(self) -> dict[int, dict | None]:
+        return {known.step: known.metrics for known in self._checkpointer.checkpoints}
+
+    def _prune(self) -> None:
+        """Remove what is neither among the latest nor the best."""
+        known = self._known()
+        keep = set(sorted(known)[-self.keep :])
+        if self.best is not None:
+            ranked = [(metrics[self.best], step) for step, metrics in known.items() if metrics]
+            keep |= {step for _, step in sorted(ranked)[-1:]}
+        self._remove(known.keys() - keep)
+
+    def _remove(self, steps: Collection[int]) -> None:
+        if not steps:
+            return
+        try:
+            for step in steps:
+                path = self.directory / str(step)
+                shutil.rmtree(path.rename(path.with_name(path.name + _REMOVED)))
+        finally:
+            self._checkpointer.reload()
 
     def _existing(self, step: int | None) -> int:
         step = self.latest() if step is None else step
@@ -125,9 +164,26 @@ class Checkpoints:
     def _load(self, step: int, part: str, into: State) -> dict:
         like = {name: _storable(into, name) for name in _PARTS[part]}
         wanted = {name: _abstract(leaf) for name, leaf in _flatten(into, part).items()}
-        self._compare(step, part, wanted)
-        loaded = self._checkpointer.load_checkpointables(step, {part: wanted})[part]
+        with self._whole(step):
+            self._compare(step, part, wanted)
+            loaded = self._checkpointer.load_checkpointables(step, {part: wanted})[part]
         return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in wanted])
+
+    @contextlib.contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Inside, whatever reading a checkpoint raises means that its files are damaged."""
+        noise = io.StringIO()
+        try:
+            # Reads that are under way when one fails complain one by one, long tracebacks and all.
+            with contextlib.redirect_stderr(noise):
+                yield
+        except (Refusal, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise Refusal(
+                f"checkpoint {step} in {self.directory} is damaged or incomplete ({type(error).__name__}): restore it, "
+                "or remove its directory to go on from an earlier one"
+            ) from error
 
     def _compare(self, step: int, part: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """Orbax reports a mismatch from deep inside a restore; the names and shapes can be compared first."""

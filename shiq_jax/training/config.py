@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import tyro
+
+from shiq_jax.data.files import matching_files
+from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.generate import Sampling
 from shiq_jax.training.optimizers import Optimizer
 
 
 def _at_least(options: Any, **smallest: float) -> None:
-    """ValueError naming the first option that is smaller than it may be; NaN is smaller than anything."""
+    """ValueError naming the first option that is smaller than it may be, or not a finite number."""
     for name, least in smallest.items():
-        if not getattr(options, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(options, name)}")
+        if not least <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be at least {least} and finite, not {getattr(options, name)}")
+
+
+def given_as(metavar: str, otherwise: str) -> Any:
+    """How the help shows an option that may be left out: the name of its value, and what holds without one."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _positive(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, not {beta}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Collection:
     prompts: int = 512
     """Prompts of the training split."""
     samples_per_prompt: int = 4
-    """Answers to each of them."""
+    """Answers to each prompt."""
     prompts_per_batch: int = 32
     """Prompts of one compiled call of the sampler."""
     sampling: Sampling = Sampling()
@@ -60,20 +75,20 @@ class Collection:
 class Evaluation:
     """Fresh temperature-1 samples on held-out prompts."""
 
-    data: str | None = None
-    """Prompts to evaluate on (rows with `prompt` and what the reward needs); default: the task's held-out split."""
+    data: Annotated[str | None, given_as("FILE|HUB_ID", "the task's held-out split, or the data's own prompts")] = None
+    """Prompts to evaluate on: rows with `prompt` and what the reward needs."""
     prompts: int = 128
-    """How many of them, at most."""
+    """How many prompts, at most."""
     samples_per_prompt: int = 4
-    """Samples of each."""
+    """Samples of each prompt."""
     prompts_per_batch: int = 32
     """Prompts of one compiled call of the sampler."""
     max_tokens: int = 64
-    """Longest completion."""
+    """Longest completion, in tokens."""
     times: int = 4
     """Evaluations during the passes, evenly spread; the last one comes after the last update."""
     greedy: bool = True
-    """Also decode every prompt greedily."""
+    """Also decode greedily: every prompt, or without a reward a few to look at."""
 
     def __post_init__(self):
         _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1, max_tokens=1, times=0)
@@ -132,48 +147,64 @@ class DpoLoss:
 class Job:
     """What every training command takes."""
 
-    model: str | None = None
-    """Directory in Hugging Face format or hub id; default: the task's own model."""
-    data: str | None = None
-    """Someone's data (.jsonl, .json, .parquet or a hub id) instead of our own samples; see docs/data.md."""
+    model: Annotated[str | None, given_as("DIR|HUB_ID", "the task's own")] = None
+    """What learns: a directory in Hugging Face format, or a hub id, of the Llama family."""
+    data: Annotated[str | None, given_as("FILE|HUB_ID", "none: sample answers and score them")] = None
+    """Learn from these rows (.jsonl, .json, .parquet, hub id) or replay buffer, sample nothing; see docs/data.md."""
+    prompts: Annotated[str | None, given_as("FILE|HUB_ID", "the task's own")] = None
+    """Sample answers to these prompts and score them with --reward."""
     task: Literal["sorting", "bfcl"] = "sorting"
-    """Where prompts, demonstrations and rewards come from without --data: the toy, or function calling."""
-    reward: str | None = None
-    """exact, sorting, bfcl or module:function(row, completion) -> float; default: the task's own."""
+    """Without --data and --prompts: where prompts and rewards come from, the toy or function calling."""
+    reward: Annotated[str | None, given_as("NAME", "the task's own")] = None
+    """exact, sorting, bfcl or module:function(row, completion) -> float; it also scores data that have no scores."""
+    score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
+    """Field of the data that holds the scores."""
+    drop_longer_than: Annotated[int | None, given_as("TOKENS", "refuse what exceeds the context")] = None
+    """Leave out longer sequences of the data."""
     baseline: Literal["none", "group_mean"] = "none"
     """What is taken off an answer's last reward; the mean of its prompt's answers does not move the optimum."""
-    output_dir: Path | None = None
-    """Where everything is written; default: runs/COMMAND."""
-    seed: int = 0
-    """Of data order, sampling and the embedded model."""
-    resume: bool = False
-    """Go on with the run in the output directory."""
-    mesh: str | None = None
-    """Devices by axis, such as fsdp=4,tensor=2; default: all devices on fsdp."""
-    batch_size: int = 32
-    """Prompts (with all their answers), pairs or demonstrations of one update."""
     epochs: float = 2.0
     """Passes over the buffer."""
-    microbatches: int = 1
-    """Slices of a batch that are run one after the other to save memory."""
-    row_length: int = 4096
-    """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
+    batch_size: int = 32
+    """Prompts (with all their answers), pairs or demonstrations of one update."""
+    seed: int = 0
+    """Of data order, sampling and the embedded model."""
+    output_dir: Annotated[Path | None, given_as("DIR", "runs/COMMAND")] = None
+    """Where everything is written; see docs/run-directory.md."""
+    resume: bool = False
+    """Go on with the run in the output directory, with its own options."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], given_as("{tensorboard,wandb} ...", "neither")] = ()
+    """Show the metrics elsewhere as well; metrics.jsonl is always written."""
     save_every: int = 100
     """Updates between checkpoints."""
     keep: int = 2
     """How many of the latest checkpoints to keep, besides the best."""
+    mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
+    """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
+    microbatches: int = 1
+    """Slices of a batch that are run one after the other to save memory."""
+    row_length: int = 4096
+    """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
+    loss: Any = NoOptions()
     optimizer: Optimizer = Optimizer()
-    precision: Precision = Precision()
-    warm_start: WarmStart = WarmStart()
     collection: Collection = Collection()
     evaluation: Evaluation = Evaluation()
-    loss: Any = NoOptions()
+    warm_start: WarmStart = WarmStart()
+    precision: Precision = Precision()
 
     command: ClassVar[str] = ""
     objective: ClassVar[str] = ""
 
     def __post_init__(self):
         _at_least(self, seed=0, batch_size=1, epochs=0, microbatches=1, save_every=1, keep=1, row_length=2)
+        if self.data is not None and self.prompts is not None:
+            raise ValueError("data are learned from as they are and prompts are sampled for: give one of them")
+        if self.data is None and (self.score is not None or self.drop_longer_than is not None):
+            raise ValueError("score and drop_longer_than say how data are read: give data, or leave them out")
+        if self.score is not None and self.objective == "sft":
+            raise ValueError("sft imitates and reads no scores: leave score out")
+        if self.drop_longer_than is not None:
+            _at_least(self, drop_longer_than=2)
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma != 1):
             raise ValueError(
                 "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
@@ -186,9 +217,12 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All options that determine the result, as JSON values."""
         values = dataclasses.asdict(self)
-        for name in ("resume", "output_dir"):
+        for name in ("resume", "output_dir", "track"):
             values.pop(name)
-        if self.data and Path(self.data).is_file():
-            with open(self.data, "rb") as file:
-                values["data_digest"] = hashlib.file_digest(file, "sha256").hexdigest()
+        sources = {"data": self.data, "prompts": self.prompts, "evaluation_data": self.evaluation.data}
+        for name, source in sources.items():
+            if digests := [_digest(file) for file in matching_files(source or "")]:
+                values[f"{name}_digest"] = ",".join(digests)
+        if self.data and is_buffer(self.data):
+            values["data_digest"] = _digest(Path(self.data) / "manifest.json")
         return {"command": self.command, "objective": self.objective} | values

@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shiq_jax.errors import Refusal
+from shiq_jax.progress import track
 from shiq_jax.replay import Record
-from shiq_jax.rollout.collect import collect, decode
+from shiq_jax.rollout.collect import collect, decode, sampled_tokens
 from shiq_jax.rollout.generate import Sampler, Sampling
+from shiq_jax.training import stopping
 from shiq_jax.training.annotation import statistics_of
 from shiq_jax.training.reference import Reference
+
+# Generations that are kept to be looked at: of the first prompts, so that evaluations can be compared.
+SHOWN_PROMPTS, SHOWN_SAMPLES = 8, 2
 
 
 class Evaluated(NamedTuple):
@@ -21,13 +26,17 @@ class Evaluated(NamedTuple):
 
     Attributes:
         numbers: see `Evaluator.__call__`.
-        records: the fresh samples.
+        records: the fresh samples, prompt by prompt.
         logratios: float64[samples], the summed log-ratio of each to the reference in nats; None without a reference.
+        greedy: the greedy answers to the same prompts, or to the first of them; empty when there are none.
+        greedy_logratios: float64[greedy], as `logratios`.
     """
 
     numbers: dict[str, float]
     records: list[Record]
     logratios: np.ndarray | None
+    greedy: list[Record]
+    greedy_logratios: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Evaluator:
         sampling: temperature 1 and unfiltered for the KL to mean what it says; `max_tokens` is what matters here.
         samples_per_prompt: fresh samples of each prompt.
         prompts_per_batch: prompts of one compiled call.
-        greedy: also decode every prompt greedily.
+        greedy: also decode greedily: every prompt, or where nothing scores the answers, the first few to look at.
     """
 
     model: Any
@@ -69,13 +78,14 @@ class Evaluator:
         object.__setattr__(self, "_sampler", sampler(1.0, self.samples_per_prompt))
         object.__setattr__(self, "_greedy", sampler(0.0, 1) if self.greedy else None)
 
-    def __call__(self, params, reference: Reference | None, key) -> Evaluated:
+    def __call__(self, params, reference: Reference | None, key, prompts: int | None = None) -> Evaluated:
         """Numbers of a policy, and the samples that they were taken from.
 
         Args:
             params: the policy.
             reference: what the KL is measured to; None when the policy is the reference itself, so that `kl` is 0.
             key: random key of the samples.
+            prompts: take only the first so many.
 
         Returns:
             `kl` in nats per sequence, the mean over fresh temperature-1 samples of the summed log-ratio to the
@@ -88,45 +98,89 @@ class Evaluator:
         """
         if not self.rows:
             raise Refusal("there is no prompt to evaluate on: give some, or leave the evaluation out")
-        records = self._draw(self._sampler, params, key)
-        out = {"length": float(np.mean([len(record.rewards) for record in records]))}
-        if self.reward is not None:
-            out |= self._scores(records, "")
-        logratios = None
-        if reference is not None:
-            theirs = reference.statistics_of(records)
-            ours = statistics_of(self.model, params, records)
-            logratios = np.array([np.sum(our[0] - their[0]) for our, their in zip(ours, theirs, strict=True)])
-        out |= self._mean("kl", np.zeros(len(records)) if logratios is None else logratios)
-        if self.greedy and self.reward is not None:
-            out |= self._scores(self._draw(self._greedy, params, key), "greedy_")
-        return Evaluated(out, records, logratios)
+        rows = self.rows[:prompts]
+        records = self._draw(self._sampler, params, key, rows, "evaluation samples")
+        greedy = []
+        if self.greedy:
+            looked_at = rows if self.reward is not None else rows[:SHOWN_PROMPTS]
+            greedy = self._draw(self._greedy, params, key, looked_at, "greedy answers")
+        logratios = self._logratios(params, reference, records + greedy)
+        sampled_logratios = None if logratios is None else logratios[: len(records)]
+        greedy_logratios = None if logratios is None else logratios[len(records) :]
 
-    def shown(self, records: Sequence[Record]) -> list[dict]:
-        """Samples as rows `prompt, completion, reward` of text."""
+        out = {"length": float(np.mean([len(record.rewards) for record in records]))}
+        out |= _mean("kl", np.zeros(len(records)) if logratios is None else sampled_logratios, len(rows))
+        if self.reward is not None:
+            out |= _scores(records, "", len(rows))
+            out |= _scores(greedy, "greedy_", len(rows)) if greedy else {}
+        return Evaluated(out, records, sampled_logratios, greedy, greedy_logratios)
+
+    def _logratios(self, params, reference: Reference | None, records: Sequence[Record]) -> np.ndarray | None:
+        if reference is None:
+            return None
+        theirs = reference.statistics_of(records)
+        ours = statistics_of(self.model, params, records)
+        return np.array([np.sum(our[0] - their[0]) for our, their in zip(ours, theirs, strict=True)])
+
+    def shown(self, found: Evaluated, prompts: int | None = None, samples: int | None = None) -> list[dict]:
+        """What an evaluation generated, prompt by prompt, as rows of text.
+
+        Args:
+            found: the evaluation.
+            prompts: how many prompts, from the first; all by default.
+            samples: how many of each prompt's fresh samples; all by default.
+
+        Returns:
+            rows of `prompt`, `decoding` ("sampled" or "greedy"), `completion`, `reward` (None without one), `logratio`
+            (nats, summed; None without a reference) and `tokens` (how many were generated).
+        """
         rows = []
-        for record in records:
-            first = int(np.argmax(record.action_mask))
-            rows.append(
-                {
-                    "prompt": self.tokenizer.decode(record.tokens[:first].tolist()),
-                    "completion": decode(self.tokenizer, record.tokens[first:], self.stop_tokens),
-                    "reward": float(record.rewards.sum()) if self.reward is not None else None,
-                }
-            )
+        for number in range(len(found.records) // self.samples_per_prompt)[:prompts]:
+            start = number * self.samples_per_prompt
+            drawn = range(start, start + self.samples_per_prompt)[:samples]
+            rows += [self._row("sampled", found.records, found.logratios, index) for index in drawn]
+            if number < len(found.greedy):
+                rows.append(self._row("greedy", found.greedy, found.greedy_logratios, number))
         return rows
 
-    def _scores(self, records: Sequence[Record], prefix: str) -> dict[str, float]:
-        rewards = np.array([record.rewards.sum() for record in records])
-        return self._mean(f"{prefix}reward", rewards) | self._mean(f"{prefix}accuracy", rewards >= 1)
+    def _row(self, decoding: str, records: Sequence[Record], logratios: np.ndarray | None, index: int) -> dict:
+        record = records[index]
+        first = int(np.argmax(record.action_mask))
+        return {
+            "prompt": self.tokenizer.decode(record.tokens[:first].tolist()),
+            "decoding": decoding,
+            "completion": decode(self.tokenizer, record.tokens[first:], self.stop_tokens),
+            "reward": float(record.rewards.sum()) if self.reward is not None else None,
+            "logratio": None if logratios is None else float(logratios[index]),
+            "tokens": len(record.rewards),
+        }
 
-    def _mean(self, name: str, values: np.ndarray) -> dict[str, float]:
-        """Mean, and its standard error from the spread between prompts: samples of one prompt are not independent."""
-        by_prompt = np.reshape(values, (len(self.rows), -1)).mean(axis=1)
-        drawn = by_prompt if len(by_prompt) > 1 else np.asarray(values)
-        error = np.std(drawn, ddof=1) / np.sqrt(len(drawn)) if len(drawn) > 1 else 0.0
-        return {name: float(by_prompt.mean()), f"{name}_stderr": float(error)}
-
-    def _draw(self, sampler: Sampler, params, key) -> list[Record]:
+    def _draw(self, sampler: Sampler, params, key, rows: Sequence[Mapping], what: str) -> list[Record]:
         reward = self.reward or (lambda row, completion: 0.0)
-        return collect(sampler, params, self.tokenizer, self.rows, reward, key=key, stop_tokens=self.stop_tokens)
+        starts = range(0, len(rows), self.prompts_per_batch)
+        batches = (
+            collect(
+                sampler, params, self.tokenizer, rows[start : start + self.prompts_per_batch], reward,
+                key=key, stop_tokens=self.stop_tokens, first=start,
+            )
+            for start in starts
+        )  # fmt: skip
+        tracked = track(batches, what, len(starts), "batches", amount=("tokens", sampled_tokens))
+        drawn = []
+        for records in tracked:
+            drawn += records
+            stopping.check("while evaluating")
+        return drawn
+
+
+def _scores(records: Sequence[Record], prefix: str, prompts: int) -> dict[str, float]:
+    rewards = np.array([record.rewards.sum() for record in records])
+    return _mean(f"{prefix}reward", rewards, prompts) | _mean(f"{prefix}accuracy", rewards >= 1, prompts)
+
+
+def _mean(name: str, values: np.ndarray, prompts: int) -> dict[str, float]:
+    """Mean, and its standard error from the spread between prompts: samples of one prompt are not independent."""
+    by_prompt = np.reshape(values, (prompts, -1)).mean(axis=1)
+    drawn = by_prompt if len(by_prompt) > 1 else np.asarray(values)
+    error = np.std(drawn, ddof=1) / np.sqrt(len(drawn)) if len(drawn) > 1 else 0.0
+    return {name: float(by_prompt.mean()), f"{name}_stderr": float(error)}

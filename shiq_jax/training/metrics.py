@@ -1,14 +1,26 @@
-"""What a run says while it works: a JSONL log that survives a restart, and progress with rates."""
+"""The JSONL log of a run, which survives a restart, and those who follow it."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from shiq_jax.replay.storage import write_atomically
+
+
+class Tracker(Protocol):
+    """Somebody who follows a log, such as TensorBoard, and shows what it holds: no less, and nothing twice."""
+
+    def begin(self, rows: list[dict]) -> None:
+        """The log holds these rows: called before the first one is written, and again when some were dropped."""
+
+    def write(self, row: dict) -> None:
+        """A row was added."""
+
+    def close(self) -> None:
+        """Nothing more will be written; called even if nothing ever was."""
 
 
 class MetricsLog:
@@ -16,19 +28,38 @@ class MetricsLog:
 
     Lines of a stage that lie behind the step from which it is resumed are dropped by `rewind`, so that the file of a
     run that was interrupted is that of a run that was not.
+
+    Args:
+        path: the file; made by the first line.
+        trackers: begin when the first line is about to be written, after most of what may refuse a run.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            # A line that was cut short by a crash.
-            self._keep(lambda row: True)
+    def __init__(self, path: Path, trackers: Iterable[Tracker] = ()):
+        self.path, self._trackers, self._begun = Path(path), tuple(trackers), False
 
     def write(self, stage: str, step: int, **values) -> None:
         """Append a line; arrays of one element become numbers."""
         row = {"stage": stage, "step": int(step)} | {name: _plain(value) for name, value in values.items()}
+        self.begin()
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        for tracker in self._trackers:
+            tracker.write(row)
+
+    def begin(self) -> None:
+        """Tell the trackers what the log holds, unless they know."""
+        if not self._begun:
+            # A line that was cut short by a crash; to who only reads it may be one that is being written.
+            if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                self._keep(lambda row: True)
+            self._begun = True
+            for tracker in self._trackers:
+                tracker.begin(self.rows())
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def rows(self, stage: str | None = None) -> list[dict]:
         """All lines, or those of one stage."""
@@ -49,43 +80,16 @@ class MetricsLog:
 
     def _keep(self, wanted) -> None:
         if self.path.exists():
-            text = "".join(json.dumps(row) + "\n" for row in self.rows() if wanted(row))
+            rows = self.rows()
+            kept = [row for row in rows if wanted(row)]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
+            if self._begun and len(kept) < len(rows):
+                self._begun = False
+                self.begin()
 
 
 def _plain(value):
     if hasattr(value, "item"):
         value = value.item()
     return value
-
-
-def track(items: Iterable, what: str, total: int, unit: str = "it") -> Iterator:
-    """Pass the items on and show how far they are and how fast: a bar on a terminal, else a line every ten seconds."""
-    if sys.stderr.isatty():
-        yield from _bar(items, what, total, unit)
-        return
-    start = last = time.monotonic()
-    done = 0
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last > 10 or done == total:
-            last = now
-            print(
-                f"{what}: {done}/{total} {unit}, {done / max(now - start, 1e-9):.2f} {unit}/s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _bar(items, what, total, unit):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    start = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total, rate="")
-        for done, item in enumerate(items, 1):
-            yield item
-            progress.update(task, completed=done, rate=f"{done / max(time.monotonic() - start, 1e-9):.2f} {unit}/s")

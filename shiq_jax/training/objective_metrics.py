@@ -9,6 +9,7 @@ import numpy as np
 
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
+from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, bundles, pack, plan
 from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.update import objective_sums
@@ -48,7 +49,8 @@ def objective_metrics(
     shape = plan(buffer, chosen)
     sums = jax.jit(functools.partial(objective_sums, model, objective))
     totals = []
-    for start in range(0, len(chosen), prompts_per_batch):
+    starts = range(0, len(chosen), prompts_per_batch)
+    for start in track(starts, "objective's metrics", len(starts), "batches"):
         piece = chosen[start : start + prompts_per_batch]
         packed = pack(piece, buffer, statistics, shape, rows_multiple=data_devices(model.mesh))
         totals.append(jax.device_get(sums(params, place(packed.batch, model.mesh))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import optax
@@ -19,6 +20,7 @@ class Optimizer:
     """An optax chain: clip the gradient's global norm, then the named rule under a warmed-up schedule."""
 
     name: Literal["adamw", "lion", "adafactor", "sgd"] = "adamw"
+    """Rule of the update."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -32,11 +34,14 @@ class Optimizer:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 clips nothing."""
     b1: float = 0.9
+    """Decay of the running mean of gradients; the momentum of sgd (adamw, lion, sgd)."""
     b2: float = 0.95
+    """Decay of the running mean of squared gradients (adamw); of the momentum (lion)."""
 
     def __post_init__(self):
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate must be at least 0, not {self.learning_rate}")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a part of all steps and must lie in [0, 1), not {self.warmup}")
 

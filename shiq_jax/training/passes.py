@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from shiq_jax.errors import Refusal
+from shiq_jax.progress import track
+from shiq_jax.training import stopping
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.metrics import MetricsLog, track
+from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.state import State
+
+# Mean |lse| in nats below which logits are taken for normalised ones.
+NORMALISED = 1e-4
 
 
 class Marks(NamedTuple):
-    """When to evaluate and when to save, in steps; the last step always does both."""
+    """When to evaluate and when to save, in steps; the last step always does both. `show`: steps to sample at."""
 
     evaluate: int | None = None
     save: int | None = None
+    show: Collection[int] = ()
 
 
 def run_passes(
@@ -36,8 +44,12 @@ def run_passes(
     learning_rate: Callable,
     marks: Marks = Marks(),
     evaluate: Callable[[State, int], dict[str, float]] | None = None,
+    show: Callable[[State, int], None] | None = None,
 ) -> State:
-    """Update from `state.step` to `steps`, logging every step, evaluating and saving at the marks.
+    """Update from `state.step` to `steps`, logging every step, evaluating, saving and showing samples at the marks.
+
+    When the process is asked to stop, the step under way is finished and saved; what its marks ask for besides is done
+    when the passes go on.
 
     Returns:
         the last state, which is also on disk.
@@ -45,14 +57,43 @@ def run_passes(
     Raises:
         Refusal: the loss or the gradient is not finite; the message names the step and its records, and the
             checkpoints on disk are those of before.
+        Stopped: the process was asked to stop, see `shiq_jax.training.stopping`.
     """
-    start, shapes = int(state.step), set()
-    for number, item in enumerate(track(batches.ahead(start, steps), stage, steps - start, "updates"), start):
+    start, shapes, latest = int(state.step), set(), {}
+
+    def settle(done: int) -> None:
+        """What the marks ask for after so many updates."""
+        values, last = {}, done == steps
+        if not stopping.requested():
+            with contextlib.suppress(stopping.Stopped):
+                if _evaluates(evaluate, marks, done, last):
+                    values = evaluate(state, done)
+                    latest.update({name: values[name] for name in ("reward", "kl") if name in values})
+                elif show and done in marks.show:
+                    show(state, done)
+        # What was evaluated is saved, so that the best policy of the evaluations is one that can be had.
+        if last or values or stopping.requested() or (marks.save and done % marks.save == 0):
+            checkpoints.save(state, metadata, values)
+        if stopping.requested():
+            checkpoints.wait()
+            raise stopping.Stopped(f"at {stage} {done} of {steps}")
+
+    # Passes that were asked to stop left the last step's marks to those that go on.
+    if start and ((show and start in marks.show) or _evaluates(evaluate, marks, start, start == steps)):
+        if checkpoints.metrics(start) is None:
+            settle(start)
+    tracked = track(
+        batches.ahead(start, steps), stage, steps, "updates", first=start, amount=("tokens", lambda item: item.tokens),
+        note=lambda: ", ".join(f"{name} {value:.4g}" for name, value in latest.items()),
+    )  # fmt: skip
+    for number, item in enumerate(tracked, start):
         began = time.perf_counter()
         state, metrics = update(state, item.batch)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - began
-        _check(metrics, stage, number, item.members)
+        _check(metrics, stage, number, item.members, batches.records)
+        if number == start:
+            _warn_of_normalised_logits(metrics)
         done = number + 1
         shape = tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
         timing = {"tokens": item.tokens, "seconds": round(seconds, 4), "compiled": shape not in shapes}
@@ -60,12 +101,8 @@ def run_passes(
         log.write(
             stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing
         )
-        values = {}
-        if evaluate and (done == steps or (marks.evaluate and done % marks.evaluate == 0)):
-            values = evaluate(state, done)
-        # What was evaluated is saved, so that the best policy of the evaluations is one that can be had.
-        if done == steps or values or (marks.save and done % marks.save == 0):
-            checkpoints.save(state, metadata, values)
+        latest["loss"] = float(metrics["loss"])
+        settle(done)
     checkpoints.wait()
     return state
 
@@ -77,11 +114,33 @@ def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
     return sum(row["tokens"] for row in counted) / seconds if seconds else None
 
 
-def _check(metrics: dict, stage: str, number: int, members) -> None:
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+def _evaluates(evaluate: Callable | None, marks: Marks, done: int, last: bool) -> bool:
+    return evaluate is not None and (last or bool(marks.evaluate and done % marks.evaluate == 0))
+
+
+def _check(metrics: dict, stage: str, number: int, members, records) -> None:
+    """Refusal when an update's numbers are not finite; `update_norm` tells before the parameters are saved."""
+    bad = [name for name in ("loss", "grad_norm", "update_norm") if not math.isfinite(metrics.get(name, 0))]
     if bad:
-        records = sorted({int(index) for index in members.ravel() if index >= 0})
+        numbers = sorted({int(index) for index in members.ravel() if index >= 0})
+        groups = sorted({records[index].group for index in numbers})
         raise Refusal(
-            f"{' and '.join(bad)} of {stage} step {number + 1} (records {records}) is not finite; the last checkpoint "
-            "is from before it: lower the learning rate or look at those records"
+            f"{' and '.join(bad)} of {stage} step {number + 1} (records {_some(numbers)} of groups {_some(groups)}) "
+            f"{'is' if len(bad) == 1 else 'are'} not finite; every checkpoint is from before it, and --resume would "
+            "come here again: begin another run with a lower learning rate, or without those records"
+        )
+
+
+def _some(things: Sequence, shown: int = 16) -> str:
+    more = f" and {len(things) - shown} more" if len(things) > shown else ""
+    return ", ".join(map(str, things[:shown])) + more
+
+
+def _warn_of_normalised_logits(metrics: Mapping) -> None:
+    """Log-probabilities in the place of logits are the same policy, but their log-sum-exp is 0 and says nothing."""
+    if metrics.get("lse_abs", 1) < NORMALISED:
+        print(
+            f"warning: the log-sum-exp of the logits is {metrics['lse_abs']:.1e} on average, as if they were "
+            "normalised already: ShiQ learns from its size, so give the model's raw logits",
+            file=sys.stderr,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -19,60 +18,76 @@ from typing import Any
 
 import jax
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import save_hf
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.training import report
+from shiq_jax.training import report, stopping
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.config import Job
-from shiq_jax.training.evaluation import Evaluator
+from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
 from shiq_jax.training.filling import demonstrations, fill_buffer
+from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run import Run, Use, set_up
-from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.training.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
 from shiq_jax.training.state import State, init_state
 from shiq_jax.training.tasks import prompts_of
+from shiq_jax.training.trackers import require, trackers
 from shiq_jax.training.update import make_update
 
-_SHOWN = 16
 
-
+@disk_refusals()
 def train(job: Job) -> dict[str, Any]:
     """Run a job to its end, or go on with it, and return its summary.
 
     Raises:
         Refusal: some input cannot be used; a run that had not begun to learn or sample leaves nothing on disk.
+        Stopped: the process was asked to stop, see `shiq_jax.training.stopping`.
     """
     began = time.monotonic()
+    require(job.track)
     directory = RunDirectory.begin(job.directory(), job.settings(), resume=job.resume)
     if directory.summary.exists():
-        summary = json.loads(directory.summary.read_text())
+        summary = read_json(directory.summary)
+        with contextlib.closing(MetricsLog(directory.metrics, trackers(job.track, directory, job.settings()))) as log:
+            log.begin()
         report.print_table(f"{directory.path} is complete", report.summary_rows(summary))
         return summary
+    with directory.locked(), contextlib.ExitStack() as stack:
+        return _complete(job, directory, began, stack)
+
+
+def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """What is left of a run, whose directory is this process's own; the stack closes what stays open."""
     try:
-        run = set_up(job, directory)
-        reference = Reference(warm_start(run), run.load)
-        model, params = reference.open()
-        buffer = fill_buffer(run, model, params)
-        objective = OBJECTIVES[job.objective].configure(**dataclasses.asdict(job.loss))
-        statistics, probe = None, None
-        if "references" in objective.needs:
-            identity = reference_identity(model, params)
-            options = {"prompts_per_batch": job.batch_size, "row_length": job.row_length}
-            probe = annotate(model, params, buffer, identity, **options)
-            print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
-            statistics = buffer.statistics(identity)
-        state = passes(run, model, params, reference, buffer, objective, statistics)
+        with disk_refusals(directory.path):
+            run = set_up(job, directory)
+            stack.callback(run.log.close)
+            reference = Reference(warm_start(run), run.load)
+            model, params = reference.open()
+            stopping.check("before the buffer")
+            buffer = fill_buffer(run, model, params)
+            objective = OBJECTIVES[job.objective].configure(**dataclasses.asdict(job.loss))
+            statistics, probe = None, None
+            if "references" in objective.needs:
+                identity = reference_identity(model, params)
+                options = {"prompts_per_batch": job.batch_size, "row_length": job.row_length}
+                probe = annotate(model, params, buffer, identity, **options)
+                print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
+                statistics = buffer.statistics(identity)
+            stopping.check("before the updates")
+            state = passes(run, model, params, reference, buffer, objective, statistics)
     except Refusal:
         if not job.resume:
             directory.discard(samples=not job.data)
         raise
+    stopping.check("before the export")
     export(run, model, state.params(), directory.export)
     summary = summarise(run, buffer, probe, time.monotonic() - began)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")
@@ -114,29 +129,38 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
     if batches.left_out:
         print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
     steps = batches.steps(job.epochs)
-    rows = prompts_of(buffer, options.prompts) if run.task.held_out is None else run.task.held_out
+    rows = run.task.held_out
+    if rows is None:
+        rows = prompts_of(buffer, options.prompts, model.config.max_positions - options.max_tokens)
     evaluator = Evaluator(
         model, run.tokenizer, run.stops, rows, run.task.reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_per_batch, options.greedy,
     )  # fmt: skip
 
-    def evaluate(weights, step: int) -> dict[str, float]:
+    def evaluate(weights, step: int, stage: str = "evaluation", prompts: int | None = None) -> dict[str, float]:
         key = jax.random.fold_in(run.key(Use.EVALUATION), step)
-        found = evaluator(weights, reference if step else None, key)
+        found = evaluator(weights, reference if step else None, key, prompts)
+        # An evaluation that was written down, but not saved with the policy, is made again.
+        run.log.rewind([stage], step - 1)
+        where = {"step": step, "pass": round(step / max(batches.steps(1), 1), 3)}
+        from_itself = {} if step else {"logratio": 0.0}
+        shown = evaluator.shown(found, SHOWN_PROMPTS, SHOWN_SAMPLES)
         run.directory.samples.mkdir(exist_ok=True)
-        write_jsonl(run.directory.samples / f"{step:06d}.jsonl", evaluator.shown(found.records[:_SHOWN]))
-        run.log.write("evaluation", step, **found.numbers)
+        write_jsonl(run.directory.generations(step), [where | row | from_itself for row in shown])
+        run.log.write(stage, step, **found.numbers)
         return found.numbers
 
     if not run.log.rows("evaluation"):
         evaluate(params, 0)
+    pass_ends = {batches.steps(number) for number in range(1, int(job.epochs) + 1)}
     metric = "reward" if run.task.reward else None
     return _fit(
         run, model, params, batches, objective, job.optimizer, steps,
         stage="update", checkpoints=Checkpoints(run.directory.checkpoints, keep=job.keep, best=metric),
         key=run.key(Use.UPDATES), microbatches=job.microbatches,
-        marks=Marks(evaluate=math.ceil(steps / options.times) if options.times else None, save=job.save_every),
+        marks=Marks(math.ceil(steps / options.times) if options.times else None, job.save_every, show=pass_ends),
         evaluate=lambda state, step: evaluate(state.params(), step),
+        show=lambda state, step: evaluate(state.params(), step, "samples", SHOWN_PROMPTS),
     )  # fmt: skip
 
 
@@ -182,6 +206,7 @@ def summarise(run: Run, buffer: Buffer, probe: Mapping | None, seconds: float) -
 def _fit(
     run: Run, model, params, batches: Batches, objective: Objective, optimizer: Optimizer, steps: int, *,
     stage: str, checkpoints: Checkpoints, key, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
+    show: Callable | None = None,
 ) -> State:  # fmt: skip
     """Update from the newest checkpoint, or from `params`, to the last step."""
     rule = optimizer.build(steps)
@@ -189,10 +214,11 @@ def _fit(
     # Closed also when the passes end early: a save under way is finished before anything else opens the directory.
     with contextlib.closing(checkpoints):
         if checkpoints.latest() is not None:
-            state, _ = checkpoints.restore(state)
-        run.log.rewind((stage, "evaluation") if evaluate else (stage,), int(state.step))
+            state, metadata = checkpoints.restore(state)
+            refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.settings())
+        run.log.rewind((stage, "evaluation", "samples") if evaluate else (stage,), int(state.step))
         return run_passes(
             make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches), state, batches, steps,
-            stage=stage, log=run.log, checkpoints=checkpoints, metadata={"stage": stage, "settings": run.job.settings()},
-            learning_rate=optimizer.learning_rate_at(steps), marks=marks, evaluate=evaluate,
+            stage=stage, log=run.log, metadata={"stage": stage, "settings": run.job.settings()}, marks=marks,
+            checkpoints=checkpoints, learning_rate=optimizer.learning_rate_at(steps), evaluate=evaluate, show=show,
         )  # fmt: skip

@@ -84,31 +84,31 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def draw_evaluation(samples: Sequence[Mapping], logratios: Sequence[float] | None, path: Path, title: str) -> None:
+def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
     """Rewards of fresh samples, and how far each sample lies from the reference, as a PNG.
 
     Args:
-        samples: rows with `reward`, None where there is no reward.
-        logratios: summed log-ratio to the reference of each sample, in nats; None without a reference.
+        samples: rows as `Evaluator.shown` gives them; greedy ones are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rewards = [row["reward"] for row in samples if row["reward"] is not None]
+    drawn = [row for row in samples if row["decoding"] == "sampled"]
+    rewards, logratios = ([row[name] for row in drawn if row[name] is not None] for name in ("reward", "logratio"))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     axes[0].set(title="reward of fresh samples", xlabel="reward", ylabel="samples")
     axes[1].set(title="distance to the reference", xlabel="log-ratio, nats per sequence")
     if rewards:
         axes[0].hist(rewards, bins=20, color="tab:green")
-    if logratios is not None and rewards:
+    if logratios and rewards:
         axes[1].scatter(logratios, rewards, s=12, alpha=0.5, color="tab:red", linewidths=0)
         axes[1].set_ylabel("reward")
-    elif logratios is not None:
+    elif logratios:
         axes[1].hist(logratios, bins=20, color="tab:red")
     for axis, shown in zip(axes, (rewards, logratios), strict=True):
-        if shown is None or not len(shown):
+        if not shown:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

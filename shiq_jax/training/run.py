@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from shiq_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal
-from shiq_jax.models import DecoderConfig, load_hf, locate
+from shiq_jax.models import DecoderConfig, fingerprint, load_hf, locate
 from shiq_jax.rollout import rewards
 from shiq_jax.training.config import Job
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.run_directory import RunDirectory
 from shiq_jax.training.tasks import Task, prepare
+from shiq_jax.training.trackers import trackers
 
 
 class Use(enum.IntEnum):
@@ -47,16 +48,25 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.job.seed), int(use))
 
     def load(self, source: str | Path):
-        """Model and parameters of a directory or hub id, on this run's mesh and in its precision."""
-        precision = self.job.precision
-        return load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(precision.compute), remat=precision.remat)
+        """Model and parameters of a directory or hub id, on this run's mesh and in its precision.
+
+        Raises:
+            Refusal: they cannot be had, or are not those that the run has used before.
+        """
+        options = self.job.precision
+        model, params = load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(options.compute), remat=options.remat)
+        role = "model" if str(source) == str(self.task.model) else "reference"
+        self.directory.keep_weights(role, fingerprint(params), source)
+        return model, params
 
 
 def set_up(job: Job, directory: RunDirectory) -> Run:
     """Everything that a run needs before it computes anything; what can be refused early is refused here."""
     task, mesh = prepare(job, directory), mesh_of(job.mesh)
     source = locate(task.model)
-    tokenizer, context = load_tokenizer(source), DecoderConfig.read(source).max_positions
+    # First, for transformers would blame the tokenizer for what is wrong with config.json.
+    config = DecoderConfig.read(source)
+    tokenizer, context = load_tokenizer(source, config.vocab_size), config.max_positions
     rows = [(row, job.collection.sampling.max_tokens) for row in task.train]
     rows += [(row, job.evaluation.max_tokens) for row in task.held_out or ()]
     for row, new in rows:
@@ -66,4 +76,5 @@ def set_up(job: Job, directory: RunDirectory) -> Run:
                 f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
                 f"context of {context}: leave it out or lower max_tokens"
             )
-    return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), MetricsLog(directory.metrics))
+    log = MetricsLog(directory.metrics, trackers(job.track, directory, job.settings()))
+    return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), log)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay.storage import write_atomically
+from shiq_jax.replay.locks import exclusive
+from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
 
 
 class RunDirectory:
     """Paths of a run, and the rule under which a run may begin or go on in a directory."""
 
+    # Directories that were made for the run, the innermost first.
+    _made: tuple[Path, ...] = ()
+
     def __init__(self, path: Path):
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.task = self.path / "task.json"
+        self.weights = self.path / "weights.json"
         self.model = self.path / "model"
         self.data = self.path / "data"
         self.warm_start = self.path / "warm_start"
@@ -29,6 +38,13 @@ class RunDirectory:
         self.curve = self.path / "learning_curve.png"
         self.summary = self.path / "summary.json"
         self.export = self.path / "export"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb = self.path / "wandb"
+        self.wandb_id = self.path / "wandb.json"
+
+    def generations(self, step: int) -> Path:
+        """The generations that were kept after so many updates."""
+        return self.samples / f"{step:06d}.jsonl"
 
     @classmethod
     def begin(cls, path: Path, settings: dict[str, Any], *, resume: bool) -> RunDirectory:
@@ -39,28 +55,64 @@ class RunDirectory:
                 or holds a run of other settings.
         """
         run = cls(path)
-        settings = json.loads(json.dumps(settings, default=str))
         if not resume:
             if run.config.exists():
-                raise Refusal(
-                    f"{path} holds a run already: add --resume to go on with it, or name another --output-dir"
-                )
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+                raise run._taken()
+            if run.path.exists() and (not run.path.is_dir() or set(run.path.iterdir()) - set(run._unborn())):
                 raise Refusal(f"{path} is not empty and holds no run: name another --output-dir")
+            run._made = tuple(place for place in (run.path, *run.path.parents) if not place.exists())
             run.path.mkdir(parents=True, exist_ok=True)
-            write_json(run.config, settings)
+            try:
+                run._claim(_plain(settings))
+            except BaseException:
+                run._unmake()
+                raise
             return run
         if not run.config.exists():
             raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
-        try:
-            known = json.loads(run.config.read_text())
-        except ValueError as error:
-            raise Refusal(f"{run.config} is not readable as JSON: restore it, or begin another run") from error
-        if not isinstance(known, dict):
-            raise Refusal(f"{run.config} is not a JSON object of settings: restore it, or begin another run")
-        for name, there, here in _differences(known, settings):
-            raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options")
+        refuse_differences(path, read_json(run.config), settings)
         return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the run to this process; the kernel lets go of it however the process ends.
+
+        Raises:
+            Refusal: another process is at work in the directory.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.config))
+            except (BlockingIOError, FileNotFoundError):
+                raise Refusal(
+                    f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
+                ) from None
+            for left in self._unborn():
+                left.unlink(missing_ok=True)
+            yield
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        """Make config.json, whole and by one process only: renaming could replace that of a run just begun."""
+        own = self.config.with_name(f"{self.config.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        write_json(own, settings)
+        try:
+            os.link(own, self.config)
+        except (FileExistsError, FileNotFoundError):
+            # Another has made it, and may already have cleared what others left.
+            raise self._taken() from None
+        except OSError:
+            # A file system without hard links.
+            own.replace(self.config)
+        finally:
+            own.unlink(missing_ok=True)
+        sync_directory(self.path)
+
+    def _unborn(self) -> list[Path]:
+        """What a process that was killed before its run had a config.json has left of it."""
+        return list(self.path.glob(f"{self.config.name}.*{TEMPORARY}"))
+
+    def _taken(self) -> Refusal:
+        return Refusal(f"{self.path} holds a run already: add --resume to go on with it, or name another --output-dir")
 
     def discard(self, *, samples: bool) -> None:
         """Take a run that was refused before it learned anything off the disk again, so that the command can be mended.
@@ -68,8 +120,46 @@ class RunDirectory:
         Args:
             samples: whether the buffer's records are worth keeping; with such records the run stays.
         """
-        if not self.metrics.exists() and not (samples and any(self.buffer.glob("records-*.arrow"))):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self.metrics.exists() or (samples and any(self.buffer.glob("records-*.arrow"))):
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        self._unmake()
+
+    def keep_weights(self, role: str, digest: str, source: str | Path) -> None:
+        """Write down which weights the run uses as its "model" or "reference", or hold them against what was written.
+
+        Raises:
+            Refusal: the weights in `source` are others than those that the run has used before.
+        """
+        known = read_json(self.weights) if self.weights.exists() else {}
+        if known.setdefault(role, digest) != digest:
+            raise Refusal(
+                f"{source} holds other weights than those that {self.path} was begun with: restore them, or begin "
+                "another run"
+            )
+        if not self.weights.exists() or read_json(self.weights) != known:
+            write_json(self.weights, known)
+
+    def _unmake(self) -> None:
+        """Take away the directories that this run has made, as far as they are empty."""
+        with contextlib.suppress(OSError):
+            for place in self._made:
+                place.rmdir()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run; Refusal when it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} is not readable as JSON: restore it, or begin another run") from error
+    if not isinstance(content, dict):
+        raise Refusal(f"{path} is not a JSON object: restore it, or begin another run")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,7 +174,18 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _differences(known: dict, wanted: dict, prefix: str = ""):
+def refuse_differences(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refusal naming the first setting in which what is at `path` was begun otherwise than wanted now."""
+    for name, there, here in _differences(known, _plain(wanted)):
+        raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options and data")
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are once written down: a path is its text, a tuple its list."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _differences(known: dict, wanted: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(set(known) | set(wanted)):
         there, here = known.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(here, dict):

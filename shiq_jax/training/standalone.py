@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from shiq_jax.data import formats
+from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import load_hf, locate
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
@@ -25,10 +25,11 @@ from shiq_jax.training.filling import READERS, import_records
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.training.run_directory import RunDirectory, read_json, write_json, write_jsonl
 from shiq_jax.training.tasks import prompts_of
 
 
+@disk_refusals()
 def evaluate(options) -> dict[str, Any]:
     """Numbers of a policy on held-out rows: `evaluation.json`, `evaluation.png`, and the samples in `samples.jsonl`.
 
@@ -41,22 +42,29 @@ def evaluate(options) -> dict[str, Any]:
     out = RunDirectory.begin(Path(options.output_dir or "runs/eval"), options.settings(), resume=options.resume)
     result = out.path / "evaluation.json"
     if result.exists():
-        numbers = json.loads(result.read_text())
+        numbers = read_json(result)
     else:
-        try:
-            numbers, samples, logratios = _measure(options, out)
-        except Refusal:
-            if not options.resume:
-                out.discard(samples=False)
-            raise
-        write_jsonl(out.path / "samples.jsonl", samples)
-        report.draw_evaluation(samples, logratios, out.path / "evaluation.png", options.model)
-        write_json(result, numbers)
+        with out.locked():
+            numbers = _written(options, out, result)
     report.print_table(f"{options.model} on {options.data}", list(_flat(numbers).items()))
     return numbers
 
 
-def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict], Sequence[float] | None]:
+def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
+    try:
+        with disk_refusals(out.path):
+            numbers, samples = _measure(options, out)
+    except Refusal:
+        if not options.resume:
+            out.discard(samples=False)
+        raise
+    write_jsonl(out.path / "samples.jsonl", samples)
+    report.draw_evaluation(samples, out.path / "evaluation.png", options.model)
+    write_json(result, numbers)
+    return numbers
+
+
+def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     mesh = mesh_of(options.mesh)
 
     def load(name):
@@ -66,37 +74,44 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict], Se
     model, params = load(source)
     if run is not None:
         params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
     origin = options.reference or (source if run is not None else None)
     reference = Reference(origin, load, model.config.vocab_size) if origin else None
 
     rows = _rows(options)
-    name = options.objective or _objective_of(rows[0])
+    reward = rewards.resolve(options.reward) if options.reward else None
+    name = options.objective or _objective_of(rows[0], options.score)
     examples = None
-    if name and _is_example(rows[0], name):
+    if name and _is_example(rows[0], name, options.score):
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         shutil.rmtree(out.buffer, ignore_errors=True)
-        examples = import_records(out.buffer, lambda: READERS[name](file, tokenizer), model)
-        rows = prompts_of(examples, options.prompts)
-    reward = rewards.resolve(options.reward) if options.reward else None
+        examples = import_records(
+            out.buffer, lambda reading: READERS[name](file, tokenizer, reading), model,
+            score=options.score, reward=reward,
+        )  # fmt: skip
+        rows = prompts_of(examples, options.prompts, model.config.max_positions - options.max_tokens)
+    elif options.score is not None:
+        raise Refusal(f"--score {options.score} names scores of answers, but {options.data} holds none: leave it out")
+    else:
+        rows = [prompt_row(row) for row in rows]
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, locate(source)), rows, reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_per_batch, options.greedy,
     )  # fmt: skip
-    numbers, records, logratios = evaluator(params, reference, jax.random.key(options.seed))
+    found = evaluator(params, reference, jax.random.key(options.seed))
+    numbers = found.numbers
     if reference is None:
         numbers = {key: value for key, value in numbers.items() if not key.startswith("kl")}
     if examples is None and reward is not None:
         shutil.rmtree(out.path / "fresh", ignore_errors=True)
         examples = Buffer.create(out.path / "fresh")
-        examples.append(records)
+        examples.append(found.records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     return (
         numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
-        evaluator.shown(records),
-        logratios,
+        evaluator.shown(found),
     )
 
 
@@ -125,7 +140,7 @@ def find_policy(name: str) -> tuple[str | Path, RunDirectory | None, int | None]
     for directory, step in candidates:
         run = RunDirectory(directory)
         if run.checkpoints.is_dir() and run.task.exists():
-            source = run.reference if run.reference.exists() else json.loads(run.task.read_text())["model"]
+            source = run.reference if run.reference.exists() else read_json(run.task)["model"]
             return source, run, step
     return name, None, None
 
@@ -141,17 +156,22 @@ def _rows(options) -> list[dict]:
     return rows
 
 
-def _objective_of(row: Mapping) -> str | None:
-    return next((name for name in ("dpo", "shiq", "sft") if _is_example(row, name)), None)
+def _objective_of(row: Mapping, score: str | None) -> str | None:
+    return next((name for name in ("dpo", "shiq", "sft") if _is_example(row, name, score)), None)
 
 
-def _is_example(row: Mapping, objective: str) -> bool:
+def _is_example(row: Mapping, objective: str, score: str | None) -> bool:
     fields = {
         "dpo": [{"chosen", "rejected"}],
-        "shiq": [{"completion", "reward"}, {"tokens", "rewards"}],
+        "shiq": [{"completion", score or "reward"}, {"tokens", "rewards"}],
         "sft": [{"completion"}, {"messages"}, {"text"}],
     }
-    return any(wanted <= row.keys() for wanted in fields[objective])
+    if any(wanted <= row.keys() for wanted in fields[objective]):
+        return True
+    if objective == "sft" or "completion" in row or not holds_answers(row):
+        return False
+    found = split_answers(row, score)
+    return found.scores is not None or (objective == "dpo" and found.ranks is not None)
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,10 @@ def prepare(job: Job, run: RunDirectory) -> Task:
         Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
             cannot be had.
     """
-    task = _from_data(job) if job.data else {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
+    if job.data or job.prompts:
+        task = _own(job)
+    else:
+        task = {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
     if job.evaluation.data:
         task = dataclasses.replace(task, held_out=formats.prompts(job.evaluation.data))
     if job.reward:
@@ -58,17 +61,25 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     return task
 
 
-def prompts_of(buffer: Buffer, count: int) -> list[dict]:
-    """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row."""
+def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
+    """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row.
+
+    Prompts of more than `longest` tokens are passed over; Refusal when none is short enough.
+    """
     seen: dict[bytes, dict] = {}
     for number in range(len(buffer)):
         record = buffer[number]
         prefix = record.tokens[: int(np.argmax(record.action_mask))]
-        if prefix.tobytes() not in seen:
+        if len(prefix) <= longest and prefix.tobytes() not in seen:
             row = json.loads(record.prompt) if record.prompt else {}
             seen[prefix.tobytes()] = {"id": record.group} | row | {"tokens": prefix.tolist()}
         if len(seen) == count:
             break
+    if not seen:
+        raise Refusal(
+            f"no prompt of the data has {longest} tokens or fewer, which would leave room in the model's context for "
+            "an answer to evaluate: lower max_tokens of the evaluation"
+        )
     return list(seen.values())
 
 
@@ -113,7 +124,14 @@ def _demonstrations(job: Job) -> int:
     return job.warm_start.demonstrations if job.warm_start.steps or job.objective == "sft" else 0
 
 
-def _from_data(job: Job) -> Task:
+def _own(job: Job) -> Task:
+    """Somebody's data, which are learned from as they are, or prompts, which are sampled for."""
+    given = "--data" if job.data else "--prompts"
     if job.model is None:
-        raise Refusal("--data needs --model: the directory or hub id of the model that is to learn from it")
-    return Task(model=job.model, train=(), held_out=None, demonstrations=(), reward=None)
+        raise Refusal(f"{given} needs --model: the directory or hub id of the model that is to learn from it")
+    if job.prompts and job.objective == "sft":
+        raise Refusal("--prompts gives nothing to imitate: give sft its demonstrations with --data")
+    if job.prompts and job.reward is None:
+        raise Refusal("--prompts needs --reward: what scores the answers that are sampled (see docs/data.md)")
+    train = formats.prompts(job.prompts)[: job.collection.prompts] if job.prompts else ()
+    return Task(model=job.model, train=train, held_out=None, demonstrations=(), reward=None)

@@ -63,7 +63,7 @@ def make_update(
         donate: give the old state's memory to the new one.
 
     Returns:
-        `update`; its metrics are scalars: `loss`, `weight`, `grad_norm` and the objective's own means.
+        `update`; its metrics are scalars: `loss`, `weight`, `grad_norm`, `update_norm` and the objective's own means.
     """
     mesh = mesh if mesh is not None else model.mesh
 
@@ -107,7 +107,8 @@ def make_update(
         grads, metrics = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), (grads, metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value / count, "weight": weight, "grad_norm": optax.tree.norm(grads), **metrics}
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        metrics = {"loss": value / count, "weight": weight, **norms, **metrics}
         return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0 if donate else ())

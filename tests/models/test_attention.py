@@ -1,11 +1,14 @@
 """The attention seam against loops in numpy, on forests drawn at random."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from shiq_jax.models.attention import NEVER, Visibility, attention, cached, forest, visible
+from shiq_jax.models.cache import intervals_of
 
 
 def random_forest(length: int, rng: np.random.Generator):
@@ -49,9 +52,14 @@ def test_without_intervals_it_is_causal():
     np.testing.assert_array_equal(visible(forest(None, 6))[0], np.tri(6, dtype=bool))
 
 
+def of_slots(valid):
+    intervals = intervals_of(valid)
+    return intervals[..., 0], intervals[..., 1]
+
+
 def test_cached_tokens_see_valid_slots_up_to_their_own():
     valid = jnp.array([[False, True, True, True, False, False], [True, True, True, True, True, False]])
-    mask = np.asarray(visible(cached(valid, 2, 2))).astype(int)
+    mask = np.asarray(visible(cached(*of_slots(valid), jnp.zeros((2, 2), jnp.int32), 2))).astype(int)
     assert mask.tolist() == [[[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]], [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]]
 
 
@@ -84,7 +92,32 @@ def test_keys_are_not_repeated_in_memory():
 
 
 def forest_of(queries: int, keys: int) -> Visibility:
-    return cached(jnp.ones((1, keys), bool), keys - queries, queries)
+    return cached(*of_slots(jnp.ones((1, keys), bool)), jnp.zeros((1, queries), jnp.int32), keys - queries)
+
+
+@pytest.mark.parametrize("start", [None, 0, 5], ids=["rows", "prompt", "cache"])
+def test_blocks_of_queries_are_the_whole(start, monkeypatch):
+    rng = np.random.default_rng(2)
+    rows, queries, keys = 2, 11, 11 if start is None else 17
+    q, k, v, weights = (
+        jnp.asarray(rng.normal(size=(rows, length, heads, 8)))
+        for length, heads in ((queries, 4), (keys, 2), (keys, 2), (queries, 4))
+    )
+    if start is None:
+        intervals = jnp.asarray([[[0, 11]] * 4 + [[4, 8]] * 4 + [[8, 11]] * 3, [[0, 5]] * 5 + [[5, 11]] * 6])
+        visibility = forest(intervals, queries)
+    else:
+        own = jnp.asarray(rng.integers(0, 3, (rows, queries)), jnp.int32)
+        visibility = cached(*of_slots(jnp.asarray(rng.random((rows, keys)) < 0.8).at[:, 0].set(True)), own, start)
+
+    def values_and_gradients():
+        run = lambda *arrays: jnp.sum(attention(*arrays, visibility, scale=0.4) * weights)
+        return attention(q, k, v, visibility, scale=0.4), *jax.grad(run, (0, 1, 2))(q, k, v)
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(sys.modules[forest.__module__], "_BLOCK", 4)
+    for ours, theirs in zip(values_and_gradients(), whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_a_query_that_sees_nothing_is_finite_and_harmless():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.models import DecoderConfig, Model
+from shiq_jax.models.cache import intervals_of
 from shiq_jax.sharding import make_mesh
 
 CONFIG = DecoderConfig(64, 32, 48, 3, 4, 2)
@@ -40,11 +41,11 @@ def test_pieces_equal_the_whole(pieces, model, params):
     extend = jax.jit(model.extend)
     for size in pieces:
         where = jnp.broadcast_to(jnp.arange(start, start + size), (2, size))
-        hidden, cache = extend(params, cache, tokens[:, start : start + size], where, jnp.ones((2, size), bool), start)
+        hidden, cache = extend(params, cache, tokens[:, start : start + size], where, start)
         parts.append(hidden)
         start += size
     np.testing.assert_allclose(jnp.concatenate(parts, 1), jax.jit(model.hidden)(params, tokens), atol=1e-5)
-    np.testing.assert_array_equal(cache.valid, jnp.arange(12)[None].repeat(2, 0) < 9)
+    np.testing.assert_array_equal(cache.enter == 0, jnp.arange(12)[None].repeat(2, 0) < 9)
 
 
 def test_left_padding_is_never_seen(model, params):
@@ -52,12 +53,12 @@ def test_left_padding_is_never_seen(model, params):
     sequences = [np.asarray(tokens_of(1, length + new, seed=length))[0] for length in lengths]
     tokens, valid, positions = left_padded([s[:length] for s, length in zip(sequences, lengths, strict=True)], width)
     extend, whole = jax.jit(model.extend), jax.jit(model.hidden)
-    hidden, cache = extend(params, model.init_cache(3, width + new), tokens, positions, valid, 0)
+    hidden, cache = extend(params, model.init_cache(3, width + new), tokens, positions, 0, intervals_of(valid))
     parts = [hidden]
     for step in range(new):
         token = jnp.asarray([[s[length + step]] for s, length in zip(sequences, lengths, strict=True)])
         where = jnp.asarray(lengths)[:, None] + step
-        hidden, cache = extend(params, cache, token, where, jnp.ones((3, 1), bool), jnp.int32(width + step))
+        hidden, cache = extend(params, cache, token, where, jnp.int32(width + step))
         parts.append(hidden)
     together = jnp.concatenate(parts, 1)
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
@@ -67,31 +68,47 @@ def test_left_padding_is_never_seen(model, params):
     assert np.isfinite(together).all()
 
 
-def test_a_repeated_cache_continues_each_copy(model, params):
-    prompts, answers = tokens_of(2, 5), tokens_of(6, 3, seed=9)
-    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    _, cache = jax.jit(model.extend)(params, model.init_cache(2, 8), prompts, positions, jnp.ones((2, 5), bool), 0)
-    cache = model.repeat_cache(cache, 3)
-    where = jnp.broadcast_to(jnp.arange(5, 8), (6, 3))
-    hidden, _ = jax.jit(model.extend)(params, cache, answers, where, jnp.ones((6, 3), bool), 5)
-    whole = jnp.concatenate([jnp.repeat(prompts, 3, 0), answers], 1)
-    np.testing.assert_allclose(hidden, jax.jit(model.hidden)(params, whole)[:, 5:], atol=1e-5)
+@pytest.mark.parametrize("together", [True, False])
+def test_continuations_share_a_prompt_and_do_not_see_each_other(together, model, params):
+    prompts, answers = tokens_of(2, 5), tokens_of(6, 3, seed=9).reshape(2, 3, 3)
+    valid = jnp.asarray([[True] * 5, [False, False, True, True, True]])
+    positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+    extend = jax.jit(model.extend)
+    _, cache = extend(params, model.init_cache(2, 14), prompts, positions, 0, intervals_of(valid))
+    branch, found = jnp.arange(3), np.zeros((2, 3, 3, CONFIG.hidden_size))
+    lengths, alive = valid.sum(1)[:, None], jnp.ones((2, 3), bool)
+    if together:
+        for step in range(3):
+            where = jnp.broadcast_to(lengths + step, (2, 3))
+            intervals = intervals_of(alive, branch, branch + 1)
+            hidden, cache = extend(params, cache, answers[:, :, step], where, 5 + 3 * step, intervals)
+            found[:, :, step] = hidden
+    else:
+        for number in range(3):
+            intervals = intervals_of(alive, number, number + 1)
+            where = lengths + jnp.arange(3)
+            hidden, cache = extend(params, cache, answers[:, number], where, 5 + 3 * number, intervals)
+            found[:, number] = hidden
+    whole = jax.jit(model.hidden)
+    for row, number in np.ndindex(2, 3):
+        alone = jnp.concatenate([prompts[row][valid[row]], answers[row, number]])
+        np.testing.assert_allclose(found[row, number], whole(params, alone[None])[0, -3:], atol=1e-5)
 
 
 def test_a_sharded_cache_gives_the_same(model, params):
     mesh = make_mesh("fsdp=2,tensor=2")
     sharded = Model.from_config(CONFIG, mesh=mesh)
     tokens = tokens_of(4, 6)
-    positions, valid = jnp.broadcast_to(jnp.arange(6), (4, 6)), jnp.ones((4, 6), bool)
+    positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
     cache = sharded.init_cache(4, 8)
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 1, 8, 8)
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
-    hidden, cache = jax.jit(sharded.extend)(placed, cache, tokens, positions, valid, 0)
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 8, 1, 8)
+    hidden, cache = jax.jit(sharded.extend)(placed, cache, tokens, positions, 0)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 1, 8, 8)
     np.testing.assert_allclose(hidden, jax.jit(model.hidden)(params, tokens), atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(model, params):
-    tokens, valid = tokens_of(1, 3), jnp.ones((1, 3), bool)
+    tokens = tokens_of(1, 3)
     with pytest.raises(ValueError, match="start is 2: 3 tokens from there do not fit into a cache of 4 slots"):
-        model.extend(params, model.init_cache(1, 4), tokens, jnp.arange(3)[None], valid, 2)
+        model.extend(params, model.init_cache(1, 4), tokens, jnp.arange(3)[None], 2)

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -18,7 +19,17 @@ def test_a_failed_write_leaves_the_old_content(tmp_path):
 
     with pytest.raises(RuntimeError):
         storage.write_atomically(path, fails)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    def fails(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as told:
+        storage.write_atomically(tmp_path / "file", fails)
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bytes_are_synchronised_before_the_name_changes(tmp_path, monkeypatch):

@@ -292,9 +292,9 @@ def test_nothing_is_computed_after_the_last_token(stops, new, model, params, pro
     seen = []
 
     class Counting:
-        """The model, noting each forward pass by its number of tokens per sequence."""
+        """The model, noting each forward pass by its number of tokens per row."""
 
-        init_cache, repeat_cache, project = model.init_cache, model.repeat_cache, model.project
+        init_cache, project = model.init_cache, model.project
 
         @staticmethod
         def extend(params, cache, tokens, *rest):
@@ -306,7 +306,7 @@ def test_nothing_is_computed_after_the_last_token(stops, new, model, params, pro
     out = make_generate(Counting, sampling, stops, 2)(params, tokens, valid, jax.random.split(KEY, 2))
     longest = int(out.length.max())
     jax.effects_barrier()
-    assert sorted(seen) == [1] * (longest - 1) + [32]
+    assert sorted(seen) == [2] * (longest - 1) + [32]
     assert longest == new if not stops else longest < new
 
 

@@ -83,7 +83,8 @@ def test_what_is_saved_is_the_state_of_the_call_though_its_memory_is_given_away(
     expected = jax.tree.map(jnp.copy, state)
     checkpoints.save(state, {})
     moved = jax.jit(lambda s: s._replace(trainable=jax.tree.map(lambda x: x * 0, s.trainable)), donate_argnums=0)(state)
-    assert state.trainable["norm"]["scale"].is_deleted() and not moved.trainable["norm"]["scale"].any()
+    # While a save still reads from the memory it is not given away; how long that is depends on the machine's load.
+    assert not moved.trainable["norm"]["scale"].any()
     same(checkpoints.restore(make_state(2))[0], expected)
 
 
@@ -165,6 +166,38 @@ def test_a_save_that_was_killed_is_not_there_and_is_cleaned_away(open_checkpoint
     checkpoints.save(later, {})
     same(checkpoints.restore(make_state(3))[0], later)
     assert kept(tmp_path) == [2, 5]
+
+
+def test_a_step_that_was_not_evaluated_is_saved_again_when_it_is(open_checkpoints, tmp_path):
+    state, checkpoints = make_state(1, step=4), open_checkpoints(best="reward")
+    checkpoints.save(state, {"when": "stopped"})
+    assert checkpoints.metrics(4) is None
+    checkpoints.save(state, {"when": "evaluated"}, {"reward": 0.5})
+    checkpoints.save(state, {"when": "again"}, {"reward": 0.75})
+    for later in (checkpoints, open_checkpoints(best="reward")):
+        later.wait()
+        assert later.metrics(4) == {"reward": 0.5} and later.metadata(4) == {"when": "evaluated"}
+    same(later.restore(make_state(2))[0], state)
+    assert kept(tmp_path) == [4]
+
+
+def test_a_checkpoint_is_never_seen_with_a_part_of_its_files(open_checkpoints, tmp_path, monkeypatch):
+    """Whoever is killed while an old one is deleted leaves it under a name that is none, and the next clears it away."""
+    checkpoints, seen = open_checkpoints(keep=1), []
+
+    def killed(path, *_, **__):
+        seen.append((path.name, sorted(place.name for place in path.parent.iterdir() if place.name.isdigit())))
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        checkpoints.save(make_state(step, step=step), {})
+        checkpoints._checkpointer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+    assert seen == [("1.removed", ["2"])] and (tmp_path / "checkpoints" / "1.removed").is_dir()
+    assert open_checkpoints(keep=1).latest() == 2 and kept(tmp_path) == [2]
 
 
 def test_a_policy_is_read_without_the_optimisers_memory(open_checkpoints, tmp_path):

@@ -123,7 +123,7 @@ def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(
     after = divergence(logp(policy, continued), logp(reference, continued))
     exact = divergence(first, logp(reference, [prompt]))[0] + (np.exp(first[0, further]) * after).sum()
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_per_batch=1)
-    numbers, samples, logratios = evaluator(policy, handle, KEY)
+    numbers, samples, logratios, *_ = evaluator(policy, handle, KEY)
     assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"] < exact / 2
     assert numbers["kl"] == pytest.approx(logratios.mean())
     going_on = np.exp(first[0, further]).sum()
@@ -132,8 +132,9 @@ def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(
 
 
 def test_reward_and_its_error_are_those_of_the_samples(evaluator, evaluated):
-    numbers, samples = evaluated.numbers, evaluator.shown(evaluated.records)
-    assert len(samples) == 12
+    numbers, everything = evaluated.numbers, evaluator.shown(evaluated)
+    samples = [row for row in everything if row["decoding"] == "sampled"]
+    assert len(samples) == 12 and len(everything) == 16
     rewards = np.array([sample["reward"] for sample in samples])
     expected = [reward(row, sample["completion"]) for row, sample in zip(np.repeat(ROWS, 3), samples, strict=True)]
     np.testing.assert_allclose(rewards, expected, atol=1e-6)
@@ -146,8 +147,31 @@ def test_reward_and_its_error_are_those_of_the_samples(evaluator, evaluated):
 
 
 def test_samples_show_the_prompt_as_the_model_reads_it(evaluator, evaluated, tokenizer, prompts):
-    shown = [sample["prompt"] for sample in evaluator.shown(evaluated.records[::3])]
+    shown = [sample["prompt"] for sample in evaluator.shown(evaluated, samples=0)]
     assert shown == [tokenizer.decode(prompt) for prompt in prompts] == [f"<bos>{row['prompt']}" for row in ROWS]
+
+
+def test_generations_are_shown_prompt_by_prompt_with_their_distance(evaluator, evaluated, policy, reference, logp):
+    rows = evaluator.shown(evaluated, prompts=2, samples=2)
+    assert [row["decoding"] for row in rows] == ["sampled", "sampled", "greedy"] * 2
+    assert [row["prompt"] for row in rows] == [f"<bos>{ROWS[number]['prompt']}" for number in (0, 0, 0, 1, 1, 1)]
+    records = [*evaluated.records[:2], evaluated.greedy[0], *evaluated.records[3:5], evaluated.greedy[1]]
+    for row, record in zip(rows, records, strict=True):
+        assert row["tokens"] == len(record.rewards) and row["reward"] == record.rewards.sum()
+        tokens, actions = list(map(int, record.tokens)), len(record.rewards)
+        before = [tokens[:end] for end in range(len(tokens) - actions, len(tokens))]
+        taken = (np.arange(actions), tokens[-actions:])
+        exact = (logp(policy, before)[taken] - logp(reference, before)[taken]).sum()
+        assert row["logratio"] == pytest.approx(exact, abs=1e-3) and abs(exact) > 1e-3
+
+
+def test_a_part_of_the_prompts_gives_what_the_whole_gave_for_them(evaluator, evaluated, policy, handle):
+    part = evaluator(policy, handle, KEY, prompts=2)
+    assert part.records == evaluated.records[:6] and part.greedy == evaluated.greedy[:2]
+    np.testing.assert_allclose(part.logratios, evaluated.logratios[:6], atol=1e-4)
+    assert part.numbers["kl"] == pytest.approx(part.logratios.mean())
+    rewards = [record.rewards.sum() for record in evaluated.records[:6]]
+    assert part.numbers["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
 
 
 def test_greedy_reward_is_that_of_the_most_likely_tokens(evaluated, policy, prompts, tokenizer, logp):
@@ -181,10 +205,13 @@ def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, handle):
 
 def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, handle):
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_per_batch=1, greedy=True)
-    numbers, records, logratios = evaluator(policy, handle, KEY)
+    found = evaluator(policy, handle, KEY)
+    numbers, records, logratios = found[:3]
     assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] == pytest.approx(logratios[0]) != 0
     # One sample has no spread to estimate an error from.
-    assert numbers["kl_stderr"] == 0 and len(records) == 1 and evaluator.shown(records)[0]["reward"] is None
+    assert numbers["kl_stderr"] == 0 and len(records) == 1
+    # What nothing scores can still be looked at, the greedy answer too.
+    assert [(row["decoding"], row["reward"]) for row in evaluator.shown(found)] == [("sampled", None), ("greedy", None)]
 
 
 def test_a_reference_of_another_vocabulary_is_refused(evaluator, policy, model, reference):

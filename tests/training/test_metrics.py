@@ -1,17 +1,13 @@
-"""A log that an interruption leaves no trace in, and progress that passes everything on."""
+"""A log that an interruption leaves no trace in, and trackers that see what it holds."""
 
-import io
 import json
-import sys
-import types
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from shiq_jax.training import metrics
-from shiq_jax.training.metrics import MetricsLog, track
+from shiq_jax.training.metrics import MetricsLog
 
 
 @pytest.fixture
@@ -88,9 +84,16 @@ def test_a_line_that_was_cut_is_dropped(kept, log):
     whole = log.path.read_bytes()
     log.path.write_bytes(whole + whole.splitlines()[0][:kept])
     again = MetricsLog(log.path)
-    assert log.path.read_bytes() == whole
+    assert [row["step"] for row in again.rows()] == [1, 2]
     again.write("passes", 3, loss=0.75)
-    assert [row["step"] for row in again.rows()] == [1, 2, 3]
+    assert [row["step"] for row in again.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(whole)
+
+
+def test_a_reader_leaves_a_line_that_is_being_written_alone(log):
+    fill(log, "passes", 1, 2)
+    half = log.path.read_bytes() + b'{"stage": "pass'
+    log.path.write_bytes(half)
+    assert len(MetricsLog(log.path).rows()) == 2 and log.path.read_bytes() == half
 
 
 def test_only_the_end_of_the_last_line_was_cut(log):
@@ -101,46 +104,49 @@ def test_only_the_end_of_the_last_line_was_cut(log):
     assert [row["step"] for row in log.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(whole)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that goes on only when told: `clock.now += seconds`."""
-    fake = types.SimpleNamespace(now=100.0)
-    fake.monotonic = lambda: fake.now
-    monkeypatch.setattr(metrics, "time", fake)
-    return fake
+class Mirror:
+    """A tracker that remembers what it was told, as a viewer would show it."""
+
+    def __init__(self):
+        self.shown, self.begun, self.closed = [], 0, False
+
+    def begin(self, rows):
+        self.shown, self.begun = list(rows), self.begun + 1
+
+    def write(self, row):
+        self.shown.append(row)
+
+    def close(self):
+        self.closed = True
 
 
-def test_progress_passes_items_on_and_says_how_fast(clock, capsys):
-    seen = []
-    for item in track((letter for letter in "abcdef"), "sampling", 6, "prompts"):
-        seen.append(item)
-        clock.now += 4
-    assert seen == list("abcdef")
-    captured = capsys.readouterr()
-    # Every ten seconds at most, so after 12 s and at the end; 4 s each are 0.25 per second.
-    assert captured.err == "sampling: 3/6 prompts, 0.25 prompts/s\nsampling: 6/6 prompts, 0.25 prompts/s\n"
-    assert captured.out == ""
+def test_a_tracker_shows_what_the_log_holds_whatever_happens(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    fill(MetricsLog(path), "warm start", 1, 3)
+    mirror = Mirror()
+    log = MetricsLog(path, [mirror])
+    assert mirror.begun == 0
+    log.rewind(["warm start"], 2)
+    # Nothing was written yet, so whoever is refused now has told nobody of this run.
+    assert mirror.begun == 0
+    for change in (
+        lambda: log.write("update", 1, loss=jnp.float32(0.5)),
+        lambda: log.write("update", 2, loss=0.25),
+        lambda: log.rewind(["update"], 1),
+        lambda: log.rewind(["update"], 1),
+        lambda: log.write("update", 2, loss=0.125),
+    ):
+        change()
+        assert mirror.shown == log.rows()
+    assert mirror.begun == 2 and len(mirror.shown) == 4 and not mirror.closed
+    log.close()
+    assert mirror.closed
 
 
-def test_progress_is_lazy(clock):
-    taken = []
-    items = track((taken.append(number) or number for number in range(5)), "updates", 5)
-    assert taken == [] and next(items) == 0 and taken == [0]
-
-
-def test_a_fast_loop_says_one_line_and_an_empty_one_none(clock, capsys):
-    assert list(track(range(1000), "updates", 1000)) == list(range(1000))
-    assert capsys.readouterr().err.count("\n") == 1
-    assert list(track([], "updates", 0)) == []
-    assert capsys.readouterr().err == ""
-
-
-def test_a_terminal_gets_a_bar(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    assert list(track(range(3), "warm start", 3, "updates")) == [0, 1, 2]
-    shown = terminal.getvalue()
-    assert "warm start" in shown and "3/3" in shown and "updates/s" in shown
+def test_a_finished_log_is_shown_once(log):
+    fill(log, "update", 1, 3)
+    mirror = Mirror()
+    again = MetricsLog(log.path, [mirror])
+    again.begin()
+    again.begin()
+    assert mirror.begun == 1 and mirror.shown == log.rows()

@@ -99,8 +99,8 @@ def test_a_rate_of_zero_moves_nothing(name):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": -1e-5}, "learning_rate must be at least 0, not -1e-05"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, not nan"),
+        ({"learning_rate": -1e-5}, "learning_rate must be at least 0 and finite, not -1e-05"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, not nan"),
         ({"warmup": 1.0}, r"must lie in \[0, 1\), not 1.0"),
     ],
 )

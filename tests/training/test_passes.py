@@ -214,7 +214,8 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_before_it_stays
     shiq = make_update(model, OBJECTIVES["shiq"], RULE)
     with pytest.raises(Refusal) as refused:
         run(shiq, fresh(), 6, checkpoints=checkpoints, batches=batches, marks=Marks(save=1))
-    assert "loss" in str(refused.value) and f"update step 3 (records {members}) is not finite" in str(refused.value)
+    named = f"records {', '.join(map(str, members))} of groups {', '.join(sorted({records[m].group for m in members}))}"
+    assert str(refused.value).startswith(f"loss and grad_norm of update step 3 ({named}) are not finite;")
     assert checkpoints.latest() == 2
     state, _ = checkpoints.restore(fresh())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.trainable)))
@@ -222,7 +223,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_before_it_stays
     checkpoints.close()
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "update_norm"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_each_number_that_is_not_finite_is_named(run, name, bad):
     class Bad(Stub):
@@ -234,6 +235,17 @@ def test_each_number_that_is_not_finite_is_named(run, name, bad):
     with pytest.raises(Refusal, match=f"^{name} of update step 2 "):
         run(Bad(), counting(), 4, checkpoints=shelf, marks=Marks(save=1))
     assert [step for step, _, _ in shelf.saved] == [1]
+
+
+@pytest.mark.parametrize("lse, said", [(9e-5, True), (2e-4, False), (12.0, False)])
+def test_logits_that_seem_normalised_are_told_of_once(run, capsys, lse, said):
+    class Normalised(Stub):
+        def __call__(self, state, batch):
+            state, metrics = super().__call__(state, batch)
+            return state, metrics | {"lse_abs": np.float32(lse)}
+
+    run(Normalised(), counting(), 3, checkpoints=Shelf())
+    assert capsys.readouterr().err.count("as if they were normalised already") == said
 
 
 def test_throughput_leaves_out_what_compiled():

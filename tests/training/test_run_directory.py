@@ -85,7 +85,7 @@ def test_the_same_settings_go_on(run, path):
     before = contents(path)
     # Equal once written down: a path is its text, a tuple its list.
     again = RunDirectory.begin(path, dict(reversed(SETTINGS.items())) | {"data": "rows.jsonl"}, resume=True)
-    assert again.path == path and vars(again) == vars(run)
+    assert again.path == path and vars(again) == vars(RunDirectory(path))
     assert contents(path) == before
 
 
@@ -103,7 +103,7 @@ def test_other_settings_are_refused_by_name(change, said, run, path):
     before = contents(path)
     with pytest.raises(Refusal) as refusal:
         RunDirectory.begin(path, SETTINGS | change, resume=True)
-    assert str(refusal.value) == f"{path} was begun with {said}: resume it with its own options"
+    assert str(refusal.value) == f"{path} was begun with {said}: resume it with its own options and data"
     assert contents(path) == before
 
 
@@ -114,6 +114,33 @@ def test_a_broken_config_is_refused(text, run, path):
         RunDirectory.begin(path, SETTINGS, resume=True)
     assert str(refusal.value).startswith(f"{run.config} is not")
     assert run.config.read_text() == text
+
+
+def test_weights_are_those_of_the_first_time(run):
+    for _ in range(2):
+        run.keep_weights("model", "ab12", "some/model")
+        run.keep_weights("reference", "cd34", run.reference)
+    assert json.loads(run.weights.read_text()) == {"model": "ab12", "reference": "cd34"}
+    before = contents(run.path)
+    with pytest.raises(Refusal) as refusal:
+        RunDirectory(run.path).keep_weights("model", "ef56", "some/model")
+    expected = (
+        f"some/model holds other weights than those that {run.path} was begun with: restore them, or begin another run"
+    )
+    assert str(refusal.value) == expected and contents(run.path) == before
+
+
+@pytest.mark.parametrize("made_before", [0, 1, 2])
+def test_a_run_that_is_discarded_leaves_the_directories_that_were_there(made_before, path):
+    places = [path.parent, path][:made_before]
+    for place in places:
+        place.mkdir(parents=True)
+    run = RunDirectory.begin(path, SETTINGS, resume=False)
+    run.data.mkdir()
+    (run.data / "rows.jsonl").write_text("{}")
+    run.discard(samples=True)
+    assert [place.exists() for place in (path.parent, path)] == [made_before > 0, made_before > 1]
+    assert path.parent.parent.exists() and (made_before < 2 or not list(path.iterdir()))
 
 
 @pytest.mark.parametrize("write", [write_json, write_jsonl])

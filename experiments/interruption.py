@@ -1,0 +1,384 @@
+"""Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
+
+Two small jobs of `train.py`, one that samples its buffer and one that annotates somebody's data, are run once to the
+end. Then each is begun again and again, killed with SIGKILL, resumed (and sometimes killed once more), and what it
+leaves is compared with the undisturbed run. Half of the kills come at random times, the other half from inside, before
+a random one of the operations by which the process changes its directory, so that they fall into the short moments in
+which files are written. `--kills 4` tries the script itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+# What differs between two runs because clocks do.
+_CLOCKS = ("seconds", "compiled", "tokens_per_second")
+_CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+_COMMON = [
+    "--mesh", "fsdp=1", "--evaluation.samples-per-prompt", "2", "--evaluation.max-tokens", "8",
+    "--evaluation.times", "3", "--evaluation.no-greedy", "--batch-size", "4", "--save-every", "3",
+]  # fmt: skip
+_SAMPLED = [
+    "--warm-start.steps", "6", "--warm-start.batch-size", "8", "--warm-start.demonstrations", "48",
+    "--collection.prompts", "48", "--collection.prompts-per-batch", "4", "--collection.samples-per-prompt", "2",
+    "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4", "--epochs", "2",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How many kills, and where everything goes."""
+
+    kills: int = 30
+    """Moments at which a run is killed, over both jobs."""
+    seed: int = 0
+    """Of the moments."""
+    jobs: tuple[str, ...] = ("sampled", "data")
+    """Which jobs; the first gets two thirds of the kills of both."""
+    runs: Path = Path("runs/interruption")
+    """Where the runs are kept; must be empty or missing."""
+    out: Path | None = None
+    """Directory of the page; default: docs/results, or beside the runs with fewer than 30 kills."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """A moment: so many seconds of processor time after config.json was made, or before the n-th change in a place."""
+
+    seconds: float = 0.0
+    place: str | None = None
+    change: int = 0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One kill: of which job, where it fell, how often the run was started in all, and what then differed."""
+
+    job: str
+    kill: Kill
+    stages: list[str]
+    starts: int
+    differences: list[str]
+
+
+# ---- watching and killing ----
+
+_watchers: list[tuple[str, Callable[[str], None]]] = []
+
+
+@contextlib.contextmanager
+def watching(directory: Path, change: Callable[[str], None]) -> Iterator[None]:
+    """Call `change` with the relative path of whatever Python is about to change in a directory.
+
+    It sees files opened for writing, names made, changed and removed; not what native code writes by itself.
+    """
+    if not hasattr(watching, "installed"):
+        watching.installed = True
+        sys.addaudithook(_audit)
+    watcher = (os.path.realpath(directory), change)
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if not _watchers:
+        return
+    if event == "open":
+        path, mode, flags = arguments
+        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+    elif event in _CHANGES:
+        path = arguments[0]
+    else:
+        return
+    if isinstance(path, int):
+        return
+    path = os.path.realpath(os.fsdecode(path))
+    for directory, change in list(_watchers):
+        if path == directory or path.startswith(directory + os.sep):
+            change(os.path.relpath(path, directory))
+
+
+def child(directory: str, place: str, number: str, log: str, *arguments: str) -> None:
+    """Run `train.py` with arguments; SIGKILL comes before the n-th change in a place, and `log` gets all changes."""
+    seen = 0
+
+    def change(path: str) -> None:
+        nonlocal seen
+        if log:
+            with open(log, "a") as file:
+                file.write(path + "\n")
+        if number and path.startswith(place):
+            seen += 1
+            if seen == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    import train
+    from shiq_jax.replay import storage
+
+    # Small shards, so that the annotation of few records takes several.
+    storage.SHARD_ROWS = 8
+    with watching(Path(directory), change):
+        train.main(list(arguments))
+
+
+# ---- jobs ----
+
+
+def prepare(root: Path) -> dict[str, list[str]]:
+    """The arguments of both jobs; what they read is made in `root`."""
+    from shiq_jax.data.sorting import sorting_rows
+    from shiq_jax.data.tiny import tiny_directory
+    from shiq_jax.training.run_directory import write_jsonl
+
+    root.mkdir(parents=True, exist_ok=True)
+    model = str(tiny_directory(root / "model", **_SIZES))
+    rows = [
+        row | {"completion": answer, "reward": float(answer == row["answer"])}
+        for row in sorting_rows(32)
+        for answer in (row["answer"], row["answer"][::-1])
+    ]
+    # The first shard is the widest, so that the padding of the others is not what they need themselves.
+    rows[0] |= {"prompt": rows[0]["prompt"] * 8}
+    write_jsonl(root / "scored.jsonl", rows)
+    write_jsonl(root / "held_out.jsonl", sorting_rows(4, split="held_out"))
+    given = ["--data", str(root / "scored.jsonl"), "--evaluation.data", str(root / "held_out.jsonl")]
+    rate = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
+    return {
+        "sampled": ["shiq", "--model", model, *_COMMON, *_SAMPLED],
+        "data": ["shiq", "--model", model, *_COMMON, *given, *rate],
+    }
+
+
+def start(
+    arguments: Sequence[str], run: Path, cache: Path, *, kill: Kill | None = None, log: Path | None = None
+) -> tuple[int, float]:
+    """Run a job in its directory, or go on with it, and kill it at a moment.
+
+    Returns:
+        its exit status, and the seconds of processor time that it took after its run had a config.json.
+    """
+    inside = kill is not None and kill.place is not None
+    resume = ["--resume"] if (run / "config.json").exists() else []
+    code = "import sys; from experiments.interruption import child; child(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(run), kill.place if inside else "", str(kill.change) if inside else ""]
+    command += [str(log or ""), *arguments, "--output-dir", str(run), *resume]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with open(run.with_name(run.name + ".log"), "ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        began, spent = None, 0.0
+        while process.poll() is None:
+            used = _processor_seconds(process.pid)
+            if began is None and (run / "config.json").exists():
+                began = used
+            spent = used - began if began is not None else 0.0
+            if kill is not None and not inside and began is not None and spent >= kill.seconds:
+                process.kill()
+            time.sleep(0.005)
+    return process.returncode, spent
+
+
+def _processor_seconds(process: int) -> float:
+    """What Linux has counted for a process; unlike the clock's, its seconds do not grow with the load."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def stage(run: Path, shards: int) -> str:
+    """What a killed run was at, as its directory tells; `shards` are those of its whole buffer."""
+    from shiq_jax.training.run_directory import RunDirectory
+
+    here = RunDirectory(run)
+    if here.summary.exists():
+        return "over"
+    if here.export.exists() or here.export.with_name("export.partial").exists():
+        return "exporting"
+    if here.checkpoints.exists():
+        saving = any(not path.name.isdigit() for path in here.checkpoints.iterdir())
+        return "checkpointing" if saving else "updating"
+    if (here.buffer / "manifest.json").exists():
+        manifest = json.loads((here.buffer / "manifest.json").read_text())
+        listed = {shard["file"] for shard in manifest["shards"]}
+        covered = [entry for made in manifest["statistics"].values() for entry in made["shards"].values()]
+        found = {path.relative_to(here.buffer).as_posix() for path in here.buffer.rglob("*.arrow*")}
+        named = listed | {entry.get("file") for entry in covered}
+        if found - named or (here.buffer / "manifest.json.tmp").exists():
+            return "writing the buffer"
+        if len(listed) < shards:
+            return "reading data" if json.loads(here.config.read_text())["data"] else "sampling"
+        return "evaluating" if len(covered) == shards else "annotating"
+    if here.buffer.exists():
+        return "writing the buffer"
+    if here.warm_start.exists() and not here.reference.exists():
+        return "warm start"
+    return "setting up"
+
+
+# ---- comparing ----
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """What a run left that an undisturbed one did not leave in the same bytes; times of clocks are not looked at."""
+    found = []
+    ours, theirs = (_files(directory) for directory in (run, whole))
+    found += [f"{name} {'is missing' if name in theirs else 'is left over'}" for name in sorted(ours ^ theirs)]
+    for name in sorted(ours & theirs):
+        if name.endswith(".png"):
+            continue
+        read = _without_clocks if name in ("metrics.jsonl", "summary.json") else Path.read_bytes
+        if read(run / name) != read(whole / name):
+            found.append(f"{name} differs")
+    for place in ("checkpoints", "warm_start/checkpoints"):
+        if (whole / place).exists():
+            found += _compare_checkpoints(run / place, whole / place)
+    return found
+
+
+def _files(directory: Path) -> set[str]:
+    files = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
+    # Task and model name the run's own directory; checkpoints are compared by what they hold.
+    return {path.as_posix() for path in files if "checkpoints" not in path.parts and path.name != "task.json"}
+
+
+def _without_clocks(path: Path) -> list[dict]:
+    rows = [json.loads(text) for text in ([path.read_text()] if path.suffix == ".json" else path.open())]
+    return [{name: value for name, value in row.items() if name not in _CLOCKS} for row in rows]
+
+
+def _compare_checkpoints(ours: Path, theirs: Path) -> list[str]:
+    from orbax.checkpoint import v1 as ocp
+
+    names = [{path.name for path in place.iterdir()} if place.exists() else set() for place in (ours, theirs)]
+    if names[0] != names[1]:
+        return [f"{ours.name} holds {sorted(names[0])}, not {sorted(names[1])}"]
+    found = []
+    for name in sorted(names[0]):
+        with warnings.catch_warnings():
+            # Shardings are read from the checkpoint, of which orbax warns.
+            warnings.simplefilter("ignore")
+            loaded = [ocp.load_checkpointables(place.absolute() / name) for place in (ours, theirs)]
+        for part in ("policy", "memory"):
+            one, other = (each[part] for each in loaded)
+            same = one.keys() == other.keys() and all(np.array_equal(one[leaf], other[leaf]) for leaf in one)
+            found += [] if same else [f"checkpoint {name}: {part} differs"]
+    return found
+
+
+# ---- the experiment ----
+
+
+def main(options: Options) -> None:
+    """Kill, resume, compare, and write the page."""
+    random, root = np.random.default_rng(options.seed), options.runs.absolute()
+    jobs = {name: arguments for name, arguments in prepare(root).items() if name in options.jobs}
+    moments, lengths, outcomes = {}, {}, []
+    for number, (name, arguments) in enumerate(jobs.items()):
+        whole, log = root / name, root / f"{name}.changes"
+        # Twice, because the first time compiles what later ones find in the cache.
+        first, _ = start(arguments, root / f"{name}-first", root / "cache")
+        second, lengths[name] = start(arguments, whole, root / "cache", log=log)
+        if first or second:
+            raise SystemExit(f"an undisturbed run failed: see {whole}*.log")
+        last = number == len(jobs) - 1
+        count = options.kills - sum(map(len, moments.values())) if last else options.kills * 2 // 3
+        moments[name] = [_moment(random, index, lengths[name], log.read_text().split()) for index in range(count)]
+    for name, kills in moments.items():
+        for index, kill in enumerate(kills):
+            outcomes.append(_try(jobs[name], name, kill, root, index, lengths[name], random))
+            print(_row(outcomes[-1]), flush=True)
+    out = options.out or (ROOT / "docs" / "results" if options.kills >= 30 else root / "page")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "interruption.md").write_text(render(outcomes, lengths, options))
+    if any(outcome.differences for outcome in outcomes):
+        raise SystemExit("some runs differ: see the page")
+
+
+def _moment(random, index: int, length: float, changes: list[str]) -> Kill:
+    if index % 2 == 0:
+        return Kill(seconds=float(random.uniform(0, length)))
+    place = ("buffer", "checkpoints", "")[index // 2 % 3]
+    behind = [path for path in changes if path.startswith(place) and path != "config.json"]
+    return Kill(place=place, change=int(random.integers(1, len(behind) + 1)))
+
+
+def _try(arguments, name: str, kill: Kill, root: Path, index: int, length: float, random) -> Outcome:
+    run, whole = root / f"{name}-{index:02d}", root / name
+    shards = len(json.loads((whole / "buffer" / "manifest.json").read_text())["shards"])
+    again = [Kill(seconds=float(random.uniform(0, length)))] if random.random() < 0.3 else []
+    stages = []
+    for starts, each in enumerate([kill, *again, None], 1):
+        status, _ = start(arguments, run, root / "cache", kill=each)
+        if status == 0:
+            break
+        if status != -signal.SIGKILL:
+            return Outcome(name, kill, stages, starts, [f"exit status {status}: see {run}.log"])
+        stages.append(stage(run, shards))
+    return Outcome(name, kill, stages, starts, differences(run, whole))
+
+
+def _row(outcome: Outcome) -> str:
+    kill = outcome.kill
+    when = f"{kill.seconds:.2f} s" if kill.place is None else f"before change {kill.change} in {kill.place or 'all'}"
+    equal = "yes" if not outcome.differences else "**no**: " + "; ".join(outcome.differences)
+    return f"| {outcome.job} | {when} | {', then '.join(outcome.stages) or 'over'} | {outcome.starts} | {equal} |"
+
+
+def render(outcomes: Sequence[Outcome], lengths: dict[str, float], options: Options) -> str:
+    """The page."""
+    import jax
+
+    equal = sum(not outcome.differences for outcome in outcomes)
+    fell = sorted({stage for outcome in outcomes for stage in outcome.stages} - {"over"})
+    seconds = ", ".join(f"`{name}` {length:.1f} s" for name, length in lengths.items())
+    rows = "\n".join(map(_row, outcomes))
+    return f"""# Killed runs
+
+Of {len(outcomes)} runs that were killed with SIGKILL and resumed with `--resume`, {equal} ended as the undisturbed run
+did: the same files, with the same bytes in the exported weights, the reference, the buffer and its statistics and the
+samples, the same arrays in the same checkpoints, and the same log but for its clocks.
+
+`sampled` makes a warm start, samples, scores, updates, evaluates and exports; `data` annotates given rows, and goes on
+alike. From its `config.json` on each takes {seconds} of processor time, of which the
+moments given in seconds are random parts. Every other kill comes from inside, just before an operation by which Python
+changes the run's directory: in the buffer, among the checkpoints, or anywhere. Some resumed runs were killed again.
+"Over" is a run that was killed after its summary was written. The kills fell into: {", ".join(fell)}.
+
+| job | killed | while | starts | equal |
+|---|---|---|---|---|
+{rows}
+
+Seed {options.seed}, {os.cpu_count()} CPU cores, jax {jax.__version__}, Python {platform.python_version()},
+{datetime.date.today()}. This page is written by `python -m experiments.interruption`.
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
