@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from shiq_jax.errors import Refusal
 from shiq_jax.models.cache import intervals_of
 from shiq_jax.objectives import token_stats_from_logits
+from shiq_jax.rollout.categorical import categorical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,7 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
         if sampling.temperature == 0:
             drawn = jnp.argmax(raw, axis=-1).astype(jnp.int32)
         else:
-            pick = lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row)
-            drawn = jax.vmap(pick)(keys, behaviour).astype(jnp.int32)
+            drawn = jax.vmap(lambda key, row: categorical(jax.random.fold_in(key, t), row))(keys, behaviour)
         stats = token_stats_from_logits(raw, drawn)
         behaviour_logp = token_stats_from_logits(behaviour, drawn).logp
         return drawn, stats.logp, stats.lse, behaviour_logp
@@ -139,6 +139,8 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
             return t + 1, finished, drawn, cache, out
 
         drawn, finished, out = drawn_into(out, params, last, keys, jnp.int32(0), jnp.zeros(batch, bool))
+        if steps == 1:
+            return out
         return jax.lax.while_loop(running, step, (jnp.int32(1), finished, drawn, cache, out))[-1]
 
     return generate

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shiq_jax.errors import Refusal
 from shiq_jax.models import Model, load_hf
+from shiq_jax.rollout.categorical import categorical
 from shiq_jax.rollout.generate import Sampler, Sampling, behaviour_logits, make_generate, pad_prompts
 from shiq_jax.sharding import make_mesh
 
@@ -249,8 +250,8 @@ def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, model, params,
         prompt = prompts[row // 2]
         logits = uncached.next_logits(params, [*prompt, *drawn])[len(prompt) - 1 : -1]
         for t, token in enumerate(drawn):
-            noise = jax.random.gumbel(jax.random.fold_in(keys[row], t), logits[t].shape)
-            assert np.argmax(filtered_logp(logits[t], sampling) + noise) == token
+            key = jax.random.fold_in(keys[row], t)
+            assert categorical(key, jnp.asarray(filtered_logp(logits[t], sampling), jnp.float32)) == token
 
 
 # --- where a sequence ends
