@@ -16,7 +16,7 @@ NAMES = {
     "dpo": "DPO",
     "shiq": "ShiQ",
 }
-_COLORS = {"reference": "0.5", "more_sft": "tab:brown", "best_of_k": "tab:orange", "dpo": "tab:blue", "shiq": "tab:green"}
+_COLORS = dict(zip(NAMES, ("0.5", "tab:brown", "tab:orange", "tab:blue", "tab:green")))
 
 
 class Results:
@@ -50,7 +50,7 @@ def write(out: Path, scale: str) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Accuracy of every policy with its interval and its seeds, and accuracy against the distance from the reference."""
+    """Accuracy of every policy with its interval and its seeds, and accuracy against the distance gone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,13 +66,12 @@ def draw(results: Results, path: Path) -> None:
             bars.plot(where, found.mean, marker, color=_COLORS[arm], markerfacecolor=fill, markersize=7, zorder=3)
             bars.plot(np.full(len(seeds), where + 0.07), seeds, "_", color="black", markersize=5, alpha=0.6)
         kl, accuracy = results.mean(arm, "kl"), results.mean(arm, "sampled")
-        plane.errorbar(
-            kl.mean, accuracy.mean,
-            xerr=[[kl.mean - kl.low], [kl.high - kl.mean]],
-            yerr=[[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]],
-            fmt="o", color=_COLORS[arm], label=NAMES[arm], capsize=2,
-        )  # fmt: skip
-    bars.set_xticks(range(len(NAMES)), [name.replace(" (", "\n(").replace(" super", "\nsuper") for name in NAMES.values()])
+        plane.plot(kl[1:], [accuracy.mean] * 2, color=_COLORS[arm])
+        plane.plot([kl.mean] * 2, accuracy[1:], color=_COLORS[arm])
+        plane.plot(kl.mean, accuracy.mean, "o", color=_COLORS[arm], label=NAMES[arm])
+    bars.set_xticks(
+        range(len(NAMES)), [name.replace(" (", "\n(").replace(" super", "\nsuper") for name in NAMES.values()]
+    )
     bars.tick_params(axis="x", labelsize=8)
     bars.set_title("right answers: sampled at temperature 1 (filled), greedy (open)", fontsize=9)
     plane.set_title("right answers sampled, against distance", fontsize=9)
@@ -90,7 +89,9 @@ def render(results: Results, scale: str, name: str) -> str:
     """The page."""
     first = results.seeds[0]
     settings, machine = first["settings"], first["machine"]
-    jobs, questions = first["jobs"], len(first["arms"]["shiq"]["questions"])
+    questions, drawn = len(first["arms"]["shiq"]["questions"]), "questions"
+    if len(results.seeds) > 1:
+        drawn += " and seeds"
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
     option = "" if scale == "small" else f" --scale {scale}"
     policies = "\n".join(_policy(results, arm) for arm in NAMES)
@@ -102,25 +103,28 @@ def render(results: Results, scale: str, name: str) -> str:
         f"{seed['buffer']['with_a_right_answer']} questions have a right one and {seed['buffer']['with_both']} both"
         for seed in results.seeds
     )
-    hours = np.mean([_seconds(seed) for seed in results.seeds]) / 3600
+    minutes = np.mean([_seconds(seed) for seed in results.seeds]) / 60
     return f"""# Function calling: five policies from one buffer
 
 {_verdict(results)}
 
-SmolLM2-135M-Instruct in float32 on the Berkeley Function Calling Leaderboard ({", ".join(settings["categories"])}), whose official
-AST checker gives the reward: 1 for a right answer, 0 for a wrong one. The {questions} held-out questions share neither a question nor a
-function name with any other; they are the same for the seeds {seeds}, everything else is not: which {settings["demonstrations"]} questions
-are demonstrated in the supervised warm start (which makes the reference), which {settings["prompts"]} others the reference answers
-{settings["samples"]} times each, what it answers, and the order of all updates.
+SmolLM2-135M-Instruct in float32 on the Berkeley Function Calling Leaderboard ({", ".join(settings["categories"])}),
+whose official AST checker gives the reward: 1 for a right answer, 0 for a wrong one. The {questions} held-out questions
+share neither a question nor a function name with any other. They are the same for all seeds ({seeds}); a seed's own are
+the {settings["demonstrations"]} questions that are demonstrated in the supervised warm start, which makes the
+reference, the {settings["prompts"]} other questions that the reference answers {settings["samples"]} times each, what
+it answers, and the order of all updates.
 
 | policy | right, sampled | right, greedy | KL, nats per answer | tokens per answer |
 |---|---|---|---|---|
 {policies}
 
-Means over seeds and questions, with 95% intervals of a bootstrap that draws questions and seeds again. Sampled: {settings["measured"]}
-answers per question at temperature 1. KL: the mean over those answers of the summed log-ratio to the reference.
+Means over seeds and questions, with 95% intervals of a bootstrap that draws {drawn} again.
+Sampled: {settings["measured"]} answers per question at temperature 1. KL: the mean over those answers of the summed
+log-ratio to the reference.
 
-Paired differences (same questions, same seeds, same random numbers), in points of accuracy; those that exclude 0 are bold:
+Paired differences (same questions, same seeds, same random numbers), in points of accuracy; those that exclude 0 are
+bold:
 
 | ShiQ minus | sampled | greedy |
 |---|---|---|
@@ -139,20 +143,24 @@ Paired differences (same questions, same seeds, same random numbers), in points 
 - **DPO** learns from a right and a wrong answer to each question that has both.
 - **ShiQ** learns from all answers, rewards relative to the mean of a question's answers.
 
-The last four begin at the reference and read the same number of tokens in their updates (a shared prompt counted once). {buffers}.
+The last four begin at the reference and read the same number of tokens in their updates (a shared prompt counted
+once). {buffers}.
 
 | run | updates | batch | passes | loss options | learning rate | tokens |
 |---|---|---|---|---|---|---|
 {costs}
 
-Options that were tried, on questions of another category (`multiple`) with seed 0 only, are in [bfcl-tuning.md](bfcl-tuning.md).
+The options that were tried, with seed 0 only and on questions of another category, are in
+[bfcl-tuning.md](bfcl-tuning.md).
 
     pip install -e '.[fetch]' && python -m shiq_jax.data.fetch
     python -m experiments.bfcl{option}
 
-writes this page; it goes on where it was stopped, and seeds whose numbers are in [bfcl/](bfcl) are not run again. A seed took
-{hours:.1f} hours on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]}, {first["date"]}).
-`--scale large` takes all single-turn Python categories, 600 questions and 16 answers to each, for an accelerator: not measured yet.
+writes this page; it goes on where it was stopped, and seeds whose numbers are in [bfcl/](bfcl) are not run again. A
+seed took {minutes:.0f} minutes on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]},
+{first["date"]}).
+`--scale large` takes all single-turn Python categories, 600 questions and 16 answers to each, for an accelerator: not
+measured yet.
 """
 
 
@@ -191,8 +199,8 @@ def _cost(results: Results, arm: str) -> str:
     tokens = np.mean([seed["jobs"][arm]["tokens"] for seed in results.seeds])
     options = ", ".join(f"{name} {value}" for name, value in job["loss"].items()) or "none"
     return (
-        f"| {NAMES.get(arm, 'warm start')} | {job['updates']} | {job['batch_size']} | {job['epochs']:.1f} | {options} | "
-        f"{job['learning_rate']:g} | {tokens:,.0f} |"
+        f"| {NAMES.get(arm, 'warm start')} | {job['updates']} | {job['batch_size']} | {job['epochs']:.1f} | {options} "
+        f"| {job['learning_rate']:g} | {tokens:,.0f} |"
     )
 
 

@@ -114,14 +114,15 @@ def render(found: dict) -> str:
         kind = CANDIDATES[name][0] if name in CANDIDATES else name
         rate = f"{job['learning_rate']:g}" if job else ""
         rows.append(
-            f"| {kind} | {options} | {rate} | {numbers['sampled']:.1%} | {numbers['greedy']:.1%} | {numbers['kl']:.2f} | "
-            f"{numbers['length']:.1f} |"
+            f"| {kind} | {options} | {rate} | {numbers['sampled']:.1%} | {numbers['greedy']:.1%} | "
+            f"{numbers['kl']:.2f} | {numbers['length']:.1f} |"
         )
     table = "\n".join(rows)
     return f"""# Function calling: the options that were tried
 
-One seed (0), one reference, one buffer, half the updates of the comparison; {QUESTIONS} questions of the category `multiple`, which [the comparison](bfcl.md) neither learns
-from nor measures on; two answers each at temperature 1 (one standard error is about 4 points) and a greedy one.
+One seed (0), one reference, one buffer, half the updates of [the comparison](bfcl.md); {QUESTIONS} questions of the
+category `multiple`, which the comparison neither learns from nor measures on; two answers each at temperature 1 (one
+standard error is about 4 points) and a greedy one.
 
 | policy | loss options | learning rate | right, sampled | right, greedy | KL | tokens |
 |---|---|---|---|---|---|---|

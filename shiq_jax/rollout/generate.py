@@ -78,10 +78,10 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
     """Compile-once sampler `generate(params, tokens [P, L], valid [P, L], keys [P * n]) -> Samples` with B = P * n.
 
     Prompts are padded on the left (`valid` False) and computed once for their `n = samples_per_prompt` completions,
-    which share its cache and stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b], t)` only, so what it
-    becomes does not depend on who shares its batch. A sequence ends with the first of `stop_tokens`, which is part of
-    it, or after `sampling.max_tokens`; the loop ends with the last sequence, and nothing is computed after the last
-    drawn token.
+    which share its cache and stand next to each other in the result. Sequence b draws token t with `fold_in(keys[b],
+    t)` only, so what it becomes does not depend on who shares its batch. A sequence ends with the first of
+    `stop_tokens`, which is part of it, or after `sampling.max_tokens`; the loop ends with the last sequence, and
+    nothing is computed after the last drawn token.
     """
     stops = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
     steps = sampling.max_tokens

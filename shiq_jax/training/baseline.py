@@ -25,8 +25,8 @@ class GroupMeanBaseline:
         _, members = np.unique(buffer.group_ids(), return_inverse=True)
         if len(buffer) and np.bincount(members).max() == 1:
             raise Refusal(
-                f"every prompt of {buffer.path} has one answer, whose mean is itself, so nothing would be left to learn: use "
-                "--baseline none"
+                f"every prompt of {buffer.path} has one answer, whose mean is itself, so nothing would be left to "
+                "learn: use --baseline none"
             )
         means = np.bincount(members, buffer.returns()) / np.bincount(members)
         self.means = means[members]

@@ -1,0 +1,66 @@
+"""The figure of the embedded default: `python -m experiments.embedded` regenerates docs/results/embedded.png."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+import train
+from shiq_jax.training.metrics import MetricsLog
+from shiq_jax.training.pipeline import train as run_job
+from shiq_jax.training.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the run is kept and where the figure goes."""
+
+    runs: Path = Path("runs/embedded")
+    """Directory of the run of `train.py`; a finished one is read, a stopped one goes on."""
+    out: Path = Path("docs/results")
+    """Directory of the figure."""
+
+
+def main(options: Options) -> None:
+    """Run what is missing and draw it."""
+    run = RunDirectory(options.runs)
+    if not run.summary.exists():
+        job = train.embedded(train.Shiq())
+        run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
+    draw(MetricsLog(run.metrics), options.out / "embedded.png")
+
+
+def draw(log: MetricsLog, path: Path) -> None:
+    """Reward of fresh samples, KL to the reference, and the loss, over the updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 2.7), layout="constrained")
+    points, updates = log.rows("evaluation"), log.rows("update")
+    steps = [point["step"] for point in points]
+    for panel, key, color in ((panels[0], "reward", "tab:green"), (panels[1], "kl", "tab:red")):
+        values, errors = ([point[name] for point in points] for name in (key, f"{key}_stderr"))
+        panel.plot(steps, values, marker="o", color=color, label="samples at temperature 1")
+        low, high = ([value + sign * error for value, error in zip(values, errors)] for sign in (-1, 1))
+        panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    panels[0].plot(steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[2].plot([update["step"] for update in updates], [update["loss"] for update in updates], linewidth=1)
+    panels[0].set_ylim(0, 1)
+    panels[1].set_ylim(bottom=0)
+    titles = ("reward on held-out prompts", "KL to the reference, nats per answer", "ShiQ loss")
+    for panel, title in zip(panels, titles):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("update", fontsize=8)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

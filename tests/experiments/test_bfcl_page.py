@@ -1,0 +1,99 @@
+"""The page says what the numbers say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import bfcl_page
+from experiments.bfcl import ARMS, SCALES, Seed
+
+QUESTIONS = 200
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page of three seeds, out of the accuracy of each policy."""
+
+    def write(accuracy: dict[str, float]) -> str:
+        rng = np.random.default_rng(0)
+        for seed in range(3):
+            luck = rng.random((QUESTIONS, 2))
+            arms = {
+                name: {
+                    "questions": [f"q{number}" for number in range(QUESTIONS)],
+                    "sampled": (luck < accuracy[name]).astype(float).tolist(),
+                    "greedy": (luck[:, 0] < accuracy[name]).astype(float).tolist(),
+                    "logratio": np.full((QUESTIONS, 2), 0.0 if name == "reference" else 0.7).tolist(),
+                    "length": np.full((QUESTIONS, 2), 20.0).tolist(),
+                    "seconds": 60,
+                }
+                for name in ARMS
+            }
+            job = {
+                "updates": 3, "epochs": 1.0, "batch_size": 2, "loss": {"beta": 0.1}, "learning_rate": 1e-5,
+                "tokens": 1000, "seconds": 60, "losses": [1.0, 0.5, 0.2],
+            }  # fmt: skip
+            kept = {
+                "seed": seed,
+                "settings": {
+                    "categories": ["simple_python"], "demonstrations": 1, "prompts": 2, "samples": 8, "measured": 2,
+                },
+                "date": "2000-01-01",
+                "machine": {"cpu_cores": 2, "device": "cpu", "jax": "0"},
+                "buffer": {"records": 16, "accuracy": 0.5, "with_a_right_answer": 2, "with_both": 1},
+                "arms": arms,
+                "jobs": {name: job for name in ("warm_start", *ARMS[1:])},
+            }  # fmt: skip
+            (tmp_path / "bfcl").mkdir(exist_ok=True)
+            (tmp_path / "bfcl" / f"small-{seed}.json").write_text(json.dumps(kept))
+        bfcl_page.write(tmp_path, "small")
+        assert (tmp_path / "bfcl.png").stat().st_size > 10_000
+        return (tmp_path / "bfcl.md").read_text()
+
+    return write
+
+
+def test_a_clear_winner_is_named_with_those_it_beats(page):
+    text = page({"reference": 0.3, "more_sft": 0.31, "best_of_k": 0.31, "dpo": 0.31, "shiq": 0.6})
+    others = "reference (warm start), more supervised training, best-of-K supervised and DPO"
+    verdict = text.splitlines()[2]
+    assert verdict.count("ShiQ has the most right") == verdict.count("beyond chance above") == 2
+    for name in others.replace(" and ", ", ").split(", "):
+        assert name in verdict
+    assert "not distinguishable" not in verdict
+    assert "| DPO | **+" in text
+
+
+def test_a_loss_is_said_as_plainly(page):
+    text = page({"reference": 0.5, "more_sft": 0.5, "best_of_k": 0.7, "dpo": 0.7, "shiq": 0.2})
+    verdict = text.splitlines()[2]
+    assert "best-of-K supervised has the most right" in verdict and "not distinguishable from DPO" in verdict
+    row = next(line for line in text.splitlines() if line.startswith("| reference (warm start) | **-"))
+    assert row.count("**-") == 2
+
+
+def test_equal_policies_are_not_ranked(page):
+    text = page(dict.fromkeys(ARMS, 0.4))
+    assert "beyond chance" not in text and "**+" not in text and "**-" not in text
+
+
+@pytest.mark.slow
+def test_no_question_is_both_learned_from_and_measured(tmp_path):
+    held_out = set()
+    for seed in (0, 1):
+        root = tmp_path / str(seed)
+        Seed(SCALES["small"], seed, root, root / "kept.json")._write_questions()
+        parts = {
+            name: [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("held_out", "demonstrations", "prompts")
+        }
+        assert [len(parts[name]) for name in parts] == [200, 60, 128]
+        identifiers = [row["id"] for rows in parts.values() for row in rows]
+        assert len(set(identifiers)) == len(identifiers)
+        functions = {
+            name: {function["name"] for row in rows for function in row["functions"]} for name, rows in parts.items()
+        }
+        assert not functions["held_out"] & (functions["demonstrations"] | functions["prompts"])
+        held_out.add(tuple(row["id"] for row in parts["held_out"]))
+    assert len(held_out) == 1
