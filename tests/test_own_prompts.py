@@ -32,22 +32,34 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sampled(tiny, prompts, tmp_path_factory):
+def reward(tmp_path_factory):
+    """Somebody's own module with a function that scores: a random model's answers are all wrong, but unlike."""
+    path = tmp_path_factory.mktemp("modules")
+    (path / "somebody.py").write_text(
+        "def letters(row, completion):\n    return sum(map(ord, completion)) % 7 + len(row['prompt'])\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path))
+        yield "somebody:letters"
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny, prompts, reward, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "sampled"
     training_door.main(
-        ["shiq", "--model", tiny, "--prompts", str(prompts), "--reward", "sorting", "--output-dir", str(out), *SMALL,
+        ["shiq", "--model", tiny, "--prompts", str(prompts), "--reward", reward, "--output-dir", str(out), *SMALL,
          "--collection.prompts", "6", "--collection.samples-per-prompt", "3", "--collection.sampling.max-tokens", "6"]
     )  # fmt: skip
     return out
 
 
-def test_the_first_prompts_are_answered_and_scored_by_the_reward(sampled, prompts):
+def test_the_first_prompts_are_answered_and_scored_by_the_reward(sampled, prompts, reward):
     buffer, rows = Buffer.open(sampled / "buffer"), [json.loads(line) for line in prompts.read_text().splitlines()]
     assert len(buffer) == 18 and not is_buffer(sampled)
     asked = [json.loads(buffer[number].prompt)["prompt"] for number in range(18)]
     assert asked == [row["prompt"] for row in rows[:6] for _ in range(3)]
     assert len(set(buffer.group_ids())) == 6
-    tokenizer, score = load_tokenizer(str(sampled / "export")), resolve("sorting")
+    tokenizer, score = load_tokenizer(str(sampled / "export")), resolve(reward)
     for number in range(len(buffer)):
         record = buffer[number]
         completion = tokenizer.decode(record.tokens[record.action_mask].tolist(), skip_special_tokens=True)
@@ -64,7 +76,7 @@ def test_every_objective_learns_from_the_buffer_of_another_run(command, tiny, sa
         for name in ("tokens", "action_mask", "rewards", "logp", "lse"):
             np.testing.assert_array_equal(getattr(ours[number], name), getattr(theirs[number], name))
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["updates"] == {"shiq": 2, "dpo": 2, "sft": 2}[command]
+    assert summary["updates"] == {"shiq": 2, "dpo": 2, "sft": 2}[command]  # of six prompts, three each
     if command != "sft":
         assert summary["probe"]["passed"]
 
