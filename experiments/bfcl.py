@@ -59,7 +59,8 @@ class Scale:
         warm_epochs: passes over the demonstrations.
         epochs: passes of ShiQ over the buffer; the other policies read as many tokens.
         measured: fresh answers per held-out question, besides the greedy one.
-        prompts_per_batch: questions in one call of the sampler.
+        prompts_per_batch: questions in one call of the sampler, for the buffer.
+        measured_per_batch: the same for what is measured.
     """
 
     categories: tuple[str, ...]
@@ -72,20 +73,21 @@ class Scale:
     epochs: float
     measured: int
     prompts_per_batch: int
+    measured_per_batch: int
 
 
 SCALES = {
     "small": Scale(
         categories=("simple_python",), held_out=200, demonstrations=60, prompts=128, samples=8, max_tokens=64,
-        warm_epochs=3, epochs=1, measured=2, prompts_per_batch=16,
+        warm_epochs=3, epochs=1, measured=4, prompts_per_batch=16, measured_per_batch=32,
     ),
     "large": Scale(
         categories=bfcl.CATEGORIES, held_out=200, demonstrations=160, prompts=600, samples=16, max_tokens=192,
-        warm_epochs=2, epochs=3, measured=8, prompts_per_batch=64,
+        warm_epochs=2, epochs=3, measured=8, prompts_per_batch=64, measured_per_batch=100,
     ),
     "quick": Scale(
         categories=("simple_python",), held_out=8, demonstrations=40, prompts=12, samples=6, max_tokens=40,
-        warm_epochs=2, epochs=1, measured=1, prompts_per_batch=12,
+        warm_epochs=2, epochs=1, measured=1, prompts_per_batch=12, measured_per_batch=8,
     ),
 }  # fmt: skip
 
@@ -242,7 +244,7 @@ class Seed:
         tokenizer = load_tokenizer(str(source))
         evaluator = Evaluator(
             model, tokenizer, stop_tokens(tokenizer, source), rows, rewards.resolve("bfcl"), self.scale.max_tokens,
-            self.scale.measured, self.scale.prompts_per_batch, greedy=True,
+            self.scale.measured, self.scale.measured_per_batch, greedy=True,
         )  # fmt: skip
         held = None if name == "reference" else Reference(str(reference), load_hf)
         # The same random numbers for every policy: differences then vary less.

@@ -38,6 +38,7 @@ CANDIDATES: dict[str, tuple[str, dict]] = {
     "shiq-inv-1e-5": _shiq(1e-5, position_weight="inv_position"),
     "dpo-1e-5": ("dpo", _rate(1e-5)),
     "best-1e-5": ("best_of_k", _rate(1e-5)),
+    "shiq-mean-5e-5": _shiq(5e-5, normalisation="mean_t"),
     "shiq-mean-3e-6": _shiq(3e-6, normalisation="mean_t"),
     "shiq-mean-1e-5-beta-1": _shiq(1e-5, normalisation="mean_t", beta=1.0),
     "dpo-3e-6": ("dpo", _rate(3e-6)),
@@ -51,7 +52,7 @@ class Trial(Seed):
     """Seed 0 with other options, other questions and half the updates; all trials share its reference and buffer."""
 
     def __init__(self, root: Path):
-        super().__init__(dataclasses.replace(SCALES["small"], epochs=0.5), 0, root, root / "kept.json")
+        super().__init__(dataclasses.replace(SCALES["small"], epochs=0.5, measured=8), 0, root, root / "kept.json")
 
     def _write_questions(self) -> None:
         super()._write_questions()
@@ -93,8 +94,10 @@ def main(options: Options) -> None:
             if name != "reference":
                 trial._run(name)
             measured = trial._measure(name)
+            gained = np.mean(measured["sampled"], axis=1) - np.mean(trial._measure("reference")["sampled"], axis=1)
             found[name] = {
                 "sampled": float(np.mean(measured["sampled"])),
+                "sampled_stderr": float(np.std(gained, ddof=1) / np.sqrt(len(gained))),
                 "greedy": float(np.mean(measured["greedy"])),
                 "kl": float(np.mean(measured["logratio"])),
                 "length": float(np.mean(measured["length"])),
@@ -114,15 +117,16 @@ def render(found: dict) -> str:
         kind = CANDIDATES[name][0] if name in CANDIDATES else name
         rate = f"{job['learning_rate']:g}" if job else ""
         rows.append(
-            f"| {kind} | {options} | {rate} | {numbers['sampled']:.1%} | {numbers['greedy']:.1%} | "
+            f"| {kind} | {options} | {rate} | {numbers['sampled']:.1%} ± {100 * numbers['sampled_stderr']:.1f} "
+            f"| {numbers['greedy']:.1%} | "
             f"{numbers['kl']:.2f} | {numbers['length']:.1f} |"
         )
     table = "\n".join(rows)
     return f"""# Function calling: the options that were tried
 
 One seed (0), one reference, one buffer, half the updates of [the comparison](bfcl.md); {QUESTIONS} questions of the
-category `multiple`, which the comparison neither learns from nor measures on; two answers each at temperature 1 (one
-standard error is about 4 points) and a greedy one.
+category `multiple`, which the comparison neither learns from nor measures on; eight answers each at temperature 1 and a
+greedy one. ± is one standard error of the difference from the reference on the same questions.
 
 | policy | loss options | learning rate | right, sampled | right, greedy | KL | tokens |
 |---|---|---|---|---|---|---|

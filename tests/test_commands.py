@@ -11,7 +11,6 @@ import pytest
 
 import eval as evaluation_door
 import train as training_door
-from shiq_jax.data.tiny import tiny_directory
 from shiq_jax.replay import Buffer, to_jsonl
 from shiq_jax.training import passes
 
@@ -22,12 +21,6 @@ SMALL = [
     "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4", "--evaluation.samples-per-prompt", "2",
     "--evaluation.max-tokens", "8", "--evaluation.times", "2", "--batch-size", "4", "--epochs", "2", "--save-every", "2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    return str(tiny_directory(tmp_path_factory.mktemp("tiny") / "model", **sizes))
 
 
 @pytest.fixture(scope="module")

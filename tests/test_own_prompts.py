@@ -8,7 +8,6 @@ import pytest
 import train as training_door
 from shiq_jax.data.chat import load_tokenizer
 from shiq_jax.data.sorting import sorting_rows
-from shiq_jax.data.tiny import tiny_directory
 from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.rollout.rewards import resolve
 
@@ -16,12 +15,6 @@ SMALL = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.samples-per-prompt", "1",
     "--evaluation.max-tokens", "6", "--evaluation.times", "1", "--batch-size", "3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    return str(tiny_directory(tmp_path_factory.mktemp("tiny") / "model", **sizes))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 
 import eval as evaluation_door
 import train as training_door
-from shiq_jax.data.tiny import tiny_directory
 from shiq_jax.replay import Buffer, bundles
 
 DATA = Path(__file__).parent / "data"
@@ -25,12 +24,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
-    return str(tiny_directory(tmp_path_factory.mktemp("tiny") / "model", **sizes))
 
 
 @pytest.fixture(scope="module")
