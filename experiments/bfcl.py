@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -288,19 +289,22 @@ class Seed:
         return {
             "records": len(buffer),
             "accuracy": float(np.mean(buffer.returns() >= 1)),
-            "with_a_right_answer": sum(max(values) >= 1 for values in groups.values()),
-            "with_both": sum(max(values) > min(values) for values in groups.values()),
+            "with_a_right_answer": sum(bool(max(values) >= 1) for values in groups.values()),
+            "with_both": sum(bool(max(values) > min(values)) for values in groups.values()),
         }
 
 
 def _tokens(path: Path, unit: str) -> int:
-    """Tokens of one pass over a buffer, the prompt of a bundle counted once."""
+    """Tokens of one pass over a buffer, what the sequences of a bundle share at their beginning counted once."""
     buffer = Buffer.open(path)
-    lengths, actions = buffer.lengths(), buffer.actions()
     total = 0
     for bundle in bundles(buffer, unit):
-        members = np.array([number for example in bundle for number in example])
-        total += int((lengths - actions)[members[0]] + actions[members].sum())
+        members = buffer.read([number for example in bundle for number in example])
+        before: list[int] = []
+        # In order, each sequence shares most with the one before it.
+        for tokens in sorted(record.tokens.tolist() for record in members):
+            total += len(tokens) - len(os.path.commonprefix([before, tokens]))
+            before = tokens
     return total
 
 

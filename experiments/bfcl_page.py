@@ -93,7 +93,7 @@ def render(results: Results, scale: str, name: str) -> str:
     if len(results.seeds) > 1:
         drawn += " and seeds"
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
-    option = "" if scale == "small" else f" --scale {scale}"
+    option = {"small": "", "quick": " --quick"}.get(scale, f" --scale {scale}")
     policies = "\n".join(_policy(results, arm) for arm in NAMES)
     against = "\n".join(_against(results, arm) for arm in NAMES if arm != "shiq")
     gains = "\n".join(_gain(results, arm) for arm in NAMES if arm != "reference")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import bfcl_page
-from experiments.bfcl import ARMS, SCALES, Seed
+from experiments.bfcl import ARMS, SCALES, Seed, _tokens
+from shiq_jax.replay import Buffer, Record
+from shiq_jax.training.batches import Batches
 
 QUESTIONS = 200
 
@@ -97,3 +99,23 @@ def test_no_question_is_both_learned_from_and_measured(tmp_path):
         assert not functions["held_out"] & (functions["demonstrations"] | functions["prompts"])
         held_out.add(tuple(row["id"] for row in parts["held_out"]))
     assert len(held_out) == 1
+
+
+def test_tokens_of_a_pass_are_those_that_the_updates_read(tmp_path):
+    rng = np.random.default_rng(5)
+    buffer = Buffer.create(tmp_path / "buffer")
+    for group in range(6):
+        prompt = rng.integers(0, 3, 4 + group).tolist()
+        answers = [rng.integers(0, 2, rng.integers(1, 6)).tolist() for _ in range(5)]
+        buffer.append(
+            Record(
+                tokens=np.asarray(prompt + answer, np.int32),
+                action_mask=np.arange(len(prompt + answer)) >= len(prompt),
+                rewards=np.append(np.zeros(len(answer) - 1, np.float32), np.float32(number % 3)),
+                group=str(group),
+            )
+            for number, answer in enumerate(answers)
+        )
+    for unit in ("trajectory", "pair"):
+        batches = Batches(buffer, unit, 2, seed=0)
+        assert _tokens(tmp_path / "buffer", unit) == sum(batches(step).tokens for step in range(3))
