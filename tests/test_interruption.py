@@ -115,8 +115,9 @@ class Photographer:
 
 
 def resume_images(name, jobs, whole, tmp_path, count, seed):
+    """What differs between the whole run and those that go on from some of its images; empty where nothing does."""
     out, images = whole(name)
-    assert len(images) > count
+    found = {}
     for number, image in enumerate(random.Random(seed).sample(images, count)):
         here = tmp_path / image.name
         shutil.copytree(image, here)
@@ -125,18 +126,20 @@ def resume_images(name, jobs, whole, tmp_path, count, seed):
             with (here / "metrics.jsonl").open("a") as file:
                 file.write('{"stage": "update", "ste')
         run(jobs[name], here, "--resume")
-        assert interruption.differences(here, out) == [], image.name
+        if different := interruption.differences(here, out):
+            found[image.name] = different
+    return found
 
 
 @pytest.mark.parametrize("name", ["sampled", "data"])
 def test_what_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
-    resume_images(name, jobs, whole, tmp_path, 2, seed=1)
+    assert resume_images(name, jobs, whole, tmp_path, 2, seed=1) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampled", "data"])
 def test_whatever_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
-    resume_images(name, jobs, whole, tmp_path, 10, seed=2)
+    assert resume_images(name, jobs, whole, tmp_path, 10, seed=2) == {}
 
 
 @pytest.mark.slow

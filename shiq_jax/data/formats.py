@@ -46,7 +46,7 @@ def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) 
     """
     reading = reading or Reading()
     for place, row in located_rows(source):
-        with _at(place):
+        with at(place):
             if "tokens" in row:
                 found = [_from_tokens(row, reading)]
             elif "completion" not in row and holds_answers(row):
@@ -68,7 +68,7 @@ def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -
     """
     reading = reading or Reading()
     for number, (place, row) in enumerate(located_rows(source)):
-        with _at(place):
+        with at(place):
             if not holds_answers(row) or (reading.score is None and holds_pair(row)):
                 found = _from_labels(row, tokenizer, number)
                 found = found if all(reading.accept(record) for record in found) else ()
@@ -86,7 +86,7 @@ def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None
     """
     reading = reading or Reading()
     for place, row in located_rows(source):
-        with _at(place):
+        with at(place):
             if "messages" in row:
                 row = row | _split_conversation(row["messages"])
             if "text" in row and "completion" not in row:
@@ -109,7 +109,7 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
     """
     found = []
     for place, row in located_rows(source):
-        with _at(place):
+        with at(place):
             row = prompt_row(row)
             _check_prompt(row)
         found.append(row)
@@ -117,7 +117,7 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _at(place: str) -> Iterator[None]:
+def at(place: str) -> Iterator[None]:
     """Put the place of a row in front of what is wrong with it."""
     try:
         yield

@@ -140,6 +140,7 @@ def make_generate(model, sampling: Sampling, stop_tokens: Sequence[int], samples
 
         drawn, finished, out = drawn_into(out, params, last, keys, jnp.int32(0), jnp.zeros(batch, bool))
         if steps == 1:
+            # The cache has no slots for what a step would write.
             return out
         return jax.lax.while_loop(running, step, (jnp.int32(1), finished, drawn, cache, out))[-1]
 

@@ -106,11 +106,15 @@ def import_records(
 
 def _replayed(source: str, tokenizer, reading: Reading) -> Iterator[Record]:
     """The records of another replay buffer, with the statistics of their sampler."""
+    if reading.score is not None:
+        raise Refusal(f"{source} is a replay buffer, whose records have their rewards: leave --score out")
     buffer = Buffer.open(source)
     buffer.verify()
     for number in range(len(buffer)):
         record = buffer[number]
-        if reading.accept(record):
+        with formats.at(f"{source}, record {number}"):
+            wanted = reading.accept(record)
+        if wanted:
             yield record
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import Buffer
+from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.passes import tokens_per_second
 from shiq_jax.training.run_directory import RunDirectory
@@ -29,7 +29,7 @@ def inspect(path: Path, *, prompts: int = 3) -> str:
     """
     path = Path(path)
     run = RunDirectory(path)
-    if (path / "manifest.json").exists():
+    if is_buffer(path):
         return Buffer.open(path).report()
     if not run.config.exists():
         raise Refusal(
@@ -45,7 +45,7 @@ def _facts(run: RunDirectory) -> Iterator[str]:
     yield f"run {run.path}: {settings.get('command')}"
     yield "  options     " + ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
     yield f"  stage       {_stage(run)}"
-    if (run.buffer / "manifest.json").exists():
+    if is_buffer(run.buffer):
         buffer = Buffer.open(run.buffer)
         yield f"  buffer      {len(buffer):,} sequences, mean return {_number(_mean_return(buffer))}"
     updates = MetricsLog(run.metrics).rows("update")
@@ -65,7 +65,7 @@ def _stage(run: RunDirectory) -> str:
         (run.export.exists(), "exported; the summary is missing"),
         (log.rows("update"), "passes over the buffer"),
         (log.rows("evaluation"), "evaluated before the passes"),
-        ((run.buffer / "manifest.json").exists(), "filling and annotating the buffer"),
+        (is_buffer(run.buffer), "filling and annotating the buffer"),
         (run.reference.exists(), "the reference is ready"),
         (log.rows("warm start"), "warm start"),
     ):
