@@ -51,15 +51,15 @@ class Evaluate:
     """Temperature of that objective."""
     score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
     """Field of the rows that holds the scores of their answers."""
-    prompts_per_batch: int = 16
-    """Prompts of one compiled call."""
+    prompts_in_flight: int = 32
+    """Prompts that are worked on at once."""
     mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
     """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model's layers."""
 
     def __post_init__(self):
-        for name in ("prompts", "samples_per_prompt", "prompts_per_batch", "max_tokens"):
+        for name in ("prompts", "samples_per_prompt", "prompts_in_flight", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.beta > 0:

@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar, Union
 import tyro
 
 from shiq_jax.errors import Refusal
-from shiq_jax.rollout.generate import Sampling
+from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training import stopping
 from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
 from shiq_jax.training.optimizers import Optimizer
@@ -119,8 +119,8 @@ def function_calling(job: Job) -> Job:
         save_every=10,
         precision=Precision(remat="dots"),
         warm_start=WarmStart(steps=40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5)),
-        collection=Collection(prompts=80, prompts_per_batch=8, sampling=Sampling(max_tokens=96)),
-        evaluation=Evaluation(prompts=48, samples_per_prompt=1, prompts_per_batch=16, max_tokens=96, times=1),
+        collection=Collection(prompts=80, prompts_per_batch=40, prompts_in_flight=16, sampling=Sampling(max_tokens=96)),
+        evaluation=Evaluation(prompts=48, samples_per_prompt=1, prompts_in_flight=32, max_tokens=96, times=1),
         optimizer=Optimizer(learning_rate=5e-5 if job.objective == "sft" else 1e-5),
     )
 
@@ -132,7 +132,7 @@ def own_data(job: Job) -> Job:
         batch_size=8,
         epochs=1.0,
         precision=Precision(remat="dots"),
-        evaluation=Evaluation(prompts=64, samples_per_prompt=1, prompts_per_batch=16, max_tokens=256, times=1),
+        evaluation=Evaluation(prompts=64, samples_per_prompt=1, prompts_in_flight=32, max_tokens=256, times=1),
         optimizer=Optimizer(learning_rate=2e-5 if job.objective == "sft" else 1e-6),
     )
 
@@ -166,7 +166,7 @@ def command_line(arguments: Sequence[str]):
 # Options, or groups of them, without effect: where data are given, and where demonstrations are imitated.
 _IDLE_WITH_DATA = ("task", "collection", "warm_start")
 _IDLE_IN_SFT = (
-    *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "sampling")),
+    *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "prompts_in_flight", "sampling")),
     *(f"warm_start.{name}" for name in ("steps", "batch_size", "optimizer")),
 )
 

@@ -33,7 +33,7 @@ from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.models import load_hf
 from shiq_jax.replay import Buffer, bundles
 from shiq_jax.rollout import rewards
-from shiq_jax.rollout.generate import Sampling
+from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training import report
 from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, Precision, ShiqLoss
 from shiq_jax.training.evaluation import Evaluator
@@ -60,8 +60,8 @@ class Scale:
         warm_epochs: passes over the demonstrations.
         epochs: passes of ShiQ over the buffer; the other policies read as many tokens.
         measured: fresh answers per held-out question, besides the greedy one.
-        prompts_per_batch: questions in one call of the sampler, for the buffer.
-        measured_per_batch: the same for what is measured.
+        prompts_in_flight: questions that the sampler works on at once, for the buffer.
+        measured_in_flight: the same for what is measured.
     """
 
     categories: tuple[str, ...]
@@ -73,22 +73,22 @@ class Scale:
     warm_epochs: float
     epochs: float
     measured: int
-    prompts_per_batch: int
-    measured_per_batch: int
+    prompts_in_flight: int
+    measured_in_flight: int
 
 
 SCALES = {
     "small": Scale(
         categories=("simple_python",), held_out=200, demonstrations=60, prompts=128, samples=8, max_tokens=64,
-        warm_epochs=3, epochs=1, measured=4, prompts_per_batch=16, measured_per_batch=32,
+        warm_epochs=3, epochs=1, measured=4, prompts_in_flight=32, measured_in_flight=64,
     ),
     "large": Scale(
         categories=bfcl.CATEGORIES, held_out=200, demonstrations=160, prompts=600, samples=16, max_tokens=192,
-        warm_epochs=2, epochs=3, measured=8, prompts_per_batch=64, measured_per_batch=100,
+        warm_epochs=2, epochs=3, measured=8, prompts_in_flight=64, measured_in_flight=100,
     ),
     "quick": Scale(
         categories=("simple_python",), held_out=8, demonstrations=40, prompts=12, samples=6, max_tokens=40,
-        warm_epochs=2, epochs=1, measured=1, prompts_per_batch=12, measured_per_batch=8,
+        warm_epochs=2, epochs=1, measured=1, prompts_in_flight=12, measured_in_flight=8,
     ),
 }  # fmt: skip
 
@@ -176,7 +176,7 @@ class Seed:
             "save_every": 32,
             # What is measured is measured by `_measure`; this one only shows that the run is alive.
             "evaluation": Evaluation(
-                data=str(self.root / "held_out.jsonl"), prompts=4, samples_per_prompt=1, prompts_per_batch=4,
+                data=str(self.root / "held_out.jsonl"), prompts=4, samples_per_prompt=1, prompts_in_flight=4,
                 max_tokens=scale.max_tokens, times=0, greedy=False,
             ),
             "reward": "bfcl",
@@ -192,7 +192,8 @@ class Seed:
             return train.Shiq(
                 prompts=str(self.root / "prompts.jsonl"), baseline="group_mean", epochs=scale.epochs, batch_size=2,
                 collection=Collection(
-                    prompts=scale.prompts, samples_per_prompt=scale.samples, prompts_per_batch=scale.prompts_per_batch,
+                    prompts=scale.prompts, samples_per_prompt=scale.samples,
+                    prompts_per_batch=scale.prompts, prompts_in_flight=scale.prompts_in_flight,
                     sampling=Sampling(max_tokens=scale.max_tokens),
                 ),
                 loss=ShiqLoss(), optimizer=Optimizer(learning_rate=1e-5), **shared,
@@ -245,7 +246,7 @@ class Seed:
         tokenizer = load_tokenizer(str(source))
         evaluator = Evaluator(
             model, tokenizer, stop_tokens(tokenizer, source), rows, rewards.resolve("bfcl"), self.scale.max_tokens,
-            self.scale.measured, self.scale.measured_per_batch, greedy=True,
+            self.scale.measured, self.scale.measured_in_flight, greedy=True,
         )  # fmt: skip
         held = None if name == "reference" else Reference(str(reference), load_hf)
         # The same random numbers for every policy: differences then vary less.

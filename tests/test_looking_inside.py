@@ -21,7 +21,7 @@ OPTIONS = [
     "--mesh", "fsdp=1", "--warm-start.steps", "2", "--warm-start.batch-size", "4", "--warm-start.demonstrations", "8",
     "--collection.prompts", "6", "--collection.prompts-per-batch", "6", "--collection.samples-per-prompt", "2",
     "--collection.sampling.max-tokens", "4", "--evaluation.prompts", "12", "--evaluation.samples-per-prompt", "3",
-    "--evaluation.max-tokens", "4", "--evaluation.times", "1", "--evaluation.prompts-per-batch", "12",
+    "--evaluation.max-tokens", "4", "--evaluation.times", "1", "--evaluation.prompts-in-flight", "12",
     "--batch-size", "3", "--epochs", "3", "--save-every", "2",
 ]  # fmt: skip
 

@@ -109,4 +109,51 @@ def _block(q, k, v, visibility: Visibility, scale: float):
     return jnp.einsum("bgrqk,bgkd->bgrqd", weights, v)
 
 
+def branching(
+    q: Float[Array, "rows branches heads head_dim"],
+    trunk: tuple[Float[Array, "rows kv_heads head_dim keys"], Float[Array, "rows kv_heads keys head_dim"]],
+    seen: Bool[Array, "rows keys"],
+    own: tuple[
+        Float[Array, "rows branches kv_heads head_dim slots"], Float[Array, "rows branches kv_heads slots head_dim"]
+    ],
+    own_seen: Bool[Array, "rows branches slots"],
+    *,
+    scale: float,
+) -> Float[Array, "rows branches heads head_dim"]:
+    """One query of each of several sequences that continue their row: over the row's keys, which are read once for
+    all of them, and over the sequence's own. Exactly `attention` over both together; for decoding, forward only.
+    """
+    rows, branches, heads, head_dim = q.shape
+    groups = trunk[0].shape[1]
+    together = heads // groups
+    precise = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(rows, branches, groups, together, head_dim)
+
+    # Products of [batch, few, many] and no other layout: that is what backends have a fast path for.
+    def by_row(x):
+        return x.swapaxes(1, 2).reshape(rows * groups, branches * together, -1)
+
+    def by_branch(x):
+        return x.reshape(rows, groups, branches, together, -1).swapaxes(1, 2)
+
+    def product(a, b):
+        return jnp.matmul(a, b.reshape(len(a), *b.shape[-2:]), preferred_element_type=precise)
+
+    shared = product(by_row(q), trunk[0]) * scale
+    alone = product(q.reshape(-1, together, head_dim), own[0]) * scale
+    lowest = jnp.finfo(precise).min
+    shared = jnp.where(jnp.repeat(seen, groups, axis=0)[:, None], shared, lowest)
+    alone = jnp.where(jnp.repeat(own_seen.reshape(rows * branches, -1), groups, axis=0)[:, None], alone, lowest)
+    # Two parts of one softmax; each stays in the order of its product, and only the sums are turned.
+    top = by_branch(jnp.max(shared, axis=-1, keepdims=True))
+    top = jnp.maximum(top, jnp.max(alone, axis=-1, keepdims=True).reshape(top.shape))
+    shared = jnp.exp(shared - by_row(top))
+    alone = jnp.exp(alone - top.reshape(-1, together, 1))
+    total = by_branch(jnp.sum(shared, axis=-1, keepdims=True))
+    total += jnp.sum(alone, axis=-1, keepdims=True).reshape(total.shape)
+    mixed = by_branch(product(shared.astype(q.dtype), trunk[1]))
+    mixed += product(alone.astype(q.dtype), own[1]).reshape(mixed.shape)
+    return (mixed / total).astype(q.dtype).reshape(rows, branches, heads, head_dim)
+
+
 ENGINES: Mapping[str, Callable] = {"xla": _xla}

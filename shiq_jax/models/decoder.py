@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
 from shiq_jax.models import rope
-from shiq_jax.models.attention import Visibility, attention, cached
-from shiq_jax.models.cache import Cache
+from shiq_jax.models.attention import NEVER, Visibility, attention, branching, cached
+from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.layers import Declaring, Embedding, Layer, Norm, Projection, Settings
 
@@ -94,6 +94,39 @@ class Decoder(nnx.Module):
         carry = (self.embed(tokens, settings), cache)
         (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
         return self.norm(x), cache
+
+    def branch(
+        self,
+        cache: Cache,
+        branches: Branches,
+        tokens: Int[Array, "batch branches"],
+        positions: Int[Array, "batch branches"],
+        count: Int[Array, "batch branches"],
+        slot: Int[Array, ""],
+        settings: Settings,
+    ) -> tuple[Float[Array, "batch branches features"], Branches]:
+        """Hidden states of one further token of every branch after the final norm, and the branches with it."""
+        rotation, slots = self._rotation(positions), branches.values.shape[-2]
+        own_seen = (slot - jnp.arange(slots)) % slots < count[..., None]
+        definition, stack = nnx.split(self.layers)
+
+        def body(carry, scanned):
+            x, branches = carry
+            index, weights = scanned
+
+            def remember(q, k, v):
+                grown = caches.grow(branches, index, k, v, slot)
+                own = tuple(jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in grown)
+                trunk = tuple(jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in cache[:2])
+                scale = self.config.head_dim**-0.5
+                return branching(q, trunk, cache.enter != NEVER, own, own_seen, scale=scale), grown
+
+            x, branches = nnx.merge(definition, weights)(x, rotation, remember, settings)
+            return (x, branches), None
+
+        carry = (self.embed(tokens, settings), branches)
+        (x, branches), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
+        return self.norm(x), branches
 
     def _attention(self, settings: Settings) -> Callable:
         return functools.partial(attention, scale=self.config.head_dim**-0.5, engine=settings.engine)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
 from shiq_jax.models.attention import ENGINES, forest
-from shiq_jax.models.cache import Cache
+from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.layers import Settings
@@ -123,7 +123,7 @@ class Model:
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of up to `length` tokens, left padding and all continuations included."""
-        return self._placed(caches.empty(self.config, batch, length, self.compute_dtype))
+        return self._placed(caches.empty(self.config, batch, length, self.compute_dtype), caches.LOGICAL_AXES)
 
     def extend(
         self,
@@ -149,6 +149,29 @@ class Model:
         if intervals is None:
             intervals = caches.intervals_of(jnp.ones(tokens.shape, bool))
         return self._decoder(params).extend(cache, tokens, positions, intervals, start, self._settings)
+
+    def init_branches(self, batch: int, branches: int, length: int) -> Branches:
+        """Empty rings of `length` slots for `branches` continuations of each of `batch` rows."""
+        empty = caches.empty_branches(self.config, batch, branches, length, self.compute_dtype)
+        return self._placed(empty, caches.BRANCH_AXES)
+
+    def branch(
+        self,
+        params: Params,
+        cache: Cache,
+        branches: Branches,
+        tokens: Int[Array, "batch branches"],
+        positions: Int[Array, "batch branches"],
+        count: Int[Array, "batch branches"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "batch branches features"], Branches]:
+        """Hidden states of one further token for each of several continuations of every row, and the branches with it.
+
+        A token sees all that `cache` holds of its row and the last `count` tokens of its own branch, itself included.
+        Its keys and values go to ring slot `slot`: step s of decoding writes to slot s modulo the ring's length, which
+        must not be less than the largest `count`. positions: of each token in its sequence.
+        """
+        return self._decoder(params).branch(cache, branches, tokens, positions, count, slot, self._settings)
 
     def abstract_params(self) -> dict[str, Any]:
         """Shape, dtype and (with a mesh) sharding of every parameter, as a nested dict of `jax.ShapeDtypeStruct`."""
@@ -179,8 +202,9 @@ class Model:
             params = jax.tree.map(lambda leaf, names: constrain(leaf, names, self.mesh), dict(params), axes)
         return nnx.merge(definition, params)
 
-    def _placed(self, cache: Cache) -> Cache:
-        return Cache(*(constrain(each, axes, self.mesh) for each, axes in zip(cache, caches.LOGICAL_AXES, strict=True)))
+    def _placed(self, arrays, logical_axes):
+        placed = (constrain(each, axes, self.mesh) for each, axes in zip(arrays, logical_axes, strict=True))
+        return type(arrays)(*placed)
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -33,8 +33,8 @@ def collect(
     key,
     stop_tokens: Sequence[int],
     first: int = 0,
-) -> list[Record]:
-    """Sampled records of some prompts, in their order, each prompt's answers forming a group.
+) -> Iterator[tuple[int, list[Record]]]:
+    """Sampled records of some prompts: (index of a row, its answers, which form a group), as they are finished.
 
     The reward stands on the last action. Each record carries the sampler's raw statistics, the log-probability of the
     distribution that was sampled, and the row as JSON without its `tokens`, so that it can be scored again; what JSON
@@ -51,13 +51,21 @@ def collect(
     Raises Refusal when a row has no prompt, or `tokens` that are no token ids.
     """
     prompts = [_encoded(tokenizer, row) for row in rows]
-    records = []
-    for number, (row, prompt, answers) in enumerate(zip(rows, prompts, sampler(params, prompts, key, first)), first):
-        group = _group(row, number)
-        for answer in answers:
-            text = decode(tokenizer, answer["tokens"], stop_tokens)
-            records.append(_record(row, group, prompt, answer, float(reward(row, text))))
-    return records
+    for index, answers in sampler.stream(params, prompts, key, first):
+        row, group = rows[index], _group(rows[index], first + index)
+        texts = (decode(tokenizer, answer["tokens"], stop_tokens) for answer in answers)
+        yield (
+            index,
+            [
+                _record(row, group, prompts[index], answer, float(reward(row, text)))
+                for answer, text in zip(answers, texts, strict=True)
+            ],
+        )
+
+
+def in_order(found: Iterable[tuple[int, list[Record]]]) -> list[Record]:
+    """What `collect` gave, in the order of the rows."""
+    return [record for _, records in sorted(found, key=operator.itemgetter(0)) for record in records]
 
 
 def sampled_tokens(records: Sequence[Record]) -> int:

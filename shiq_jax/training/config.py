@@ -13,7 +13,7 @@ import tyro
 
 from shiq_jax.data.files import matching_files
 from shiq_jax.replay import is_buffer
-from shiq_jax.rollout.generate import Sampling
+from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training.optimizers import Optimizer
 
 
@@ -63,12 +63,14 @@ class Collection:
     """Prompts of the training split."""
     samples_per_prompt: int = 4
     """Answers to each prompt."""
-    prompts_per_batch: int = 32
-    """Prompts of one compiled call of the sampler."""
+    prompts_per_batch: int = 128
+    """Prompts whose answers are scored and kept together."""
+    prompts_in_flight: int = 32
+    """Prompts that the sampler works on at once."""
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
-        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1)
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1, prompts_in_flight=1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Evaluation:
     """How many prompts, at most."""
     samples_per_prompt: int = 4
     """Samples of each prompt."""
-    prompts_per_batch: int = 32
-    """Prompts of one compiled call of the sampler."""
+    prompts_in_flight: int = 32
+    """Prompts that the sampler works on at once."""
     max_tokens: int = 64
     """Longest completion, in tokens."""
     times: int = 4
@@ -91,7 +93,7 @@ class Evaluation:
     """Also decode greedily: every prompt, or without a reward a few to look at."""
 
     def __post_init__(self):
-        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1, max_tokens=1, times=0)
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_in_flight=1, max_tokens=1, times=0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.progress import track
 from shiq_jax.replay import Record
-from shiq_jax.rollout.collect import collect, decode, sampled_tokens
+from shiq_jax.rollout.collect import collect, decode, in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler, Sampling
 from shiq_jax.training import stopping
 from shiq_jax.training.annotation import statistics_of
@@ -50,7 +50,7 @@ class Evaluator:
         reward: scores a completion's text; None when there is none, then only the KL is measured.
         sampling: temperature 1 and unfiltered for the KL to mean what it says; `max_tokens` is what matters here.
         samples_per_prompt: fresh samples of each prompt.
-        prompts_per_batch: prompts of one compiled call.
+        prompts_in_flight: prompts that are worked on at once.
         greedy: also decode greedily: every prompt, or where nothing scores the answers, the first few to look at.
     """
 
@@ -61,7 +61,7 @@ class Evaluator:
     reward: Callable[[Mapping, str], float] | None
     max_tokens: int
     samples_per_prompt: int = 1
-    prompts_per_batch: int = 16
+    prompts_in_flight: int = 32
     greedy: bool = False
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ class Evaluator:
                 sampling,
                 self.stop_tokens,
                 samples_per_prompt=samples,
-                prompts_per_batch=self.prompts_per_batch,
+                prompts_in_flight=self.prompts_in_flight,
             )
 
         object.__setattr__(self, "_sampler", sampler(1.0, self.samples_per_prompt))
@@ -157,20 +157,13 @@ class Evaluator:
 
     def _draw(self, sampler: Sampler, params, key, rows: Sequence[Mapping], what: str) -> list[Record]:
         reward = self.reward or (lambda row, completion: 0.0)
-        starts = range(0, len(rows), self.prompts_per_batch)
-        batches = (
-            collect(
-                sampler, params, self.tokenizer, rows[start : start + self.prompts_per_batch], reward,
-                key=key, stop_tokens=self.stop_tokens, first=start,
-            )
-            for start in starts
-        )  # fmt: skip
-        tracked = track(batches, what, len(starts), "batches", amount=("tokens", sampled_tokens))
-        drawn = []
-        for records in tracked:
-            drawn += records
+        answered = collect(sampler, params, self.tokenizer, rows, reward, key=key, stop_tokens=self.stop_tokens)
+        amount = ("tokens", lambda found: sampled_tokens(found[1]))
+        found = []
+        for prompt in track(answered, what, len(rows), "prompts", amount=amount):
+            found.append(prompt)
             stopping.check("while evaluating")
-        return drawn
+        return in_order(found)
 
 
 def _scores(records: Sequence[Record], prefix: str, prompts: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from shiq_jax.models import DecoderConfig
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Record, estimate_bytes, is_buffer
 from shiq_jax.replay.records import validate
-from shiq_jax.rollout.collect import collect, sampled_tokens
+from shiq_jax.rollout.collect import collect, in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.training import stopping
 from shiq_jax.training.run import Run, Use
@@ -38,13 +38,15 @@ def fill_buffer(run: Run, model, params) -> Buffer:
     done, rows = len(buffer) // options.samples_per_prompt, run.task.train
     sampler = Sampler(
         model, options.sampling, run.stops,
-        samples_per_prompt=options.samples_per_prompt, prompts_per_batch=options.prompts_per_batch,
+        samples_per_prompt=options.samples_per_prompt, prompts_in_flight=options.prompts_in_flight,
     )  # fmt: skip
     starts = range(done, len(rows), options.prompts_per_batch)
     sampled = (
-        collect(
-            sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
-            key=run.key(Use.SAMPLING), stop_tokens=run.stops, first=start,
+        in_order(
+            collect(
+                sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
+                key=run.key(Use.SAMPLING), stop_tokens=run.stops, first=start,
+            )
         )
         for start in starts
     )  # fmt: skip

@@ -134,7 +134,7 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
         rows = prompts_of(buffer, options.prompts, model.config.max_positions - options.max_tokens)
     evaluator = Evaluator(
         model, run.tokenizer, run.stops, rows, run.task.reward, options.max_tokens,
-        options.samples_per_prompt, options.prompts_per_batch, options.greedy,
+        options.samples_per_prompt, options.prompts_in_flight, options.greedy,
     )  # fmt: skip
 
     def evaluate(weights, step: int, stage: str = "evaluation", prompts: int | None = None) -> dict[str, float]:

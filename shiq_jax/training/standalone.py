@@ -97,7 +97,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         rows = [prompt_row(row) for row in rows]
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, locate(source)), rows, reward, options.max_tokens,
-        options.samples_per_prompt, options.prompts_per_batch, options.greedy,
+        options.samples_per_prompt, options.prompts_in_flight, options.greedy,
     )  # fmt: skip
     found = evaluator(params, reference, jax.random.key(options.seed))
     numbers = found.numbers
@@ -123,9 +123,9 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
     statistics = None
     if "references" in objective.needs:
         objective = objective.configure(beta=options.beta)
-        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_per_batch)[0])
+        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)[0])
     return name, objective_metrics(
-        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_per_batch
+        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_in_flight
     )
 
 

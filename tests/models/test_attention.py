@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.models.attention import NEVER, Visibility, attention, cached, forest, visible
+from shiq_jax.models.attention import NEVER, Visibility, attention, branching, cached, forest, visible
 from shiq_jax.models.cache import intervals_of
 
 
@@ -133,6 +133,28 @@ def test_a_query_that_sees_nothing_is_finite_and_harmless():
     assert not np.any(grads[1][:, 0]) and not np.any(grads[2][:, 0])
     elsewhere = attention(q, k.at[:, 0].set(9.0), v.at[:, 0].set(9.0), visibility, scale=1.0)
     np.testing.assert_array_equal(elsewhere[:, 1:], attention(q, k, v, visibility, scale=1.0)[:, 1:])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_branching_is_attention_over_both_parts(heads, kv_heads):
+    rng = np.random.default_rng(heads)
+    rows, branches, keys, slots, head_dim = 2, 3, 5, 4, 8
+    q = rng.normal(size=(rows, branches, heads, head_dim))
+    k, v = rng.normal(size=(2, rows, keys, kv_heads, head_dim))
+    own_k, own_v = rng.normal(size=(2, rows, branches, slots, kv_heads, head_dim))
+    seen, own_seen = rng.random((rows, keys)) < 0.6, rng.random((rows, branches, slots)) < 0.6
+    seen[:, 0] = True
+    own_seen[0, 0] = False
+    out = branching(
+        jnp.asarray(q), (jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.transpose(0, 2, 1, 3))), jnp.asarray(seen),
+        (jnp.asarray(own_k.transpose(0, 1, 3, 4, 2)), jnp.asarray(own_v.transpose(0, 1, 3, 2, 4))),
+        jnp.asarray(own_seen), scale=0.3,
+    )  # fmt: skip
+    for branch in range(branches):
+        together = [np.concatenate([shared, own[:, branch]], 1) for shared, own in ((k, own_k), (v, own_v))]
+        mask = np.concatenate([seen, own_seen[:, branch]], 1)[:, None]
+        expected = slow_attention(q[:, branch : branch + 1], *together, mask, 0.3)
+        np.testing.assert_allclose(out[:, branch : branch + 1], expected, atol=2e-6)
 
 
 def test_unknown_engine():

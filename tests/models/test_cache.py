@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.models import DecoderConfig, Model
-from shiq_jax.models.cache import intervals_of
+from shiq_jax.models.cache import intervals_of, put
 from shiq_jax.sharding import make_mesh
 
 CONFIG = DecoderConfig(64, 32, 48, 3, 4, 2)
@@ -93,6 +93,59 @@ def test_continuations_share_a_prompt_and_do_not_see_each_other(together, model,
     for row, number in np.ndindex(2, 3):
         alone = jnp.concatenate([prompts[row][valid[row]], answers[row, number]])
         np.testing.assert_allclose(found[row, number], whole(params, alone[None])[0, -3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
+def test_branches_continue_their_row(mesh, model, params):
+    """Two rows, three lanes, a ring of four slots that goes round twice; a lane that has ended begins anew."""
+    if mesh is not None:
+        model = Model.from_config(CONFIG, mesh=make_mesh(mesh))
+        params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
+    answers = np.asarray(tokens_of(2 * 3 * 9, 1, seed=9)).reshape(2, 3, 9)
+    begins = np.array([[0, 2, 1], [0, 1, 3]])  # before it, a lane reads what nobody asks for
+    prompts, width = [np.asarray(tokens_of(1, length, seed=length))[0] for length in (6, 3)], 6
+    tokens, valid, positions = left_padded(prompts, width)
+    _, cache = jax.jit(model.extend)(params, model.init_cache(2, width), tokens, positions, 0, intervals_of(valid))
+    branches, branch, found = model.init_branches(2, 3, 4), jax.jit(model.branch), {}
+    starts = begins.copy()
+    for step in range(9):
+        starts = np.where(step - starts == 4, step, starts)
+        count = np.maximum(step - starts + 1, 0)
+        where = np.asarray([6, 3])[:, None] + count - 1
+        hidden, branches = branch(params, cache, branches, answers[:, :, step], where, count, jnp.int32(step % 4))
+        found |= {(row, lane, step): (starts[row, lane], hidden[row, lane]) for row, lane in np.ndindex(2, 3)}
+    whole = jax.jit(Model.from_config(CONFIG).hidden)
+    unsharded = jax.device_get(params)
+    checked = 0
+    for (row, lane, step), (start, hidden) in found.items():
+        if step >= start:
+            alone = np.zeros((1, width + 4), np.int32)
+            sequence = np.concatenate([prompts[row], answers[row, lane, start : step + 1]])
+            alone[0, : len(sequence)] = sequence
+            expected = whole(unsharded, jnp.asarray(alone))[0, len(sequence) - 1]
+            np.testing.assert_allclose(hidden, expected, atol=1e-5)
+            checked += 1
+    assert checked == 6 * 9 - begins.sum()
+
+
+def test_a_row_is_replaced_and_no_other(model, params):
+    extend = jax.jit(model.extend)
+
+    def read(sequences, width):
+        tokens, valid, positions = left_padded([np.asarray(each) for each in sequences], width)
+        cache = model.init_cache(len(sequences), width)
+        return extend(params, cache, tokens, positions, 0, intervals_of(valid))[1]
+
+    before = [np.asarray(tokens_of(1, length, seed=length))[0] for length in (7, 2, 5, 7)]
+    after = [np.asarray(tokens_of(1, length, seed=20 + length))[0] for length in (4, 3)]
+    changed = jax.jit(put)(read(before, 7), jnp.array([2, 0, 2]), read([*after, after[0]], 4))
+    expected = read([after[1], before[1], after[0], before[3]], 7)
+    seen = np.asarray(expected.enter == 0)
+    np.testing.assert_array_equal(changed.enter == 0, seen)
+    np.testing.assert_array_equal(changed.exit[seen], expected.exit[seen])
+    for ours, theirs, axis in ((changed.keys, expected.keys, -1), (changed.values, expected.values, -2)):
+        ours, theirs = (np.moveaxis(np.asarray(each), axis, 2)[:, seen] for each in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_sharded_cache_gives_the_same(model, params):

@@ -9,7 +9,8 @@ import transformers
 
 from shiq_jax.data.fetch import smollm2
 from shiq_jax.models import fingerprint, load_hf, save_hf
-from shiq_jax.rollout.generate import Sampler, Sampling
+from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.rollout.generate import Sampler
 from shiq_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -103,7 +104,7 @@ def test_logits_are_those_of_transformers(theirs, ours, prompts):
 def test_the_same_greedy_tokens(theirs, ours, prompts):
     assert len(prompts) == 50 and len(set(map(len, prompts))) > 10
     model, params = ours
-    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (), prompts_per_batch=25)
+    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (), prompts_in_flight=25)
     found = [answer["tokens"].tolist() for (answer,) in draw(params, prompts, jax.random.key(0))]
     settings = dict(do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
     expected = {}

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import types
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
-from shiq_jax.rollout.collect import collect, decode
-from shiq_jax.rollout.generate import Sampler, Sampling
+from shiq_jax.rollout.collect import collect, decode, in_order
+from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.rollout.generate import Sampler
 
 ROWS = [
     {"id": "first", "prompt": "sort 31:", "answer": "13", "nested": {"numbers": [1, 2.5, None], "text": "zwölf ☃"}},
@@ -33,18 +35,25 @@ def scripted(tokenizer):
     """`scripted(texts)`: a sampler that gives these answers to each prompt, and notes what it was asked."""
 
     def make(texts):
-        def sampler(params, prompts, key, first):
+        def stream(params, prompts, key, first):
             sampler.asked = (params, prompts, key, first)
-            return [[answer(text) for text in texts[number]] for number in range(len(prompts))]
+            # The last prompt is finished first.
+            for number in reversed(range(len(prompts))):
+                yield number, [answer(text) for text in texts[number]]
 
         def answer(text):
             tokens = np.array(tokenizer(text, add_special_tokens=False).input_ids)
             logp = -np.arange(1.0, len(tokens) + 1)
             return {"tokens": tokens, "logp": logp, "lse": logp * 2, "behaviour_logp": logp * 3}
 
+        sampler = types.SimpleNamespace(stream=stream)
         return sampler
 
     return make
+
+
+def gathered(*args, **settings):
+    return in_order(collect(*args, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def records(scripted, tokenizer):
     def reward(row, text):
         return len(text) + 10 * (text == row["answer"])
 
-    out = collect(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
+    out = gathered(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
     assert sampler.asked == ("weights", [encode_prompt(tokenizer, row["prompt"]) for row in ROWS], "key", 7)
     return out
 
@@ -94,7 +103,7 @@ def test_answers_to_one_prompt_are_a_group(records):
 
 def test_ids_and_numbers_never_name_the_same_group(scripted, tokenizer):
     rows = [{"prompt": "a", "id": name} for name in ("3", "#3", "##3", 0, None)] + [{"prompt": "a"}]
-    out = collect(scripted([["x"]] * 6), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2)
+    out = gathered(scripted([["x"]] * 6), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2)
     assert [record.group for record in out] == ["3", "##3", "###3", "0", "#2", "#3"]
 
 
@@ -105,7 +114,7 @@ def test_the_row_comes_back_from_the_record(records):
 
 def test_what_json_does_not_know_is_stored_as_text(scripted, tokenizer):
     row = {"prompt": "a", "when": datetime.date(2024, 2, 29), "numbers": [np.int64(7), 8]}
-    (record,) = collect(scripted([["b"]]), None, tokenizer, [row], lambda row, text: 1, key=0, stop_tokens=())
+    (record,) = gathered(scripted([["b"]]), None, tokenizer, [row], lambda row, text: 1, key=0, stop_tokens=())
     assert json.loads(record.prompt) == {"prompt": "a", "when": "2024-02-29", "numbers": ["7", 8]}
 
 
@@ -116,12 +125,12 @@ def test_tokens_of_a_row_are_the_prompt_as_they_are(tokens, scripted, tokenizer)
     row = {"prompt": "sort 21:", "tokens": tokens, "answer": "12"}
     sampler, seen = scripted([["12"], ["a"]]), []
     rows = [row, {"tokens": tokens}]
-    out = collect(sampler, None, tokenizer, rows, lambda row, text: seen.append(row) or 0, key=0, stop_tokens=())
+    out = gathered(sampler, None, tokenizer, rows, lambda row, text: seen.append(row) or 0, key=0, stop_tokens=())
     assert sampler.asked[1] == [[5, 6, 7]] * 2
     assert [record.tokens[~record.action_mask].tolist() for record in out] == [[5, 6, 7]] * 2
     # The stored row can be scored again, but does not repeat what the record holds.
     assert [json.loads(record.prompt) for record in out] == [{"prompt": "sort 21:", "answer": "12"}, {}]
-    assert seen[0] is row
+    assert seen[1] is row
 
 
 def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
@@ -130,7 +139,7 @@ def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
     messages = [{"role": "user", "content": "hi"}]
     rows = [{"prompt": messages}, {"prompt": messages, "tools": [{"name": "add"}, {"name": "sort"}]}]
     sampler = scripted([["a"], ["b"]])
-    collect(sampler, None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=())
+    gathered(sampler, None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=())
     assert [tokenizer.decode(prompt) for prompt in sampler.asked[1]] == ["hi>", "add;sort;hi>"]
 
 
@@ -144,7 +153,7 @@ def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
 )
 def test_rows_without_a_usable_prompt_are_refused(row, said, scripted, tokenizer):
     with pytest.raises(Refusal, match=said):
-        collect(scripted([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
+        gathered(scripted([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
 
 
 def test_the_reward_sees_row_and_text(scripted, tokenizer):
@@ -155,9 +164,9 @@ def test_the_reward_sees_row_and_text(scripted, tokenizer):
         return np.float32(0.5)
 
     sampler = scripted([["a<eos>", "b"], ["<eos>", "c d"]])
-    out = collect(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
-    assert seen == [(ROWS[0], "a"), (ROWS[0], "b"), (ROWS[1], ""), (ROWS[1], "c d")]
-    assert all(given is row for (given, _), row in zip(seen, [ROWS[0]] * 2 + [ROWS[1]] * 2, strict=True))
+    out = gathered(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
+    assert seen == [(ROWS[1], ""), (ROWS[1], "c d"), (ROWS[0], "a"), (ROWS[0], "b")]
+    assert all(given is row for (given, _), row in zip(seen, [ROWS[1]] * 2 + [ROWS[0]] * 2, strict=True))
     assert [record.rewards.sum() for record in out] == [0.5] * 4
 
 
@@ -185,15 +194,18 @@ def test_a_real_sampler_can_be_asked_in_parts(tokenizer, draw_params):
     model = Model.from_config(DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=96, initializer_range=0.2))
     params = draw_params(model, 0)
     stops = tuple(range(100))
-    sampler = Sampler(model, Sampling(max_tokens=8), stops, samples_per_prompt=2, prompts_per_batch=2)
+    sampler = Sampler(model, Sampling(max_tokens=8), stops, samples_per_prompt=2, prompts_in_flight=2)
     settings = dict(key=KEY, stop_tokens=stops)
 
     def reward(row, text):
         return len(text) / 8
 
-    whole = collect(sampler, params, tokenizer, ROWS, reward, **settings)
-    assert collect(sampler, params, tokenizer, ROWS[:1], reward, **settings) == whole[:2]
-    rest = collect(sampler, params, tokenizer, ROWS[1:], reward, first=1, **settings)
+    whole = gathered(sampler, params, tokenizer, ROWS, reward, **settings)
+    alone = gathered(sampler, params, tokenizer, ROWS[:1], reward, **settings)
+    for ours, theirs in zip(alone, whole[:2], strict=True):
+        assert (ours.tokens.tolist(), ours.prompt) == (theirs.tokens.tolist(), theirs.prompt)
+        np.testing.assert_allclose(ours.logp, theirs.logp, atol=1e-5)
+    rest = gathered(sampler, params, tokenizer, ROWS[1:], reward, first=1, **settings)
     assert [record.tokens.tolist() for record in rest] == [record.tokens.tolist() for record in whole[2:]]
     assert [record.group for record in whole] == [record.group for record in whole[:2]] + [r.group for r in rest]
     assert len({record.tokens.tobytes() for record in whole}) == 6

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from shiq_jax.errors import Refusal
 from shiq_jax.models import Model, load_hf
 from shiq_jax.rollout.categorical import categorical
-from shiq_jax.rollout.generate import Sampler, Sampling, behaviour_logits, make_generate, pad_prompts
+from shiq_jax.rollout.drawing import Sampling, behaviour_logits
+from shiq_jax.rollout.generate import Sampler, pad_prompts
 from shiq_jax.sharding import make_mesh
 
 KEY = jax.random.key(11)
@@ -37,7 +38,7 @@ def sampler(model):
 @pytest.fixture(scope="module")
 def sampled(sampler, params, prompts):
     """Three filtered samples of every prompt, nothing stopping them."""
-    return sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+    return sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
 
 
 def assert_same(ours, theirs):
@@ -70,7 +71,7 @@ def filtered_logp(logits, sampling):
 
 
 def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
-    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
+    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
     answers = draw(params, prompts, KEY)
     expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
     assert [answer["tokens"].tolist() for (answer,) in answers] == expected
@@ -106,7 +107,7 @@ def test_greedy_is_that_of_transformers_on_fifty_prompts(tmp_path):
 
     order = random.permutation(50)  # one batch of ours holds many lengths
     ours = [None] * 50
-    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_per_batch=25)
+    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_in_flight=25)
     rows = [row.tolist() for same_length in prompts for row in same_length]
     for place, (answer,) in zip(order, draw(params, [rows[place] for place in order], KEY), strict=True):
         ours[place] = answer["tokens"].tolist()
@@ -125,7 +126,7 @@ def test_tokens_are_the_same_on_a_mesh(sampling, samples, sampler, config, param
     sharded = Model.from_config(config, mesh=make_mesh("fsdp=2,tensor=2"))
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
     assert any(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(placed))
-    sizes = dict(samples_per_prompt=samples, prompts_per_batch=4)
+    sizes = dict(samples_per_prompt=samples, prompts_in_flight=4)
     there = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
     assert_same(there, sampler(sampling, **sizes)(params, prompts, KEY))
 
@@ -144,7 +145,7 @@ def test_raw_statistics_are_those_of_the_uncached_pass(sampled, params, prompts,
 
 @pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
 def test_behaviour_is_the_filtered_distribution(sampling, sampler, params, prompts, uncached):
-    drawn = sampler(sampling, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+    drawn = sampler(sampling, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
     raw = 0
     for prompt, answers in zip(prompts, drawn, strict=True):
         for answer in answers:
@@ -219,7 +220,7 @@ def chi_square(counts, probabilities):
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=1), Sampling(0.7, 8, 0.9, 1)], ids=["raw", "filtered"])
 def test_first_tokens_come_as_often_as_they_should(sampling, sampler, params, prompts, uncached):
-    draw = sampler(sampling, samples_per_prompt=4000, prompts_per_batch=2)
+    draw = sampler(sampling, samples_per_prompt=4000, prompts_in_flight=2)
     for prompt, answers in zip(prompts[:2], draw(params, prompts[:2], KEY), strict=True):
         logits = uncached.next_logits(params, prompt)[-1]
         counts = np.bincount([int(answer["tokens"][0]) for answer in answers], minlength=len(logits))
@@ -230,7 +231,7 @@ def test_first_tokens_come_as_often_as_they_should(sampling, sampler, params, pr
 
 
 def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, config, uncached):
-    (answers,) = sampler(Sampling(max_tokens=2), samples_per_prompt=6000, prompts_per_batch=1)(params, prompts[:1], KEY)
+    (answers,) = sampler(Sampling(max_tokens=2), samples_per_prompt=6000, prompts_in_flight=1)(params, prompts[:1], KEY)
     pairs = np.stack([answer["tokens"] for answer in answers])
     first = np.exp(filtered_logp(uncached.next_logits(params, prompts[0])[-1], Sampling()))
     after = [uncached.next_logits(params, [*prompts[0], token])[-1] for token in range(config.vocab_size)]
@@ -242,16 +243,15 @@ def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, 
 
 
 @pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
-def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, model, params, prompts, uncached):
-    tokens, valid = pad_prompts(prompts[:3])
-    keys = jax.random.split(KEY, 6)
-    out = jax.device_get(make_generate(model, sampling, (), 2)(params, tokens, valid, keys))
-    for row, drawn in enumerate(out.tokens):
-        prompt = prompts[row // 2]
-        logits = uncached.next_logits(params, [*prompt, *drawn])[len(prompt) - 1 : -1]
-        for t, token in enumerate(drawn):
-            key = jax.random.fold_in(keys[row], t)
-            assert categorical(key, jnp.asarray(filtered_logp(logits[t], sampling), jnp.float32)) == token
+def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, sampler, params, prompts, uncached):
+    drawn = sampler(sampling, samples_per_prompt=2, prompts_in_flight=4)(params, prompts[:3], KEY, first=5)
+    for number, (prompt, answers) in enumerate(zip(prompts, drawn)):
+        keys = jax.random.split(jax.random.fold_in(KEY, 5 + number), 2)
+        for key, answer in zip(keys, answers, strict=True):
+            logits = uncached.next_logits(params, [*prompt, *answer["tokens"]])[len(prompt) - 1 : -1]
+            for t, token in enumerate(answer["tokens"]):
+                behaviour = jnp.asarray(filtered_logp(logits[t], sampling), jnp.float32)
+                assert categorical(jax.random.fold_in(key, t), behaviour) == token
 
 
 # --- where a sequence ends
@@ -259,7 +259,7 @@ def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, model, params,
 
 def test_a_stop_token_only_cuts(sampler, params, prompts, sampled):
     stops = (2, 9, 17)
-    stopped = sampler(FILTERED, stops, samples_per_prompt=3, prompts_per_batch=4)(params, prompts, KEY)
+    stopped = sampler(FILTERED, stops, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
     cut = []
     for answers in sampled:
         ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), NEW) for a in answers]
@@ -270,18 +270,21 @@ def test_a_stop_token_only_cuts(sampler, params, prompts, sampled):
     assert NEW in lengths and min(lengths) < NEW // 2
 
 
-def test_entries_behind_the_end_are_empty(model, params, prompts):
-    tokens, valid = pad_prompts(prompts[:3])
-    keys = jax.random.split(KEY, 6)
-    out = jax.device_get(make_generate(model, FILTERED, (2, 9, 17), 2)(params, tokens, valid, keys))
-    behind = np.arange(NEW) >= out.length[:, None]
-    assert behind.any() and not behind.all(axis=1).any()
-    for name in FIELDS:
-        values = getattr(out, name)
-        assert values.shape == (6, NEW) and not values[behind].any()
-    ends_in_stop = np.isin(out.tokens[np.arange(6), out.length - 1], [2, 9, 17])
-    assert (ends_in_stop | (out.length == NEW)).all()
-    assert (out.lse[~behind] != 0).all()
+class Counting:
+    """A model that notes the shape of the tokens of each forward pass."""
+
+    def __init__(self, model):
+        self.config, self.seen = model.config, []
+        self.init_cache, self.init_branches, self.project = model.init_cache, model.init_branches, model.project
+        self.extend, self.branch = self._noted(model.extend), self._noted(model.branch)
+
+    def _noted(self, forward):
+        def noted(params, *args):
+            tokens = next(arg for arg in args if isinstance(arg, jax.Array))
+            jax.debug.callback(lambda: self.seen.append(tokens.shape))
+            return forward(params, *args)
+
+        return noted
 
 
 @pytest.mark.parametrize(
@@ -289,49 +292,74 @@ def test_entries_behind_the_end_are_empty(model, params, prompts):
     [((), NEW), ((), 1), ((2, 9, 17), NEW), (range(24), NEW)],
     ids=["to the end", "one token", "stopped", "stopped at once"],
 )
-def test_nothing_is_computed_after_the_last_token(stops, new, model, params, prompts):
-    seen = []
-
-    class Counting:
-        """The model, noting each forward pass by its number of tokens per row."""
-
-        init_cache, project = model.init_cache, model.project
-
-        @staticmethod
-        def extend(params, cache, tokens, *rest):
-            jax.debug.callback(lambda: seen.append(tokens.shape[1]))
-            return model.extend(params, cache, tokens, *rest)
-
-    tokens, valid = pad_prompts(prompts[1:2])
+@pytest.mark.parametrize("lanes", [1, 2, 6])
+def test_the_cost_follows_the_tokens(lanes, stops, new, model, params, prompts):
+    counting = Counting(model)
     sampling = Sampling(0.8, 7, 0.9, new)
-    out = make_generate(Counting, sampling, stops, 2)(params, tokens, valid, jax.random.split(KEY, 2))
-    longest = int(out.length.max())
+    draw = Sampler(counting, sampling, stops, samples_per_prompt=6, prompts_in_flight=1, lanes_per_prompt=lanes)
+    (answers,) = draw(params, prompts[1:2], KEY)
     jax.effects_barrier()
-    assert sorted(seen) == [2] * (longest - 1) + [32]
-    assert longest == new if not stops else longest < new
+    lengths = [len(answer["tokens"]) for answer in answers]
+    # Whoever is free takes the next, and the loop ends with the last.
+    until = [0] * lanes
+    for length in lengths:
+        until[int(np.argmin(until))] += length
+    assert sorted(counting.seen) == [(1, lanes)] * max(until) + [(1, 32)]
+    assert lanes > 1 or max(until) == sum(lengths)
+
+
+def test_a_row_that_is_done_takes_the_next_prompt(model, params, prompts):
+    counting = Counting(model)
+    stops, many = (2, 9, 17), [prompts[number % 6] for number in range(40)]
+    sizes = dict(samples_per_prompt=3, prompts_in_flight=4, lanes_per_prompt=1)
+    draw = Sampler(counting, Sampling(max_tokens=NEW), stops, **sizes)
+    answers = draw(params, many, KEY)
+    jax.effects_barrier()
+    steps = [shape for shape in counting.seen if shape == (4, 1)]
+    drawn = sum(len(answer["tokens"]) for each in answers for answer in each)
+    # Four lanes: a little is lost at the end, where no prompt is left to take.
+    assert drawn / 4 <= len(steps) <= 1.2 * drawn / 4 + 3 * NEW
+    assert len(counting.seen) - len(steps) == 40
+    # Each prompt is computed at its own width, so far as widths are few.
+    assert {shape for shape in counting.seen if shape != (4, 1)} == {(1, 32)}
 
 
 # --- what a sequence depends on
 
 
 def test_a_sequence_does_not_know_its_batch(sampler, params, prompts, sampled):
-    assert_same(sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=1)(params, prompts, KEY), sampled)
+    assert_same(sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=1)(params, prompts, KEY), sampled)
 
 
 def test_a_sequence_does_not_know_its_neighbours(sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
     # Number 1 of another list, whose longest prompt makes all of them wider.
     assert_same(draw(params, [[5, 8], prompts[1], list(range(20)) * 2, [7]], KEY)[1:2], sampled[1:2])
 
 
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("flight", [1, 2])
+def test_a_sequence_does_not_know_its_lane(lanes, flight, model, params, prompts, sampled):
+    draw = Sampler(model, FILTERED, (), samples_per_prompt=3, prompts_in_flight=flight, lanes_per_prompt=lanes)
+    assert_same(draw(params, prompts, KEY), sampled)
+
+
+def test_prompts_are_given_as_they_are_finished(sampler, params, prompts, sampled):
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
+    found = list(draw.stream(params, prompts, KEY))
+    assert sorted(number for number, _ in found) == list(range(6))
+    for number, answers in found:
+        assert_same([answers], sampled[number : number + 1])
+
+
 @pytest.mark.parametrize("cut", [1, 4, 5])
 def test_a_list_may_be_drawn_in_parts(cut, sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
     assert_same(draw(params, prompts[:cut], KEY) + draw(params, prompts[cut:], KEY, cut), sampled)
 
 
 def test_samples_differ_but_can_be_drawn_again(sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)
+    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
     assert_same(draw(params, prompts, KEY), sampled)
     texts = [tuple(answer["tokens"]) for answers in sampled for answer in answers]
     assert len(set(texts)) == len(texts) == 18
@@ -345,11 +373,11 @@ def test_samples_differ_but_can_be_drawn_again(sampler, params, prompts, sampled
 
 
 def test_no_prompts_give_no_answers(sampler, params):
-    assert sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, [], KEY) == []
+    assert sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, [], KEY) == []
 
 
 def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
-    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_per_batch=4)
+    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
     fits = [[3] * (config.max_positions - NEW)]
     assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
     said = (
@@ -368,14 +396,14 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
     ],
 )
 def test_a_prompt_too_long_is_told_only_what_helps(new, length, said, sampler, params):
-    draw = sampler(Sampling(max_tokens=new), samples_per_prompt=1, prompts_per_batch=4)
+    draw = sampler(Sampling(max_tokens=new), samples_per_prompt=1, prompts_in_flight=4)
     with pytest.raises(Refusal, match=said):
         draw(params, [[3] * length], KEY)
 
 
 def test_an_empty_prompt_is_refused_by_its_number(sampler, params):
     with pytest.raises(Refusal, match="prompt 6 has no tokens"):
-        sampler(FILTERED, samples_per_prompt=3, prompts_per_batch=4)(params, [[1], []], KEY, 5)
+        sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, [[1], []], KEY, 5)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def logp(model):
 @pytest.fixture(scope="module")
 def evaluator(model, tokenizer):
     """Three samples of four tokens at most, scored, and a greedy one."""
-    return Evaluator(model, tokenizer, STOPS, ROWS, reward, 4, samples_per_prompt=3, prompts_per_batch=4, greedy=True)
+    return Evaluator(model, tokenizer, STOPS, ROWS, reward, 4, samples_per_prompt=3, prompts_in_flight=4, greedy=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_policy_is_at_no_distance_from_itself(evaluator, reference, handle):
 @pytest.mark.parametrize("row", [0, 3])
 def test_kl_of_one_token_is_the_exact_one(model, tokenizer, policy, reference, handle, prompts, logp, row):
     exact = divergence(logp(policy, prompts[row : row + 1]), logp(reference, prompts[row : row + 1]))[0]
-    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[row : row + 1], None, 1, 1500, prompts_per_batch=1)
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[row : row + 1], None, 1, 1500, prompts_in_flight=1)
     numbers = evaluator(policy, handle, KEY).numbers
     assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"]
     # The bound above says something, in either direction.
@@ -122,7 +122,7 @@ def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(
     continued = [[*prompt, token] for token in further]
     after = divergence(logp(policy, continued), logp(reference, continued))
     exact = divergence(first, logp(reference, [prompt]))[0] + (np.exp(first[0, further]) * after).sum()
-    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_per_batch=1)
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_in_flight=1)
     numbers, samples, logratios, *_ = evaluator(policy, handle, KEY)
     assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"] < exact / 2
     assert numbers["kl"] == pytest.approx(logratios.mean())
@@ -204,7 +204,7 @@ def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, handle):
 
 
 def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, handle):
-    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_per_batch=1, greedy=True)
+    evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_in_flight=1, greedy=True)
     found = evaluator(policy, handle, KEY)
     numbers, records, logratios = found[:3]
     assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] == pytest.approx(logratios[0]) != 0
