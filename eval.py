@@ -42,7 +42,7 @@ class Evaluate:
     max_tokens: int = 64
     """Longest completion, in tokens."""
     greedy: bool = True
-    """Also decode greedily: every prompt, or without a reward a few to look at."""
+    """Also decode greedily."""
     seed: int = 0
     """Of the samples."""
     objective: Annotated[Literal["shiq", "dpo", "sft"] | None, given_as("{shiq,dpo,sft}", "by the rows")] = None

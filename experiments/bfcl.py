@@ -43,6 +43,9 @@ from shiq_jax.training.pipeline import train as run_job
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 
+# Of every policy but the reference.
+RATE = 1.5e-5
+
 ARMS = ("reference", "more_sft", "best_of_k", "dpo", "shiq")
 
 
@@ -79,8 +82,8 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        categories=("simple_python",), held_out=200, demonstrations=60, prompts=128, samples=8, max_tokens=64,
-        warm_epochs=3, epochs=1, measured=4, prompts_in_flight=32, measured_in_flight=64,
+        categories=("simple_python",), held_out=200, demonstrations=60, prompts=96, samples=8, max_tokens=64,
+        warm_epochs=2, epochs=1, measured=4, prompts_in_flight=32, measured_in_flight=64,
     ),
     "large": Scale(
         categories=bfcl.CATEGORIES, held_out=200, demonstrations=160, prompts=600, samples=16, max_tokens=192,
@@ -190,24 +193,24 @@ class Seed:
         shared["model"] = reference
         if name == "shiq":
             return train.Shiq(
-                prompts=str(self.root / "prompts.jsonl"), baseline="group_mean", epochs=scale.epochs, batch_size=2,
+                prompts=str(self.root / "prompts.jsonl"), baseline="group_mean", epochs=scale.epochs, batch_size=4,
                 collection=Collection(
                     prompts=scale.prompts, samples_per_prompt=scale.samples,
                     prompts_per_batch=scale.prompts, prompts_in_flight=scale.prompts_in_flight,
                     sampling=Sampling(max_tokens=scale.max_tokens),
                 ),
-                loss=ShiqLoss(), optimizer=Optimizer(learning_rate=1e-5), **shared,
+                loss=ShiqLoss(beta=0.5, position_weight="inv_position"), optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         buffer = self.root / "shiq" / "buffer"
         if name == "dpo":
             return train.Dpo(
-                data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=3,
-                loss=DpoLoss(), optimizer=Optimizer(learning_rate=1e-5), **shared,
+                data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=6,
+                loss=DpoLoss(), optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best(buffer)}[name]
         return train.Sft(
-            data=str(data), epochs=self._epochs(data, "trajectory"), batch_size=4,
-            optimizer=Optimizer(learning_rate=1e-5), **shared,
+            data=str(data), epochs=self._epochs(data, "trajectory"), batch_size=8,
+            optimizer=Optimizer(learning_rate=RATE), **shared,
         )  # fmt: skip
 
     def _run(self, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from shiq_jax.objectives import token_stats_from_logits
 from shiq_jax.rollout.categorical import categorical
@@ -46,8 +46,17 @@ class Drawn(NamedTuple):
     behaviour_logp: Float[Array, " B"]  # of the distribution that was sampled
 
 
-def draw(logits: Float[Array, "B V"], keys: jax.Array, counts: Int[Array, " B"], sampling: Sampling) -> Drawn:
-    """The next token of every sequence: token t of a sequence is drawn with `fold_in(key, t)` and nothing else."""
+def draw(
+    logits: Float[Array, "B V"],
+    keys: jax.Array,
+    counts: Int[Array, " B"],
+    sampling: Sampling,
+    greedy: Bool[Array, " B"] | None = None,
+) -> Drawn:
+    """The next token of every sequence: token t of a sequence is drawn with `fold_in(key, t)` and nothing else.
+
+    Where `greedy` holds, it is the most likely one, whatever `sampling` says.
+    """
     raw = logits.astype(jnp.float32)
     behaviour = behaviour_logits(raw, sampling)
     if sampling.temperature == 0:
@@ -55,8 +64,12 @@ def draw(logits: Float[Array, "B V"], keys: jax.Array, counts: Int[Array, " B"],
     else:
         fold = jax.vmap(lambda key, count, row: categorical(jax.random.fold_in(key, count), row))
         tokens = fold(keys, counts, behaviour)
+    behaviour_logp = token_stats_from_logits(behaviour, tokens).logp
+    if greedy is not None:
+        tokens = jnp.where(greedy, jnp.argmax(raw, axis=-1).astype(jnp.int32), tokens)
+        behaviour_logp = jnp.where(greedy, 0.0, behaviour_logp)
     stats = token_stats_from_logits(raw, tokens)
-    return Drawn(tokens, stats.logp, stats.lse, token_stats_from_logits(behaviour, tokens).logp)
+    return Drawn(tokens, stats.logp, stats.lse, behaviour_logp)
 
 
 def behaviour_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -51,6 +51,7 @@ class Sampler:
         prompts_in_flight: rows, the prompts that are worked on at once.
         lanes_per_prompt: completions of one prompt that are drawn at once; by default half of them: with fewer, the
             lanes of a row end nearer together; with more, a prompt's cache is read for more of them at once.
+        greedy: each prompt has one completion more, its last, of the most likely tokens.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Sampler:
         samples_per_prompt: int = 1,
         prompts_in_flight: int = 32,
         lanes_per_prompt: int | None = None,
+        greedy: bool = False,
     ):
-        self.samples_per_prompt, self.prompts_in_flight = samples_per_prompt, prompts_in_flight
-        lanes = -(-samples_per_prompt // 2) if lanes_per_prompt is None else lanes_per_prompt
-        self._engine = Engine(model, sampling, tuple(stop_tokens), samples_per_prompt, min(lanes, samples_per_prompt))
+        self.prompts_in_flight, self._completions = prompts_in_flight, samples_per_prompt + greedy
+        lanes = -(-self._completions // 2) if lanes_per_prompt is None else lanes_per_prompt
+        lanes = min(lanes, self._completions)
+        self._engine = Engine(model, sampling, tuple(stop_tokens), self._completions, lanes, greedy)
         self._context = model.config.max_positions
         self._max_tokens = sampling.max_tokens
 
@@ -117,7 +120,7 @@ class Sampler:
         rows = np.resize(np.asarray([*taken], np.int32), together)
         numbers = [taken[int(row)] for row in rows]
         tokens, valid = pad_prompts([prompts[number] for number in numbers], widest=widest)
-        keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), self.samples_per_prompt))(
+        keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), self._completions))(
             jnp.asarray(numbers) + first
         )
         return self._engine.admit(params, state, rows, tokens, valid, keys)

@@ -14,7 +14,7 @@ from shiq_jax.rollout.drawing import Drawn, Sampling, draw
 
 
 class Lanes(NamedTuple):
-    """Everything that is under way. A lane whose sample is `samples_per_prompt` draws nothing."""
+    """Everything that is under way. A lane whose sample is the number of a prompt's completions draws nothing."""
 
     cache: Cache  # the prompts
     branches: Branches  # what the lanes have drawn
@@ -33,11 +33,15 @@ class Lanes(NamedTuple):
 class Engine:
     """The programs over `Lanes`, compiled once for each size; a state that is handed over is used up.
 
-    Args: as `generate.Sampler`, and `lanes`, how many completions of a prompt are drawn at once.
+    Args: as `generate.Sampler`; `samples` counts all completions of a prompt, the last of which is greedy where
+    `greedy` says so, and `lanes` is how many of them are drawn at once.
     """
 
-    def __init__(self, model, sampling: Sampling, stop_tokens: tuple[int, ...], samples: int, lanes: int):
+    def __init__(
+        self, model, sampling: Sampling, stop_tokens: tuple[int, ...], samples: int, lanes: int, greedy: bool = False
+    ):
         self._model, self._sampling, self._samples, self._lanes = model, sampling, samples, lanes
+        self._greedy = greedy
         self._stops = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
         self.start = jax.jit(self._start, static_argnums=(1, 2))
         self.admit = jax.jit(self._admit, donate_argnums=1)
@@ -116,7 +120,8 @@ class Engine:
         hidden = jnp.where((state.count == 0)[..., None], state.ends[:, None], hidden)
         logits = self._model.project(params, hidden).reshape(rows * lanes, -1)
         keys = jnp.take_along_axis(state.keys, jnp.minimum(state.sample, samples - 1), axis=1)
-        new = draw(logits, keys.reshape(-1), state.count.reshape(-1), self._sampling)
+        greedy = (state.sample == samples - 1).reshape(-1) if self._greedy else None
+        new = draw(logits, keys.reshape(-1), state.count.reshape(-1), self._sampling, greedy)
         new = jax.tree.map(lambda leaf: leaf.reshape(rows, lanes), new)
 
         # What an idle lane draws goes to a sample that is not there, and is dropped.

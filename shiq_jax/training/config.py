@@ -90,7 +90,7 @@ class Evaluation:
     times: int = 4
     """Evaluations during the passes, evenly spread; the last one comes after the last update."""
     greedy: bool = True
-    """Also decode greedily: every prompt, or without a reward a few to look at."""
+    """Also decode greedily."""
 
     def __post_init__(self):
         _at_least(self, prompts=1, samples_per_prompt=1, prompts_in_flight=1, max_tokens=1, times=0)

@@ -14,7 +14,6 @@ from shiq_jax.replay import Record
 from shiq_jax.rollout.collect import collect, decode, in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler, Sampling
 from shiq_jax.training import stopping
-from shiq_jax.training.annotation import statistics_of
 from shiq_jax.training.reference import Reference
 
 # Generations that are kept to be looked at: of the first prompts, so that evaluations can be compared.
@@ -28,7 +27,7 @@ class Evaluated(NamedTuple):
         numbers: see `Evaluator.__call__`.
         records: the fresh samples, prompt by prompt.
         logratios: float64[samples], the summed log-ratio of each to the reference in nats; None without a reference.
-        greedy: the greedy answers to the same prompts, or to the first of them; empty when there are none.
+        greedy: the greedy answers to the same prompts; empty when there are none.
         greedy_logratios: float64[greedy], as `logratios`.
     """
 
@@ -51,7 +50,7 @@ class Evaluator:
         sampling: temperature 1 and unfiltered for the KL to mean what it says; `max_tokens` is what matters here.
         samples_per_prompt: fresh samples of each prompt.
         prompts_in_flight: prompts that are worked on at once.
-        greedy: also decode greedily: every prompt, or where nothing scores the answers, the first few to look at.
+        greedy: also decode greedily.
     """
 
     model: Any
@@ -65,18 +64,15 @@ class Evaluator:
     greedy: bool = False
 
     def __post_init__(self):
-        def sampler(temperature, samples):
-            sampling = Sampling(temperature=temperature, max_tokens=self.max_tokens)
-            return Sampler(
-                self.model,
-                sampling,
-                self.stop_tokens,
-                samples_per_prompt=samples,
-                prompts_in_flight=self.prompts_in_flight,
-            )
-
-        object.__setattr__(self, "_sampler", sampler(1.0, self.samples_per_prompt))
-        object.__setattr__(self, "_greedy", sampler(0.0, 1) if self.greedy else None)
+        sampler = Sampler(
+            self.model,
+            Sampling(max_tokens=self.max_tokens),
+            self.stop_tokens,
+            samples_per_prompt=self.samples_per_prompt,
+            prompts_in_flight=self.prompts_in_flight,
+            greedy=self.greedy,
+        )
+        object.__setattr__(self, "_sampler", sampler)
 
     def __call__(self, params, reference: Reference | None, key, prompts: int | None = None) -> Evaluated:
         """Numbers of a policy, and the samples that they were taken from.
@@ -99,12 +95,8 @@ class Evaluator:
         if not self.rows:
             raise Refusal("there is no prompt to evaluate on: give some, or leave the evaluation out")
         rows = self.rows[:prompts]
-        records = self._draw(self._sampler, params, key, rows, "evaluation samples")
-        greedy = []
-        if self.greedy:
-            looked_at = rows if self.reward is not None else rows[:SHOWN_PROMPTS]
-            greedy = self._draw(self._greedy, params, key, looked_at, "greedy answers")
-        logratios = self._logratios(params, reference, records + greedy)
+        records, greedy = self._draw(params, key, rows)
+        logratios = _logratios(reference, records + greedy)
         sampled_logratios = None if logratios is None else logratios[: len(records)]
         greedy_logratios = None if logratios is None else logratios[len(records) :]
 
@@ -114,13 +106,6 @@ class Evaluator:
             out |= _scores(records, "", len(rows))
             out |= _scores(greedy, "greedy_", len(rows)) if greedy else {}
         return Evaluated(out, records, sampled_logratios, greedy, greedy_logratios)
-
-    def _logratios(self, params, reference: Reference | None, records: Sequence[Record]) -> np.ndarray | None:
-        if reference is None:
-            return None
-        theirs = reference.statistics_of(records)
-        ours = statistics_of(self.model, params, records)
-        return np.array([np.sum(our[0] - their[0]) for our, their in zip(ours, theirs, strict=True)])
 
     def shown(self, found: Evaluated, prompts: int | None = None, samples: int | None = None) -> list[dict]:
         """What an evaluation generated, prompt by prompt, as rows of text.
@@ -155,15 +140,26 @@ class Evaluator:
             "tokens": len(record.rewards),
         }
 
-    def _draw(self, sampler: Sampler, params, key, rows: Sequence[Mapping], what: str) -> list[Record]:
+    def _draw(self, params, key, rows: Sequence[Mapping]) -> tuple[list[Record], list[Record]]:
+        """Fresh samples, and greedy answers, prompt by prompt."""
         reward = self.reward or (lambda row, completion: 0.0)
-        answered = collect(sampler, params, self.tokenizer, rows, reward, key=key, stop_tokens=self.stop_tokens)
+        answered = collect(self._sampler, params, self.tokenizer, rows, reward, key=key, stop_tokens=self.stop_tokens)
         amount = ("tokens", lambda found: sampled_tokens(found[1]))
         found = []
-        for prompt in track(answered, what, len(rows), "prompts", amount=amount):
+        for prompt in track(answered, "evaluation samples", len(rows), "prompts", amount=amount):
             found.append(prompt)
             stopping.check("while evaluating")
-        return in_order(found)
+        records, each = in_order(found), self.samples_per_prompt + self.greedy
+        samples = [record for number, record in enumerate(records) if number % each < self.samples_per_prompt]
+        return samples, records[each - 1 :: each] if self.greedy else []
+
+
+def _logratios(reference: Reference | None, records: Sequence[Record]) -> np.ndarray | None:
+    """Summed, of what the sampler wrote down as it drew: a pass of the policy over its own samples tells no more."""
+    if reference is None:
+        return None
+    theirs = reference.statistics_of(records)
+    return np.array([np.sum(record.logp - their[0]) for record, their in zip(records, theirs, strict=True)])
 
 
 def _scores(records: Sequence[Record], prefix: str, prompts: int) -> dict[str, float]:

@@ -83,6 +83,15 @@ def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
         np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(NEW))
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_greedy_answer_comes_after_the_samples_and_leaves_them_alone(sampler, sampled, params, prompts, lanes):
+    sizes = dict(samples_per_prompt=3, prompts_in_flight=4)
+    both = sampler(FILTERED, greedy=True, lanes_per_prompt=lanes, **sizes)(params, prompts, KEY)
+    assert_same([answers[:3] for answers in both], sampled)
+    alone = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_in_flight=4)(params, prompts, KEY)
+    assert_same([answers[3:] for answers in both], alone)
+
+
 def test_greedy_is_that_of_transformers_on_fifty_prompts(tmp_path):
     import torch
     import transformers
