@@ -83,7 +83,7 @@ class Scale:
 SCALES = {
     "small": Scale(
         categories=("simple_python",), held_out=200, demonstrations=60, prompts=96, samples=8, max_tokens=64,
-        warm_epochs=2, epochs=1, measured=4, prompts_in_flight=32, measured_in_flight=64,
+        warm_epochs=2, epochs=1, measured=2, prompts_in_flight=32, measured_in_flight=64,
     ),
     "large": Scale(
         categories=bfcl.CATEGORIES, held_out=200, demonstrations=160, prompts=600, samples=16, max_tokens=192,

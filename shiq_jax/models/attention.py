@@ -1,61 +1,13 @@
 """The one seam through which every layer attends: training on packed rows and decoding with a cache alike."""
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-NEVER = np.iinfo(np.int32).max  # as `key_enter`: a key that no query sees
-_BLOCK = 128  # queries; a block's scores over some thousand keys fit into a CPU core's cache
-
-
-class Visibility(NamedTuple):
-    """Which keys a query sees, without a [Q, K] array: index and interval of either side.
-
-    Key k is visible to query q iff `key_index[k] <= query_index[q]` and `key_enter[k] <= query_enter[q] < key_exit[k]`.
-    With a token's interval `[enter, exit)` that of its node in a depth-first forest, that is exactly: k is q or one of
-    its ancestors.
-    """
-
-    query_index: Int[Array, "#rows queries"]
-    query_enter: Int[Array, "#rows queries"]
-    key_index: Int[Array, "#rows keys"]
-    key_enter: Int[Array, "#rows keys"]
-    key_exit: Int[Array, "#rows keys"]
-    aligned: bool = False
-
-
-def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibility:
-    """The visibility of packed rows; plain causal attention over the row when `intervals` is None."""
-    index = jnp.arange(length, dtype=jnp.int32)[None]
-    if intervals is None:
-        zeros = jnp.zeros_like(index)
-        return Visibility(index, zeros, index, zeros, zeros + 1, aligned=True)
-    enter, exit_ = intervals[..., 0], intervals[..., 1]
-    return Visibility(index, enter, index, enter, exit_, aligned=True)
-
-
-def cached(
-    enter: Int[Array, "rows slots"],
-    exit: Int[Array, "rows slots"],
-    query_enter: Int[Array, "rows queries"],
-    start: Int[Array, ""] | int,
-) -> Visibility:
-    """The visibility of tokens at cache slots start, start + 1, ... over all slots up to their own."""
-    slots = jnp.arange(enter.shape[-1], dtype=jnp.int32)[None]
-    own = jnp.arange(query_enter.shape[-1], dtype=jnp.int32)[None] + start
-    return Visibility(own, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
-
-
-def visible(visibility: Visibility) -> Bool[Array, "rows queries keys"]:
-    """The rule of `Visibility` spelled out as a mask."""
-    query_index, query_enter = visibility.query_index[..., :, None], visibility.query_enter[..., :, None]
-    key_index, key_enter, key_exit = (keys[..., None, :] for keys in visibility[2:5])
-    return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)
+from shiq_jax.models.blockwise import attend
+from shiq_jax.models.visibility import Visibility
 
 
 def attention(
@@ -78,35 +30,13 @@ def attention(
 
 
 def _xla(q, k, v, visibility: Visibility, scale: float):
-    """Query blocks one after the other, each against the keys that it can see at all.
-
-    That halves the work of causal rows and keeps the scores in cache; what a block computed is recomputed in the
-    backward pass, so that memory grows with the row's length and not with its square. Heads come first, for a batched
-    product of contiguous matrices is what backends are fast at.
-    """
+    """`blockwise.attend`, heads first."""
     rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(rows, length, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = (each.transpose(0, 2, 1, 3) for each in (k, v))
-    mixed = []
-    for start in range(0, length, _BLOCK):
-        queries = slice(start, min(start + _BLOCK, length))
-        keys = slice(0, queries.stop if visibility.aligned else k.shape[2])
-        part = Visibility(*(each[:, queries] for each in visibility[:2]), *(each[:, keys] for each in visibility[2:5]))
-        block = functools.partial(_block, visibility=part, scale=scale)
-        block = jax.checkpoint(block) if length > _BLOCK else block
-        mixed.append(block(q[:, :, :, queries], k[:, :, keys], v[:, :, keys]))
-    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
-
-
-def _block(q, k, v, visibility: Visibility, scale: float):
-    """`q` [rows, groups, heads of a group, queries, head_dim], `k` and `v` [rows, groups, keys, head_dim]."""
-    precise = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bgrqd,bgkd->bgrqk", q, k, preferred_element_type=precise) * scale
-    # The most negative finite number, not -inf: a query that sees nothing then has a finite value and gradient.
-    scores = jnp.where(visible(visibility)[:, None, None], scores, jnp.finfo(precise).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrqk,bgkd->bgrqd", weights, v)
+    mixed = attend(q, k, v, visibility._replace(aligned=None), scale, visibility.aligned)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
 
 
 def branching(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from shiq_jax.models.attention import NEVER
+from shiq_jax.models.visibility import NEVER
 from shiq_jax.models.config import DecoderConfig
 
 

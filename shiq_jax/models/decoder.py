@@ -8,18 +8,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from shiq_jax.models import blockwise, rope
 from shiq_jax.models import cache as caches
-from shiq_jax.models import rope
-from shiq_jax.models.attention import NEVER, Visibility, attention, branching, cached
+from shiq_jax.models.attention import attention, branching
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.layers import Declaring, Embedding, Layer, Norm, Projection, Settings
+from shiq_jax.models.visibility import NEVER, Visibility, cached
 
-# What the backward pass keeps of a layer. "none": nothing is recomputed. "dots": results of the weight matrices are
-# kept, the rest (attention scores, activations, norms) is recomputed. "full": only the layer's input is kept.
+# What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
+# "dots": results of the weight matrices and of attention are kept, the rest (activations, norms) is recomputed.
+# "full": only the layer's input is kept.
 REMAT: Mapping[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(blockwise.SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

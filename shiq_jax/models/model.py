@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
-from shiq_jax.models.attention import ENGINES, forest
+from shiq_jax.models.attention import ENGINES
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.layers import Settings
 from shiq_jax.models.statistics import sharded_token_stats
+from shiq_jax.models.visibility import forest
 from shiq_jax.objectives import TokenStats, token_stats
 from shiq_jax.sharding import constrain, named_sharding
 

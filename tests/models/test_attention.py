@@ -1,14 +1,14 @@
 """The attention seam against loops in numpy, on forests drawn at random."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.models.attention import NEVER, Visibility, attention, branching, cached, forest, visible
+from shiq_jax.models import blockwise
+from shiq_jax.models.attention import attention, branching
 from shiq_jax.models.cache import intervals_of
+from shiq_jax.models.visibility import NEVER, Visibility, cached, forest, visible
 
 
 def random_forest(length: int, rng: np.random.Generator):
@@ -115,9 +115,12 @@ def test_blocks_of_queries_are_the_whole(start, monkeypatch):
         return attention(q, k, v, visibility, scale=0.4), *jax.grad(run, (0, 1, 2))(q, k, v)
 
     whole = values_and_gradients()
-    monkeypatch.setattr(sys.modules[forest.__module__], "_BLOCK", 4)
-    for ours, theirs in zip(values_and_gradients(), whole, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    monkeypatch.setattr(blockwise, "BLOCK", 2)
+    # More blocks than levels go through loops.
+    for levels in (8, 2):
+        monkeypatch.setattr(blockwise, "LEVELS", levels)
+        for ours, theirs in zip(values_and_gradients(), whole, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_a_query_that_sees_nothing_is_finite_and_harmless():

@@ -1,0 +1,112 @@
+"""Our contestant: update steps on a work's groups, in one setting. Run by `throughput`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import flops, serving
+from shiq_jax.models import load_hf
+from shiq_jax.objectives import OBJECTIVES
+from shiq_jax.replay import Buffer, Record
+from shiq_jax.training.annotation import reference_identity, statistics_of
+from shiq_jax.training.batches import Batches
+from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.training.reference import Reference
+from shiq_jax.training.state import init_state
+from shiq_jax.training.update import make_update
+
+# The statistics of the reference are made once and read in so many passes.
+EPOCHS = 3
+
+
+def main(model: str, work: str, remat: str, microbatches: str, objective: str) -> None:
+    """Warms up and serves.
+
+    Args:
+        model: a Hugging Face directory.
+        work: a file of `works.write`.
+        remat: `none`, `dots` or `full`.
+        microbatches: slices of the rows.
+        objective: `dpo` or `shiq`.
+    """
+    steps = json.loads(Path(work).read_text())
+    decoder, params = load_hf(model, remat=remat)
+    with tempfile.TemporaryDirectory() as directory:
+        buffer = Buffer.create(Path(directory) / "buffer")
+        records = list(itertools.chain(*(records_of(number, group) for number, group in enumerate(sum(steps, [])))))
+        buffer.append(records)
+        Reference(model, lambda _: (decoder, params)).annotate(buffer)
+        options = {"prompts_per_batch": len(steps[0])}
+        statistics_of(decoder, params, records, **options)
+        began = time.perf_counter()
+        statistics_of(decoder, params, records, **options)
+        annotation = (time.perf_counter() - began) / len(steps) / EPOCHS
+
+        chosen = OBJECTIVES[objective]
+        statistics = buffer.statistics(reference_identity(decoder, params))
+        batches = Batches(
+            buffer, chosen.unit, len(steps[0]), seed=0, statistics=statistics, microbatches=int(microbatches)
+        )
+        rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
+        state = init_state(decoder, params, rule, key=jax.random.key(0))
+        del params
+        update = make_update(decoder, chosen, rule, microbatches=int(microbatches))
+        ready = [batches(number) for number in range(len(steps))]
+        executed = [flops.executed(update, state, step.batch) for step in ready]
+        needed = [_needed(decoder.config, step.batch) for step in ready]
+        for step in {step.batch.tokens.shape: step for step in ready}.values():
+            for _ in range(2):
+                state, _ = update(state, step.batch)
+        jax.block_until_ready(state)
+        turns = itertools.cycle(ready)
+
+        def one() -> None:
+            nonlocal state
+            state, metrics = update(state, next(turns).batch)
+            jax.block_until_ready(metrics)
+
+        serving.serve(
+            one, annotation_seconds=annotation, executed_flops=float(np.median(executed)),
+            needed_flops=float(np.median(needed)), tokens=float(np.mean([step.tokens for step in ready])),
+            fill=float(np.mean([step.fill for step in ready])), rows=str([step.batch.tokens.shape for step in ready]),
+        )  # fmt: skip
+
+
+def records_of(number: int, group: dict) -> list[Record]:
+    """The records of a group; its better answers, which come first, get more reward."""
+    prompt, found = group["prompt"], []
+    for place, answer in enumerate(group["answers"]):
+        rewards = np.zeros(len(answer), np.float32)
+        # Better answers first: every pair of neighbours has a winner.
+        rewards[-1] = len(group["answers"]) - place
+        mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+        found.append(Record(tokens=prompt + answer, action_mask=mask, rewards=rewards, group=str(number)))
+    return found
+
+
+def _needed(config, batch) -> float:
+    """Operations of the tokens and actions that are there, by the interval rule."""
+    real = np.asarray(batch.intervals)
+    tokens = attended = 0
+    for enter, exit_ in zip(real[..., 0], real[..., 1]):
+        # Padding has an interval that no sequence has, at the end of the row.
+        kept = len(enter) - int(np.argmax(enter[::-1] != enter[-1])) if len(set(enter)) > 1 else len(enter)
+        tokens += kept
+        query = enter[:kept]
+        sees = (enter[None, :kept] <= query[:, None]) & (query[:, None] < exit_[None, :kept])
+        attended += int(np.tril(sees).sum())
+    actions = np.asarray(batch.gather)
+    distinct = sum(len(set(row[row >= 0].tolist())) for row in actions.reshape(actions.shape[0], -1))
+    return flops.needed(config, tokens, distinct, attended)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

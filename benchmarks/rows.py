@@ -1,0 +1,73 @@
+"""What a benchmark found: rows with their goals, as a table, as JSON, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shiq_jax.training import report
+
+
+class Row(NamedTuple):
+    """One number.
+
+    Attributes:
+        name: what the row is called everywhere.
+        value: the number; None where it was not measured.
+        unit: of the number, such as "x" for a ratio.
+        goal: what it should reach; None where there is no goal.
+        at_most: the goal is an upper bound, not a lower one.
+        note: how the number came about, in a few words.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    goal: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None where there is nothing to compare."""
+        if self.value is None or self.goal is None:
+            return None
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Name, value, goal, whether it is met, and note, as text."""
+        value = "not measured yet" if self.value is None else f"{self.value:.3g} {self.unit}"
+        goal = "" if self.goal is None else f"{'at most' if self.at_most else 'at least'} {self.goal:g}"
+        return self.name, value, goal, {True: "yes", False: "no", None: ""}[self.met], self.note
+
+
+def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    """`{"device", "rows": [{"name", "value", "unit", "goal", "met", "note"}], ...}`; numbers that are none are null."""
+    entries = [
+        {
+            "name": row.name, "value": None if row.value is None or math.isnan(row.value) else row.value,
+            "unit": row.unit, "goal": row.goal, "met": row.met, "note": row.note,
+        }
+        for row in rows
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": report.machine(), "rows": entries, **more}, indent=1) + "\n")
+
+
+def show(title: str, rows: Sequence[Row], printing: Callable[[str], None] = print) -> None:
+    """The rows as a table of plain text."""
+    cells = [("row", "value", "goal", "met", "note"), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(4)]
+    printing(title)
+    for line in cells:
+        printing("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[4]]).rstrip())
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| row | value | goal | met | |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join((f"`{name}`", *others)) + " |" for name, *others in (row.cells() for row in rows)]
+    return "\n".join(lines)

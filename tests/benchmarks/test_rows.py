@@ -1,0 +1,36 @@
+"""Rows know whether their goal is met, and survive a file."""
+
+import json
+
+from benchmarks import rows, throughput
+from benchmarks.rows import Row
+
+ROWS = [
+    Row("ratio", 2.0, "x", 1.5),
+    Row("memory_vs_it", 0.7, "x", 0.65, at_most=True, note="too much"),
+    Row("not_there", None, "x", 5.0),
+    Row("free", 3.0, "tokens/s"),
+]
+
+
+def test_a_goal_is_a_bound_from_below_or_from_above():
+    assert [row.met for row in ROWS] == [True, False, None, None]
+    assert Row("memory", 0.65, "x", 0.65, at_most=True).met and Row("ratio", 1.5, "x", 1.5).met
+
+
+def test_rows_come_back_from_their_file(tmp_path):
+    rows.write_json(path := tmp_path / "deep" / "rows.json", ROWS, details={"a": 1})
+    written = json.loads(path.read_text())
+    assert [entry["met"] for entry in written["rows"]] == [True, False, None, None]
+    assert written["device"] and written["details"] == {"a": 1}
+    assert list(throughput.read(path).values()) == ROWS
+
+
+def test_the_table_of_a_page_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- table -->\nold\n<!-- end of table -->\n\nwhy\n")
+    for _ in range(2):
+        throughput.replace_table(page, rows.markdown(ROWS))
+    text = page.read_text()
+    assert text.startswith("# Title\n\n<!-- table -->\n| row") and text.endswith("<!-- end of table -->\n\nwhy\n")
+    assert "old" not in text and text.count("`not_there` | not measured yet | at least 5") == 1
