@@ -31,26 +31,27 @@ import tyro
 from shiq_jax.errors import Refusal
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training import stopping
-from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, NoOptions, Precision, ShiqLoss, WarmStart
+from shiq_jax.training.config import Collection, Evaluation, Job, Precision, WarmStart
+from shiq_jax.training.losses import PairLoss, RewardLoss, SftLoss
 from shiq_jax.training.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
 class Shiq(Job):
-    """Q-learning on the logits: sample, score, keep, learn offline token by token."""
+    """Q-learning on the logits, or another loss on scored answers: sample, score, keep, learn offline."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
-    loss: ShiqLoss = ShiqLoss()
+    loss: RewardLoss = RewardLoss()
 
 
 @dataclass(frozen=True)
 class Dpo(Job):
-    """Direct preference optimisation, on pairs or the best and worst of our samples."""
+    """Direct preference optimisation or another loss on pairs, given or the best and worst of our samples."""
 
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
-    loss: DpoLoss = DpoLoss()
+    loss: PairLoss = PairLoss()
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Sft(Job):
 
     command: ClassVar[str] = "sft"
     objective: ClassVar[str] = "sft"
-    loss: NoOptions = NoOptions()
+    loss: SftLoss = SftLoss()
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def ultrafeedback(job: Job) -> Job:
     """The job with defaults for a pretrained chat model on answers of very unlike length that others have scored."""
     job = replace(own_data(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
     if job.objective == "shiq":
-        return replace(job, baseline="group_mean", loss=ShiqLoss(normalisation="mean_t"))
+        return replace(job, baseline="group_mean", loss=RewardLoss(normalisation="mean_t"))
     return job
 
 

@@ -35,8 +35,9 @@ from shiq_jax.replay import Buffer, bundles
 from shiq_jax.rollout import rewards
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training import report
-from shiq_jax.training.config import Collection, DpoLoss, Evaluation, Job, Precision, ShiqLoss
+from shiq_jax.training.config import Collection, Evaluation, Job, Precision
 from shiq_jax.training.evaluation import Evaluator
+from shiq_jax.training.losses import PairLoss, RewardLoss
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.pipeline import train as run_job
@@ -199,13 +200,13 @@ class Seed:
                     prompts_per_batch=scale.prompts, prompts_in_flight=scale.prompts_in_flight,
                     sampling=Sampling(max_tokens=scale.max_tokens),
                 ),
-                loss=ShiqLoss(beta=0.5, position_weight="inv_position"), optimizer=Optimizer(learning_rate=RATE), **shared,
+                loss=RewardLoss(beta=0.5, position_weight="inv_position"), optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         buffer = self.root / "shiq" / "buffer"
         if name == "dpo":
             return train.Dpo(
                 data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=6,
-                loss=DpoLoss(), optimizer=Optimizer(learning_rate=RATE), **shared,
+                loss=PairLoss(), optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best(buffer)}[name]
         return train.Sft(

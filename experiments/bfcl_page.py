@@ -198,7 +198,7 @@ def _gain(results: Results, arm: str) -> str:
 def _cost(results: Results, arm: str) -> str:
     job = results.seeds[0]["jobs"][arm]
     tokens = np.mean([seed["jobs"][arm]["tokens"] for seed in results.seeds])
-    options = ", ".join(f"{name} {value}" for name, value in job["loss"].items()) or "none"
+    options = ", ".join(f"{name} {value}" for name, value in job["loss"].items() if value is not None) or "none"
     return (
         f"| {NAMES.get(arm, 'warm start')} | {job['updates']} | {job['batch_size']} | {job['epochs']:.1f} | {options} "
         f"| {job['learning_rate']:g} | {tokens:,.0f} |"

@@ -17,7 +17,8 @@ import tyro
 
 from experiments.bfcl import SCALES, Seed
 from shiq_jax.data import bfcl, fetch
-from shiq_jax.training.config import Job, ShiqLoss
+from shiq_jax.training.config import Job
+from shiq_jax.training.losses import RewardLoss
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.run_directory import write_json, write_jsonl
 
@@ -29,7 +30,7 @@ def _rate(rate: float) -> dict:
 
 
 def _shiq(rate: float, **loss) -> tuple[str, dict]:
-    return "shiq", {"loss": ShiqLoss(**loss), **_rate(rate)}
+    return "shiq", {"loss": RewardLoss(**loss), **_rate(rate)}
 
 
 CANDIDATES: dict[str, tuple[str, dict]] = {

@@ -230,6 +230,27 @@ def test_options_that_are_of_use_are_not_complained_of(job, said):
     assert tuple(training_door.without_effect(job)) == said
 
 
+def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys):
+    from shiq_jax.training.losses import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
+
+    assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).configured().unit == "pair" for name in PAIR_LOSSES)
+    assert len(REWARD_LOSSES) > 5 and all("rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES)
+    assert RewardLoss(horizon="n_step", n=3).configured().loss.keywords == {"beta": 0.1, "horizon": "n_step", "n": 3}
+    assert PairLoss(name="dpop", penalty=2.0).configured().loss.keywords == {"beta": 0.1, "penalty": 2.0}
+    for arguments, words in (
+        (["--loss.name", "ipo", "--loss.margin", "1"], "margin is no option of the loss ipo, which takes beta"),
+        (["--loss.name", "exo", "--loss.label-smoothing", "0"], "label_smoothing must be positive with the loss exo"),
+        (["--loss.name", "discopop", "--loss.tau", "-1"], "tau must be positive and finite, not -1.0"),
+        (["--loss.name", "vargrad", "--loss.gamma", "0.9"], "gamma is no option of the loss vargrad, which takes beta"),
+        (["--loss.horizon", "n_step"], "n is None with horizon='n_step'"),
+        (["--loss.horizon", "trajectory", "--loss.gradient", "semi"], "would train the first token only"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            training_door.main(["shiq" if {"vargrad", "--loss.horizon"} & {*arguments} else "dpo", *arguments])
+        said = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
+        assert stop.value.code == 2 and words in said
+
+
 def test_options_in_vain_are_named(tmp_path, capsys):
     from dataclasses import replace
 

@@ -1,11 +1,30 @@
 """Losses of post-training as pure functions of token statistics; needs only jax, numpy and jaxtyping."""
 
-from shiq_jax.objectives.preference import dpo_loss
+from shiq_jax.objectives.preference import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_loss,
+    discopop_loss,
+    divergence_score,
+    dpo_loss,
+    dpo_norm_loss,
+    dpop_loss,
+    exo_loss,
+    hinge_loss,
+    ipo_loss,
+    nca_loss,
+    robust_loss,
+    sppo_hard_loss,
+)
+from shiq_jax.objectives.reference_free import cpo_loss, orpo_loss, simpo_loss
 from shiq_jax.objectives.registry import OBJECTIVES
+from shiq_jax.objectives.regressions import a_star_po_loss, copg_loss, group_mean_loss, rebel_loss, vargrad_loss
 from shiq_jax.objectives.residuals import bellman_residuals, shiq_loss, squared_residuals
 from shiq_jax.objectives.statistics import token_stats, token_stats_from_logits
 from shiq_jax.objectives.supervised import sft_loss
 from shiq_jax.objectives.types import Couple, Example, LossOut, Objective, TokenStats
+from shiq_jax.objectives.unpaired import apo_zero_unpaired_loss, kto_loss
+from shiq_jax.objectives.weighting import length_desensitised, wpo_weight
 
 __all__ = [
     "OBJECTIVES",
@@ -14,11 +33,36 @@ __all__ = [
     "LossOut",
     "Objective",
     "TokenStats",
+    "a_star_po_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "apo_zero_unpaired_loss",
+    "bco_loss",
     "bellman_residuals",
+    "copg_loss",
+    "cpo_loss",
+    "discopop_loss",
+    "divergence_score",
     "dpo_loss",
+    "dpo_norm_loss",
+    "dpop_loss",
+    "exo_loss",
+    "group_mean_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "kto_loss",
+    "length_desensitised",
+    "nca_loss",
+    "orpo_loss",
+    "rebel_loss",
+    "robust_loss",
     "sft_loss",
     "shiq_loss",
+    "simpo_loss",
+    "sppo_hard_loss",
     "squared_residuals",
     "token_stats",
     "token_stats_from_logits",
+    "vargrad_loss",
+    "wpo_weight",
 ]

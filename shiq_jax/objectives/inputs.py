@@ -44,6 +44,15 @@ def check_sequence(name: str, x: ArrayLike | None, length: int) -> None:
         raise ValueError(f"{name} has shape {jnp.shape(x)} but action_mask has shape ({length},); give both the same.")
 
 
+def same_shape(**arrays: ArrayLike) -> None:
+    """Raises ValueError, naming both, unless two arrays have one shape."""
+    (one, x), (other, y) = arrays.items()
+    if jnp.shape(x) != jnp.shape(y):
+        raise ValueError(
+            f"{one} has shape {jnp.shape(x)} but {other} has shape {jnp.shape(y)}; give both the same."
+        )
+
+
 def sequence_length(action_mask: ArrayLike) -> int:
     """T of an action mask [T]; raises ValueError for any other number of axes."""
     shape = jnp.shape(action_mask)

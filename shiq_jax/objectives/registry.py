@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from shiq_jax.objectives import preference, reference_free, regressions, transport
+from shiq_jax.objectives.groups import groupwise
 from shiq_jax.objectives.inputs import as_mask, check_choice, logratios, masked
-from shiq_jax.objectives.preference import dpo_loss
+from shiq_jax.objectives.pairs import fields, pairwise, reference_of
 from shiq_jax.objectives.residuals import bellman_residuals, squared_residuals, state_values
 from shiq_jax.objectives.supervised import sft_loss
-from shiq_jax.objectives.types import Example, LossOut, Objective, TokenStats
+from shiq_jax.objectives.types import Example, LossOut, Objective
 
 
 def shiq(
@@ -33,7 +35,7 @@ def shiq(
     (nats) and of the reward; `lse_abs`, the mean of |lse|, which is 0 when normalised logits were passed for raw ones.
     """
     check_choice("value", value, ("lse_shift", "lse"))
-    policy, action_mask, rewards = _fields(example, "shiq", "policy", "action_mask", "rewards")
+    policy, action_mask, rewards = fields(example, "shiq", "policy", "action_mask", "rewards")
 
     def one_sequence(policy, reference, rewards, action_mask, bootstrap):
         residuals = bellman_residuals(
@@ -53,31 +55,24 @@ def shiq(
         }
         return LossOut(loss, jnp.any(mask).astype(loss.dtype), metrics)
 
-    reference = _reference(example, "shiq")
+    reference = reference_of(example, "shiq")
     outs = jax.vmap(one_sequence)(policy, reference, rewards, action_mask, example.bootstrap)
     return jax.tree.map(jnp.sum, outs)
 
 
-def dpo(example: Example, *, beta: ArrayLike = 0.1, label_smoothing: ArrayLike = 0.0) -> LossOut:
-    """DPO on a pair, sequence 0 chosen and sequence 1 rejected.
+def reval(example: Example, *, beta: ArrayLike = 0.1) -> LossOut:
+    """ReVal on each sequence: (lse - lse_ref at the first action + lr - R / beta)^2, the square of ShiQ's first residual
+    over beta^2. Weight and metrics as `shiq`. Source: arXiv 2603.23355."""
+    out = shiq(example, beta=beta, horizon="trajectory")
+    return out._replace(value=out.value / beta**2)
 
-    Weight: 1, or 0 when either completion is empty. Metrics per pair: `rewards/chosen` and `rewards/rejected`, beta
-    times the log-ratios; `rewards/margins`, their difference; `rewards/accuracies`, how often it is positive.
-    """
-    policy, action_mask = _fields(example, "dpo", "policy", "action_mask")
-    if action_mask.shape[0] != 2:
-        raise ValueError(f"action_mask has shape {action_mask.shape} but dpo takes pairs [2, T]; give two sequences.")
-    mask = as_mask(action_mask)
-    chosen, rejected = jnp.sum(logratios(policy, _reference(example, "dpo"), mask), axis=-1)
-    loss = dpo_loss(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
-    weight = jnp.all(jnp.any(mask, axis=-1)).astype(loss.dtype)
-    metrics = {
-        "rewards/chosen": beta * chosen * weight,
-        "rewards/rejected": beta * rejected * weight,
-        "rewards/margins": beta * (chosen - rejected) * weight,
-        "rewards/accuracies": (chosen > rejected) * weight,
-    }
-    return LossOut(loss * weight, weight, metrics)
+
+def tbrm(example: Example, *, beta: ArrayLike = 0.1) -> LossOut:
+    """TBRM on each sequence: `reval` without the shift, (lse at the first action + lr - R / beta)^2.
+
+    Weight and metrics as `shiq`. Source: arXiv 2505.15311."""
+    out = shiq(example, beta=beta, horizon="trajectory", value="lse")
+    return out._replace(value=out.value / beta**2)
 
 
 def sft(example: Example) -> LossOut:
@@ -85,35 +80,42 @@ def sft(example: Example) -> LossOut:
 
     Weight: the actions. Metric per token: `probability`, what the policy gives to the token.
     """
-    policy, action_mask = _fields(example, "sft", "policy", "action_mask")
+    policy, action_mask = fields(example, "sft", "policy", "action_mask")
     mask = as_mask(action_mask)
     value = jnp.sum(jax.vmap(sft_loss)(policy, mask))
     probability = jnp.sum(jnp.where(mask, jnp.exp(masked(policy.logp, mask)), 0))
     return LossOut(value, jnp.sum(mask).astype(value.dtype), {"probability": probability})
 
 
-def _fields(example: Example, objective: str, *names: str) -> list:
-    for name in names:
-        if getattr(example, name) is None:
-            raise ValueError(f"Example.{name} is None but objective {objective!r} needs it; give it.")
-    return [getattr(example, name) for name in names]
-
-
-def _reference(example: Example, objective: str) -> TokenStats:
-    (references,) = _fields(example, objective, "references")
-    if "reference" not in references:
-        raise ValueError(
-            f"objective {objective!r} needs statistics of the model named 'reference', but Example.references has "
-            f"{', '.join(map(repr, references)) or 'none'}; annotate the data with it."
-        )
-    return references["reference"]
-
-
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         "shiq": Objective(shiq, frozenset({"references", "rewards"}), "trajectory"),
-        "dpo": Objective(dpo, frozenset({"references"}), "pair"),
+        "reval": Objective(reval, frozenset({"references", "rewards"}), "trajectory"),
+        "tbrm": Objective(tbrm, frozenset({"references", "rewards"}), "trajectory"),
+        "vargrad": groupwise(regressions.vargrad_loss),
+        "group_mean": groupwise(regressions.group_mean_loss),
+        "a_star_po": groupwise(regressions.a_star_po_loss),
         "sft": Objective(sft, frozenset(), "trajectory"),
+        "dpo": pairwise(preference.dpo_loss),
+        "dpo_norm": pairwise(preference.dpo_norm_loss),
+        "dpop": pairwise(preference.dpop_loss),
+        "robust": pairwise(preference.robust_loss),
+        "hinge": pairwise(preference.hinge_loss),
+        "ipo": pairwise(preference.ipo_loss),
+        "exo": pairwise(preference.exo_loss),
+        "nca": pairwise(preference.nca_loss),
+        "bco": pairwise(preference.bco_loss),
+        "sppo_hard": pairwise(preference.sppo_hard_loss),
+        "apo_zero": pairwise(preference.apo_zero_loss),
+        "apo_down": pairwise(preference.apo_down_loss),
+        "discopop": pairwise(preference.discopop_loss),
+        "aot": pairwise(transport.aot_loss, transport.AOT),
+        "aot_unpaired": pairwise(transport.aot_unpaired_loss, transport.AOT_UNPAIRED),
+        "cpo": pairwise(reference_free.cpo_loss),
+        "simpo": pairwise(reference_free.simpo_loss),
+        "orpo": pairwise(reference_free.orpo_loss),
+        "copg": pairwise(regressions.copg_loss),
+        "rebel": pairwise(regressions.rebel_loss),
     }
 )
 """Every objective of the library by name; bind options with `OBJECTIVES[name].configure(beta=0.05)`."""

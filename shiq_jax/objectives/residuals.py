@@ -130,7 +130,7 @@ def bellman_residuals(
       (2412.16145), PCL (1702.08892) and DRO (2405.19107) are other points of the same axes.
     """
     length = sequence_length(action_mask)
-    _check_axes(horizon, n, value, values, gradient, beta, gamma)
+    check_axes(horizon, n, value, values, gradient, beta, gamma)
     _check_arrays(policy, reference, rewards, value, values, bootstrap, horizon, length)
     mask = as_mask(action_mask)
 
@@ -220,7 +220,8 @@ def _reverse_affine(scale: Array, shift: Array, beyond: Array) -> Float[Array, "
     return scales * beyond + shifts
 
 
-def _check_axes(horizon, n, value, values, gradient, beta, gamma) -> None:
+def check_axes(horizon, n, value, values, gradient, beta, gamma) -> None:
+    """Raises ValueError for options of `bellman_residuals` that are out of range or do not go together."""
     check_choice("horizon", horizon, ("multi", "one", "trajectory", "n_step"))
     check_choice("value", value, ("lse_shift", "lse", "given", "none"))
     check_choice("gradient", gradient, ("full", "semi"))

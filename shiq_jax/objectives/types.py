@@ -94,13 +94,18 @@ class Objective(NamedTuple):
     unit: str
     couple: Couple | None = None
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the keyword options of its loss."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
     def configure(self, **options: Any) -> "Objective":
         """The same objective with keyword options of its loss bound to these values.
 
         Raises ValueError for a name that the loss does not take.
         """
-        parameters = inspect.signature(self.loss).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        known = self.options
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"option {unknown[0]!r} is unknown; this objective takes {', '.join(known) or 'none'}.")

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-
 from shiq_jax.data.files import matching_files
 from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.training.losses import SftLoss, given_as
 from shiq_jax.training.optimizers import Optimizer
 
 
@@ -24,19 +23,9 @@ def _at_least(options: Any, **smallest: float) -> None:
             raise ValueError(f"{name} must be at least {least} and finite, not {getattr(options, name)}")
 
 
-def given_as(metavar: str, otherwise: str) -> Any:
-    """How the help shows an option that may be left out: the name of its value, and what holds without one."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _positive(beta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, not {beta}")
 
 
 @dataclass(frozen=True)
@@ -107,45 +96,6 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """A loss without options."""
-
-
-@dataclass(frozen=True)
-class ShiqLoss:
-    """Options of the ShiQ loss."""
-
-    beta: float = 0.1
-    """Temperature of the KL regularisation: rewards are divided by it."""
-    gamma: float = 1.0
-    """Discount per action."""
-    normalisation: Literal["sum_t", "mean_t"] = "sum_t"
-    """Whether squared residuals of a sequence are summed or averaged."""
-    position_weight: Literal["none", "inv_position"] = "none"
-    """Weight of the k-th action's squared residual: 1, or 1/k."""
-
-    def __post_init__(self):
-        _positive(self.beta)
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
-
-
-@dataclass(frozen=True)
-class DpoLoss:
-    """Options of the DPO loss."""
-
-    beta: float = 0.1
-    """Temperature of the KL regularisation."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is the wrong way round."""
-
-    def __post_init__(self):
-        _positive(self.beta)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
-
-
-@dataclass(frozen=True)
 class Job:
     """What every training command takes."""
 
@@ -187,7 +137,7 @@ class Job:
     """Slices of a batch that are run one after the other to save memory."""
     row_length: int = 4096
     """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
-    loss: Any = NoOptions()
+    loss: Any = SftLoss()
     optimizer: Optimizer = Optimizer()
     collection: Collection = Collection()
     evaluation: Evaluation = Evaluation()

@@ -7,7 +7,6 @@ anywhere goes on with the same calls.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import sys
@@ -73,7 +72,7 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
             model, params = reference.open()
             stopping.check("before the buffer")
             buffer = fill_buffer(run, model, params)
-            objective = OBJECTIVES[job.objective].configure(**dataclasses.asdict(job.loss))
+            objective = job.loss.configured()
             statistics, probe = None, None
             if "references" in objective.needs:
                 identity = reference_identity(model, params)

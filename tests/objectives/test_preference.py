@@ -1,13 +1,147 @@
-"""The DPO loss: published numbers, its symmetries, its derivative, and what it is in terms of residuals."""
+"""Losses on pairs and on single completions: published numbers, symmetries, derivatives, limits, and residuals."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.objectives import TokenStats, bellman_residuals, dpo_loss
+from shiq_jax.objectives import TokenStats, bellman_residuals, dpo_loss, preference, reference_free, unpaired
+
+SMOOTHED = {"label_smoothing": 0.1}
+# Name -> (options, loss of log-ratios that are 0, loss of 0.8 and -0.4); beta is 0.5.
+LOGRATIO_LOSSES = {
+    "dpo": ({}, np.log(2), 0.437488),
+    "dpo smoothed": (SMOOTHED, np.log(2), 0.497488),
+    "robust": (SMOOTHED, np.log(2), 0.362488),
+    "dpop": ({"penalty": 7.0}, np.log(2), 0.437488),
+    "hinge": ({}, 1.0, 0.4),
+    "ipo": ({}, 1.0, 0.04),
+    "exo": (SMOOTHED, -np.log(4 * 0.1 * 0.9) / 2, 0.233839),
+    "nca": ({}, 2 * np.log(2), 1.268592),
+    "bco": ({}, 2 * np.log(2), 1.111154),
+    "sppo_hard": ({}, 2.0, 0.4),
+    "apo_zero": ({}, 1.0, 0.851478),
+    "apo_down": ({}, 1.0, 0.953031),
+    "discopop": ({"tau": 0.05}, np.log(2) / 2 + 0.5, 0.548811),
+}
+
+
+def on_logratios(name):
+    """A loss with its options bound, as a function of both log-ratios."""
+    loss = getattr(preference, f"{name.split()[0]}_loss")
+    return lambda w, l: loss(w, l, beta=0.5, **LOGRATIO_LOSSES[name][0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", LOGRATIO_LOSSES)
+def test_published_formulas(name, dtype):
+    _, at_zero, expected = LOGRATIO_LOSSES[name]
+    with jax.enable_x64(dtype == "float64"):
+        found = on_logratios(name)(jnp.asarray([0.0, 0.8], dtype), jnp.asarray([0.0, -0.4], dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, (at_zero, expected), atol=2e-6)
+
+
+def test_lengths_and_averages(x64):
+    lengths = {"chosen_length": 4, "rejected_length": 2}
+    np.testing.assert_allclose(preference.ipo_loss(0.8, -0.4, **lengths, beta=0.5), 0.36, atol=1e-9)
+    np.testing.assert_allclose(preference.ipo_loss(0.0, 0.0, **lengths, beta=0.1), 25.0)
+    found = preference.dpo_norm_loss(0.8, -0.4, 4, 2, beta=0.5)
+    np.testing.assert_allclose(found, dpo_loss(0.2, -0.2, beta=0.5))
+    found = reference_free.cpo_loss(-6.0, -5.0, beta=0.5, alpha=0.0)
+    np.testing.assert_allclose(found, 0.974077, atol=2e-6)
+    np.testing.assert_allclose(reference_free.cpo_loss(-6.0, -5.0, beta=0.5) - found, 6.0)
+    np.testing.assert_allclose(reference_free.simpo_loss(-6.0, -5.0, 4, 2, beta=0.5, margin=0.3), 0.598139, atol=2e-6)
+    np.testing.assert_allclose(reference_free.orpo_loss(-6.0, -5.0, 4, 2, beta=0.5), 1.635529, atol=2e-6)
+
+
+def test_single_completions(x64):
+    both = np.array([True, False])
+    found = unpaired.kto_loss(np.array([0.8, -0.4]), both, kl=0.1, beta=0.5)
+    np.testing.assert_allclose(found, (0.413382, 0.437823), atol=2e-6)
+    np.testing.assert_allclose(unpaired.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5), 0.5)
+    weighted = unpaired.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5, desirable_weight=3.0, undesirable_weight=5.0)
+    np.testing.assert_allclose(weighted, (1.5, 2.5))
+    found = unpaired.apo_zero_unpaired_loss(np.array([0.8, -0.4]), both, beta=0.5)
+    np.testing.assert_allclose(found, (0.401312, 0.450166), atol=2e-6)
+    assert jax.grad(lambda kl: unpaired.kto_loss(0.8, True, kl=kl, beta=0.5))(0.1) == 0
+
+
+def test_scores_of_other_divergences(x64):
+    score = preference.divergence_score
+    np.testing.assert_allclose(score(0.8, kind="forward_kl"), -0.449329, atol=2e-6)
+    np.testing.assert_allclose(score(0.8, kind="js_divergence"), -0.371101, atol=2e-6)
+    np.testing.assert_allclose(score(0.8, kind="alpha_divergence", alpha=2.0), 2.225541, atol=2e-6)
+    assert score(0.8, kind="reverse_kl") == score(0.8, kind="alpha_divergence", alpha=1.0) == 0.8
+    # Towards alpha = 1 differences of scores become differences of log-ratios.
+    near = [score(u, kind="alpha_divergence", alpha=1 + 1e-7) for u in (0.8, -0.4)]
+    np.testing.assert_allclose(near[0] - near[1], 1.2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOGRATIO_LOSSES)
+@given(w=st.floats(-20, 20), l=st.floats(-20, 20))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_gradients_are_slopes(name, w, l):
+    loss = on_logratios(name)
+    # The hinge's corner and DPOP's, where there is no slope.
+    assume(abs(0.5 * (w - l) - 1) > 1e-3 and abs(w) > 1e-3)
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(loss, (0, 1)))(w, l)
+        step = 1e-5
+        slopes = (loss(w + step, l) - loss(w - step, l), loss(w, l + step) - loss(w, l - step))
+        np.testing.assert_allclose(gradient, np.asarray(slopes) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOGRATIO_LOSSES)
+def test_nothing_overflows(name):
+    values = jnp.array([-1e4, -60.0, 60.0, 1e4])
+    chosen, rejected = (x.ravel() for x in jnp.meshgrid(values, values))
+    found = jax.vmap(jax.value_and_grad(on_logratios(name), (0, 1)))(chosen, rejected)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_odds_near_certainty_stay_finite():
+    def loss(logp):
+        return reference_free.orpo_loss(logp, -3.0, 4, 4, beta=0.1)
+
+    found = jax.vmap(jax.value_and_grad(loss))(jnp.array([0.0, -1e-12, -1e-3, -200.0, -1e4]))
+    assert all(np.isfinite(x).all() for x in found)
+
+
+def test_ipo_and_sppo_are_squared_residuals(x64):
+    """A pair's residual at a reward difference of one half, and single residuals at rewards of plus and minus one half."""
+    random, beta = np.random.default_rng(3), 0.7
+    policy, reference = (TokenStats(*random.normal(size=(2, 2, 5))) for _ in "pr")
+    mask = np.ones(5, bool)
+    sums = (policy.logp - reference.logp).sum(1)
+
+    def residual(k, final):
+        rewards = np.append(np.zeros(4), final)
+        one = [jax.tree.map(lambda x: x[k], each) for each in (policy, reference)]
+        return bellman_residuals(*one, rewards, mask, beta=beta, horizon="trajectory", value="none")[0]
+
+    pair = residual(0, 0.5) - residual(1, 0.0)
+    np.testing.assert_allclose(pair**2, beta**2 * preference.ipo_loss(*sums, beta=beta), atol=1e-10)
+    both = residual(0, 0.5) ** 2 + residual(1, -0.5) ** 2
+    np.testing.assert_allclose(both, beta**2 * preference.sppo_hard_loss(*sums, beta=beta), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: preference.exo_loss(0.0, 0.0, beta=0.1, label_smoothing=0.0), "label_smoothing is 0.0 but must be a pos"),
+        (lambda: preference.discopop_loss(0.0, 0.0, beta=0.1, tau=0.0), "tau is 0.0"),
+        (lambda: preference.hinge_loss(np.zeros(2), np.zeros(3), beta=0.1), r"chosen_logratio has shape \(2,\) but rej"),
+        (lambda: preference.divergence_score(0.0, kind="kl"), "kind is 'kl' but must be one of 'reverse_kl'"),
+        (lambda: unpaired.kto_loss(np.zeros(2), np.ones(3), kl=0.0, beta=0.1), r"logratio has shape \(2,\) but desirable"),
+        (lambda: reference_free.simpo_loss(0.0, 0.0, 1, 1, beta=0.0), "beta is 0.0"),
+    ],
+)
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -45,6 +45,7 @@ OURS = {
     "shiq": OBJECTIVES["shiq"].configure(beta=0.5, gamma=0.9),
     "sft": OBJECTIVES["sft"],
     "dpo": OBJECTIVES["dpo"].configure(beta=0.7, label_smoothing=0.1),
+    "aot_unpaired": OBJECTIVES["aot_unpaired"].configure(beta=0.7, label_smoothing=0.1),
     "group": Objective(group_loss, frozenset({"rewards"}), "group"),
     "coupled": Objective(coupled_loss, frozenset({"rewards"}), "trajectory", Couple(summary, combine)),
 }
@@ -59,7 +60,8 @@ def naive_sft(stats, data, buffer):
     return jnp.sum(jax.vmap(sft_loss)(stats, data.mask)) / data.mask.sum()
 
 
-def naive_dpo(stats, data, buffer):
+def pair_logratios(stats, data, buffer):
+    """Log-ratios of the best and the worst record of every group."""
     sums = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
     groups, returns = np.array(buffer.group_ids()), data.rewards.sum(1)
     pairs = []
@@ -67,7 +69,15 @@ def naive_dpo(stats, data, buffer):
         (members,) = np.nonzero(groups == name)
         if len(members) > 1:
             pairs.append((members[np.argmax(returns[members])], members[np.argmin(returns[members])]))
-    chosen, rejected = sums[np.array(pairs).T]
+    return sums[np.array(pairs).T]
+
+
+def naive_dpo(stats, data, buffer):
+    return jnp.mean(dpo_loss(*pair_logratios(stats, data, buffer), beta=0.7, label_smoothing=0.1))
+
+
+def naive_aot_unpaired(stats, data, buffer):
+    chosen, rejected = jnp.sort(pair_logratios(stats, data, buffer), axis=1)
     return jnp.mean(dpo_loss(chosen, rejected, beta=0.7, label_smoothing=0.1))
 
 
@@ -83,7 +93,10 @@ def naive_coupled(stats, data, buffer):
     return -jnp.mean((returns - baseline) * logp)
 
 
-NAIVE = {"shiq": naive_shiq, "sft": naive_sft, "dpo": naive_dpo, "group": naive_group, "coupled": naive_coupled}
+NAIVE = {
+    "shiq": naive_shiq, "sft": naive_sft, "dpo": naive_dpo, "group": naive_group, "coupled": naive_coupled,
+    "aot_unpaired": naive_aot_unpaired,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +194,7 @@ def test_the_weight_counts_the_whole_batch(name, weight, packed, descend, record
         np.testing.assert_allclose(metrics["return"], mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("shiq", 4), ("dpo", 2), ("coupled", 2)])
+@pytest.mark.parametrize(("name", "microbatches"), [("shiq", 4), ("dpo", 2), ("coupled", 2), ("aot_unpaired", 2)])
 def test_microbatches_change_nothing(name, microbatches, packed, descend, expected, relative):
     metrics, gradient, _ = descend(name, packed(OURS[name]), microbatches=microbatches)
     loss, grads = expected(name)

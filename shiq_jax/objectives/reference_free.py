@@ -1,0 +1,82 @@
+"""Losses on pairs without a reference, as functions of log-probabilities summed over actions: log pi, in nats.
+
+Shapes, types, errors and `s` as in `preference`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from shiq_jax.objectives.inputs import check_positive, same_shape, widened
+from shiq_jax.objectives.preference import dpo_loss
+
+# Nearer to 0 the odds of an average log-probability are infinite.
+_LARGEST_AVERAGE = -1e-6
+
+
+def cpo_loss(
+    chosen_logp: Float[Array, "..."],
+    rejected_logp: Float[Array, "..."],
+    *,
+    beta: ArrayLike,
+    alpha: ArrayLike = 1.0,
+    label_smoothing: ArrayLike = 0.0,
+) -> Float[Array, "..."]:
+    """`dpo_loss` of log-probabilities in the place of log-ratios, less alpha chosen_logp.
+
+    Source: CPO (arXiv 2401.08417). TRL averages its supervised term over tokens: give `alpha / chosen_length` for that.
+    """
+    contrast = dpo_loss(chosen_logp, rejected_logp, beta=beta, label_smoothing=label_smoothing)
+    return contrast - alpha * widened(chosen_logp)
+
+
+def simpo_loss(
+    chosen_logp: Float[Array, "..."],
+    rejected_logp: Float[Array, "..."],
+    chosen_length: ArrayLike,
+    rejected_length: ArrayLike,
+    *,
+    beta: ArrayLike,
+    margin: ArrayLike = 0.5,
+) -> Float[Array, "..."]:
+    """-log s(beta (chosen average - rejected average) - margin) of average log-probabilities per action.
+
+    Lengths count actions. margin is the paper's gamma. Source: SimPO (arXiv 2405.14734, eq. 6).
+    """
+    chosen, rejected = _averages(chosen_logp, rejected_logp, chosen_length, rejected_length)
+    check_positive("beta", beta)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - margin)
+
+
+def orpo_loss(
+    chosen_logp: Float[Array, "..."],
+    rejected_logp: Float[Array, "..."],
+    chosen_length: ArrayLike,
+    rejected_length: ArrayLike,
+    *,
+    beta: ArrayLike,
+) -> Float[Array, "..."]:
+    """Average negative log-likelihood of the chosen completion, less beta log s of the log of the odds' ratio.
+
+    The odds are p / (1 - p) of p = exp(average log-probability per action), the average at most -1e-6. beta is the
+    paper's lambda. The likelihood is that of the completion; TRL's takes the prompt in. Source: ORPO (arXiv 2403.07691).
+    """
+    averages = _averages(chosen_logp, rejected_logp, chosen_length, rejected_length)
+    check_positive("beta", beta)
+    chosen, rejected = (jnp.minimum(average, _LARGEST_AVERAGE) for average in averages)
+    log_odds = (chosen - _log_complement(chosen)) - (rejected - _log_complement(rejected))
+    return -averages[0] - beta * jax.nn.log_sigmoid(log_odds)
+
+
+def _log_complement(logp: Array) -> Array:
+    """log(1 - exp(logp)) for logp < 0, exact at both ends."""
+    near_zero = jnp.log(-jnp.expm1(jnp.maximum(logp, -0.7)))
+    return jnp.where(logp > -0.7, near_zero, jnp.log1p(-jnp.exp(jnp.minimum(logp, -0.6))))
+
+
+def _averages(chosen_logp, rejected_logp, chosen_length, rejected_length) -> tuple[Array, Array]:
+    same_shape(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
+    return tuple(
+        widened(logp) / jnp.maximum(length, 1)
+        for logp, length in ((chosen_logp, chosen_length), (rejected_logp, rejected_length))
+    )

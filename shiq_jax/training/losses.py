@@ -1,0 +1,136 @@
+"""The options of losses, as the command line shows them, and the objectives that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from shiq_jax.objectives import OBJECTIVES, Objective
+from shiq_jax.objectives.residuals import check_axes
+
+PAIR_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.unit == "pair")
+REWARD_LOSSES = tuple(
+    name for name, objective in OBJECTIVES.items() if "rewards" in objective.needs and objective.unit != "pair"
+)
+
+
+def given_as(metavar: str, otherwise: str) -> Any:
+    """How the help shows an option that may be left out: the name of its value, and what holds without one."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+
+
+@dataclass(frozen=True)
+class SftLoss:
+    """Maximum likelihood, which has no options."""
+
+    def configured(self) -> Objective:
+        """The objective."""
+        return OBJECTIVES["sft"]
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """Options of a loss on scored answers; those that belong to other losses are refused."""
+
+    name: Literal[REWARD_LOSSES] = "shiq"
+    """Which loss; docs/losses.md has their formulas."""
+    beta: float = 0.1
+    """Temperature of the KL regularisation: rewards are divided by it."""
+    gamma: float = 1.0
+    """shiq: discount per action."""
+    normalisation: Literal["sum_t", "mean_t"] = "sum_t"
+    """shiq: whether squared residuals of a sequence are summed or averaged."""
+    position_weight: Literal["none", "inv_position"] = "none"
+    """shiq: weight of the k-th action's squared residual, 1 or 1/k."""
+    horizon: Literal["multi", "one", "trajectory", "n_step"] = "multi"
+    """shiq: how far a residual looks, to the end, one action, from the first action only, or n actions."""
+    n: Annotated[int | None, given_as("ACTIONS", "none")] = None
+    """shiq: how many with the horizon n_step."""
+    value: Literal["lse_shift", "lse"] = "lse_shift"
+    """shiq: the value of a state relative to the reference's, or not."""
+    gradient: Literal["full", "semi"] = "full"
+    """shiq: whether what follows an action is differentiated; semi stays unbiased where users answer at random."""
+    value_beta: Annotated[float | None, given_as("BETA", "the loss's own")] = None
+    """a_star_po: temperature of the prompt's value."""
+
+    def __post_init__(self):
+        _positive(self.beta)
+        _refuse_others(self.name, self._given())
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+        if self.value_beta is not None and not 0 < self.value_beta < math.inf:
+            raise ValueError(f"value_beta must be positive and finite, not {self.value_beta}")
+        check_axes(self.horizon, self.n, self.value, None, self.gradient, self.beta, self.gamma)
+
+    def configured(self) -> Objective:
+        """The objective with these options."""
+        return OBJECTIVES[self.name].configure(beta=self.beta, **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "beta") and (value := getattr(self, field.name)) != field.default
+        }
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Options of a loss on pairs; those that belong to other losses are refused."""
+
+    name: Literal[PAIR_LOSSES] = "dpo"
+    """Which loss; docs/losses.md has their formulas."""
+    beta: float = 0.1
+    """Temperature of the KL regularisation, or what scales the contrast of a loss without reference."""
+    label_smoothing: Annotated[float | None, given_as("EPS", "the loss's own")] = None
+    """Probability that a preference is the wrong way round."""
+    penalty: Annotated[float | None, given_as("LAMBDA", "the loss's own")] = None
+    """dpop: what it costs that the chosen answer becomes less likely."""
+    shift: Annotated[float | None, given_as("DELTA", "the loss's own")] = None
+    """bco: the reward between good and bad answers."""
+    tau: Annotated[float | None, given_as("TAU", "the loss's own")] = None
+    """discopop: how sharply its two parts are blended."""
+    alpha: Annotated[float | None, given_as("ALPHA", "the loss's own")] = None
+    """cpo: weight of the chosen answer's likelihood."""
+    margin: Annotated[float | None, given_as("GAMMA", "the loss's own")] = None
+    """simpo: how far the chosen answer should lead."""
+
+    def __post_init__(self):
+        _positive(self.beta)
+        _refuse_others(self.name, self._given())
+        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
+        if self.name == "exo" and self.label_smoothing == 0:
+            raise ValueError("label_smoothing must be positive with the loss exo")
+        if self.tau is not None and not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be positive and finite, not {self.tau}")
+
+    def configured(self) -> Objective:
+        """The objective with these options."""
+        return OBJECTIVES[self.name].configure(**self._given())
+
+    def _given(self) -> dict[str, float]:
+        values = dataclasses.asdict(self)
+        del values["name"]
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse_others(loss: str, given: Iterable[str]) -> None:
+    known = OBJECTIVES[loss].options
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name} is no option of the loss {loss}, which takes {_list(known)}")
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _positive(beta: float) -> None:
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}")
