@@ -16,6 +16,7 @@ from shiq_jax.objectives.preference import (
     robust_loss,
     sppo_hard_loss,
 )
+from shiq_jax.objectives.q_learning import cql_loss, ilql_loss, mc_returns_loss, soft_q_loss
 from shiq_jax.objectives.reference_free import cpo_loss, orpo_loss, simpo_loss
 from shiq_jax.objectives.registry import OBJECTIVES
 from shiq_jax.objectives.regressions import a_star_po_loss, copg_loss, group_mean_loss, rebel_loss, vargrad_loss
@@ -41,6 +42,7 @@ __all__ = [
     "bellman_residuals",
     "copg_loss",
     "cpo_loss",
+    "cql_loss",
     "discopop_loss",
     "divergence_score",
     "dpo_loss",
@@ -49,9 +51,11 @@ __all__ = [
     "exo_loss",
     "group_mean_loss",
     "hinge_loss",
+    "ilql_loss",
     "ipo_loss",
     "kto_loss",
     "length_desensitised",
+    "mc_returns_loss",
     "nca_loss",
     "orpo_loss",
     "rebel_loss",
@@ -59,6 +63,7 @@ __all__ = [
     "sft_loss",
     "shiq_loss",
     "simpo_loss",
+    "soft_q_loss",
     "sppo_hard_loss",
     "squared_residuals",
     "token_stats",

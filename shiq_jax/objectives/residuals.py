@@ -138,7 +138,7 @@ def bellman_residuals(
     before = state_values(policy, reference, mask, beta=beta, value=value, values=values)
     beyond = jnp.zeros((), soft_rewards.dtype) if bootstrap is None else widened(bootstrap)
     if horizon in ("multi", "trajectory"):
-        targets = _suffix_sum(soft_rewards, beyond, mask, gamma)
+        targets = suffix_sum(soft_rewards, beyond, mask, gamma)
     else:
         targets = _backups(soft_rewards, before, beyond, mask, gamma, 1 if horizon == "one" else n)
     if gradient == "semi":
@@ -187,7 +187,9 @@ def state_values(
     return beta * lse
 
 
-def _suffix_sum(x, beyond, mask, gamma) -> Float[Array, " T"]:
+def suffix_sum(
+    x: Float[Array, " T"], beyond: Float[Array, ""], mask: Bool[Array, " T"], gamma: ArrayLike
+) -> Float[Array, " T"]:
     """S_t = x_t + gamma S_{t+1} over actions, from `beyond` after the last; carried unchanged over the rest."""
     if isinstance(gamma, Real) and gamma == 1:
         return lax.cumsum(x, reverse=True) + beyond
@@ -198,13 +200,15 @@ def _backups(x, values, beyond, mask, gamma, n: int) -> Float[Array, " T"]:
     """The n-step target as n Bellman backups, values <- x + gamma values(next action); no large sums cancel."""
 
     def backup(values):
-        return x + gamma * _next_action(values, beyond, mask)
+        return x + gamma * next_action(values, beyond, mask)
 
     # A sequence of T positions is at its end after T steps. The first backup gives the loop's carry its type.
     return lax.fori_loop(1, min(n, mask.shape[0]), lambda _, targets: backup(targets), backup(values))
 
 
-def _next_action(y, beyond, mask) -> Float[Array, " T"]:
+def next_action(
+    y: Float[Array, " T"], beyond: Float[Array, ""], mask: Bool[Array, " T"]
+) -> Float[Array, " T"]:
     """y of the next action after each position, `beyond` after the last; y is read at actions only."""
     from_here = _reverse_affine(jnp.where(mask, 0, 1).astype(y.dtype), jnp.where(mask, y, 0), beyond)
     return jnp.append(from_here[1:], beyond.astype(y.dtype))
