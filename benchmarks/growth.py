@@ -17,7 +17,10 @@ from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
-SMALL = DecoderConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, max_positions=8192)
+SMALL = DecoderConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, max_positions=8192
+)
+
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """The slope of a straight line through log(cost) over log(size)."""

@@ -57,7 +57,6 @@ def main(model: str, work: str, remat: str, microbatches: str, objective: str) -
         )
         rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
         state = init_state(decoder, params, rule, key=jax.random.key(0))
-        del params
         update = make_update(decoder, chosen, rule, microbatches=int(microbatches))
         ready = [batches(number) for number in range(len(steps))]
         executed = [flops.executed(update, state, step.batch) for step in ready]

@@ -1,4 +1,4 @@
-"""Our update step and sampler against TRL, tunix and transformers, and against the machine: `python -m benchmarks.throughput`.
+"""Our update step and sampler against TRL, tunix, transformers and the machine: `python -m benchmarks.throughput`.
 
 Same weights (SmolLM2-135M), same data, float32, one process for each contestant, which take turns step by step; numbers
 are ratios of medians. Peers are installed into environments of their own below `--peers`.
@@ -158,9 +158,7 @@ class Measured:
         trials = {key: value["trial"]["peak_bytes"] for key, value in note.items() if "trial" in value}
         if not trials:
             return [Row(f"memory_vs_{peer}", None, "x") for peer in ("leanest_peer", "peer_defaults")]
-        mine = {
-            key.split(" against ")[0]: value["peak_bytes"] for key, value in note.items() if " against " in key
-        }
+        mine = {key.split(" against ")[0]: value["peak_bytes"] for key, value in note.items() if " against " in key}
         leanest = min(trials, key=trials.get)
         defaults = min((key for key in trials if key.endswith("defaults")), key=trials.get)
         found = []

@@ -200,7 +200,8 @@ class Seed:
                     prompts_per_batch=scale.prompts, prompts_in_flight=scale.prompts_in_flight,
                     sampling=Sampling(max_tokens=scale.max_tokens),
                 ),
-                loss=RewardLoss(beta=0.5, position_weight="inv_position"), optimizer=Optimizer(learning_rate=RATE), **shared,
+                loss=RewardLoss(beta=0.5, position_weight="inv_position"),
+                optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         buffer = self.root / "shiq" / "buffer"
         if name == "dpo":

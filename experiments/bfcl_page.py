@@ -151,8 +151,8 @@ once). {buffers}.
 {costs}
 
 The learning rate, one for all, and ShiQ's loss options come from a handful of trials on questions of another category,
-none of which moved accuracy by more than luck would: nobody's options were searched for. `python -m experiments.bfcl_tuning` tries
-more of them.
+none of which moved accuracy by more than luck would: nobody's options were searched for.
+`python -m experiments.bfcl_tuning` tries more of them.
 
     pip install -e '.[fetch]' && python -m shiq_jax.data.fetch
     python -m experiments.bfcl{option}

@@ -132,7 +132,12 @@ def bandit(steps: int = 20_000) -> dict[str, dict[str, float]]:
             "value": beta * float(jax.nn.logsumexp(logits) - jax.nn.logsumexp(reference)),
         }
     kl = float(np.sum(best * (np.log(best) - log_reference)))
-    found["optimum"] = {"error": 0.0, "kl": kl, "worth": float(best @ r) - beta * kl, "value": float(best @ r) - beta * kl}
+    found["optimum"] = {
+        "error": 0.0,
+        "kl": kl,
+        "worth": float(best @ r) - beta * kl,
+        "value": float(best @ r) - beta * kl,
+    }
     return found
 
 
@@ -236,7 +241,7 @@ REPLIES = {
 
 
 def replies(seeds: Sequence[int], steps: int = 8000) -> dict:
-    """What is lost against the optimum where a user answers at random, by horizon and gradient; the losses are exact."""
+    """What is lost against the optimum where a user answers at random, by horizon and gradient; losses are exact."""
     found = {name: [] for name in REPLIES}
     for seed in seeds:
         draw, beta = np.random.default_rng(40 + seed), 0.5
@@ -255,10 +260,14 @@ def replies(seeds: Sequence[int], steps: int = 8000) -> dict:
         def loss(tables, options, chance=chance, a=a, b=b, rows=rows, reference=(first, second), gains=gains):
             tokens = np.stack([a, b], axis=1)
             tables = (tables[0][None], tables[1])
-            statistics = [token_stats_from_logits(rows(x), tokens) for x in (tables, (reference[0][None], reference[1]))]
+            statistics = [
+                token_stats_from_logits(rows(x), tokens) for x in (tables, (reference[0][None], reference[1]))
+            ]
 
             def one(policy, reference, gains):
-                return jnp.sum(bellman_residuals(policy, reference, gains, jnp.ones(2, bool), beta=beta, **options) ** 2)
+                return jnp.sum(
+                    bellman_residuals(policy, reference, gains, jnp.ones(2, bool), beta=beta, **options) ** 2
+                )
 
             return jnp.sum(chance * jax.vmap(one)(*statistics, gains))
 

@@ -43,7 +43,9 @@ def draw(numbers: dict, path: Path) -> None:
 
     bars = panels[0, 2]
     means = {name: np.mean(runs) for name, runs in numbers["replies"].items()}
-    bars.barh(range(len(means)), list(means.values()), color=["tab:green" if "semi" in n else "tab:gray" for n in means])
+    bars.barh(
+        range(len(means)), list(means.values()), color=["tab:green" if "semi" in n else "tab:gray" for n in means]
+    )
     for place, runs in enumerate(numbers["replies"].values()):
         bars.plot(runs, np.full(len(runs), place), "|", color="black", markersize=5)
     bars.set_yticks(range(len(means)), list(means), fontsize=8)
@@ -95,38 +97,38 @@ def render(numbers: dict) -> str:
     python -m experiments.synthetic
 
 computes everything on this page in some minutes: problems small enough for their optimum to be known exactly (backward
-recursion in float64), rewards and references drawn at random, {seeds} seeds. Lines are medians, bands reach from the smallest
-to the largest seed. `tests/experiments/test_synthetic.py` asserts what is said here. All numbers:
+recursion in float64), rewards and references drawn at random, {seeds} seeds. Lines are medians, bands reach from the
+smallest to the largest seed. `tests/experiments/test_synthetic.py` asserts what is said here. All numbers:
 [synthetic.json](synthetic.json).
 
 ![Six panels](synthetic.png)
 
-- **A, B. Several steps carry a reward to the beginning; one step passes it on one action at a time.** Trees of 4 tokens and
-  at most 3 actions, plain gradient descent on all trajectories. After {steps[-1]} steps the multi-step residual's error of the
-  first state's value is {low:.0f} to {high:.0f} times smaller than the one-step residual's, with rewards at the end only and with
-  rewards everywhere. Without the shift it is as fast from a start that is often worse: the shift is not about speed.
+- **A, B. Several steps carry a reward to the beginning; one step passes it on one action at a time.** Trees of 4 tokens
+  and at most 3 actions, plain gradient descent on all trajectories. After {steps[-1]} steps the multi-step residual's
+  error of the first state's value is {low:.0f} to {high:.0f} times smaller than the one-step residual's, with rewards
+  at the end only and with rewards everywhere. Without the shift it is as fast: the shift is not about speed.
 - **C. Where replies are random, differentiate what is known.** Two actions with a random reply between. With the
-  semi-gradient (`--loss.gradient semi`) the optimum is found; the full gradient of a squared residual is biased, and what
-  it finds is worth less.
+  semi-gradient (`--loss.gradient semi`) the optimum is found; the full gradient of a squared residual is biased, and
+  what it finds is worth less.
 - **D. What was never seen is not learnt.** Trained to the end on so many trajectories that the reference sampled, the
   distance to the optimum's worth falls with their number. With few of them the unshifted loss does the most harm.
-- **E. Several steps are sooner right at every length.** Final rewards, longer and longer trees of 3 tokens, plain descent with
-  the same rate for both, {numbers["length"]["most"]:,} steps at most. That their advantage grows with the length does not
-  show: it does up to four actions, and beyond that both often need more steps than were made.
-- **F. The shift is what keeps a model in place when there is nothing to learn.** All rewards zero, logits linear in a few
-  features that states share, plain descent: with the shift nothing moves beyond rounding (which Adam, blind to scale, can
-  blow up to steps of its usual size); without it the policy leaves the reference.
+- **E. Several steps are sooner right at every length.** Final rewards, longer and longer trees of 3 tokens, plain
+  descent with the same rate for both, {numbers["length"]["most"]:,} steps at most. Their advantage grows with the
+  length up to four actions only; beyond that both often need more steps than were made.
+- **F. The shift is what keeps a model in place when there is nothing to learn.** All rewards zero, logits linear in a
+  few features that states share, plain descent: with the shift nothing moves beyond rounding (which Adam, blind to
+  scale, can blow up to steps of its usual size); without it the policy leaves the reference.
 
 ## One action
 
-A bandit of five arms (rewards 1, 1/2, 0, -1/2, -1), beta 1/2, data of a behaviour policy (.4, .3, .15, .1, .05) that is far from
-the optimum; 20,000 steps of Adam from the reference on the exact loss.
+A bandit of five arms (rewards 1, 1/2, 0, -1/2, -1), beta 1/2, data of a behaviour policy (.4, .3, .15, .1, .05) that is
+far from the optimum; 20,000 steps of Adam from the reference on the exact loss.
 
 | objective | largest error of the policy | KL to the reference | worth: reward less beta KL | value of the state |
 |---|---|---|---|---|
 {arms}
 
-ShiQ, its form without the shift, CoPG, and DPO on labels of the right probability find the optimum whatever the behaviour;
-what only says which of two is better (hard labels) or ignores who sampled (mean reward as value, policy gradient without
-weights) does not. DPO on hard labels never stops: its KL grows as long as it is trained.
+ShiQ, its form without the shift, CoPG, and DPO on labels of the right probability find the optimum whatever the
+behaviour; what only says which of two is better (hard labels) or ignores who sampled (mean reward as value, policy
+gradient without weights) does not. DPO on hard labels never stops: its KL grows as long as it is trained.
 """

@@ -234,7 +234,9 @@ def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys
     from shiq_jax.training.losses import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
 
     assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).configured().unit == "pair" for name in PAIR_LOSSES)
-    assert len(REWARD_LOSSES) > 5 and all("rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES)
+    assert len(REWARD_LOSSES) > 5 and all(
+        "rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES
+    )
     assert RewardLoss(horizon="n_step", n=3).configured().loss.keywords == {"beta": 0.1, "horizon": "n_step", "n": 3}
     assert PairLoss(name="dpop", penalty=2.0).configured().loss.keywords == {"beta": 0.1, "penalty": 2.0}
     for arguments, words in (

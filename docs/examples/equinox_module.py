@@ -1,6 +1,6 @@
 """A loss without reference, SimPO, on an Equinox module (`pip install equinox`).
 
-    python docs/examples/equinox_module.py
+python docs/examples/equinox_module.py
 """
 
 import equinox as eqx

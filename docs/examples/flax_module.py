@@ -1,6 +1,6 @@
 """DPO on a Flax NNX module, with the statistics kernel that never holds the logits of a sequence.
 
-    python docs/examples/flax_module.py
+python docs/examples/flax_module.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """ShiQ on a model that is nothing but arrays and a function: a table of logits, one row per token before.
 
-    python docs/examples/plain_jax.py
+python docs/examples/plain_jax.py
 """
 
 import jax

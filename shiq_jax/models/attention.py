@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from shiq_jax.models.blockwise import attend
 from shiq_jax.models.visibility import Visibility

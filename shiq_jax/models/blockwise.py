@@ -26,7 +26,9 @@ SAVED = "attention"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attend(q, k, v, visibility: Visibility, scale: float, aligned: bool) -> Float[Array, "rows groups together queries head_dim"]:
+def attend(
+    q, k, v, visibility: Visibility, scale: float, aligned: bool
+) -> Float[Array, "rows groups together queries head_dim"]:
     """softmax(scale * q k^T) v over the visible keys, in the dtype of `v`, the softmax in float32 at least.
 
     aligned: query i and key i stand at the same index, so that no query sees a key behind its own; it stands apart from
@@ -54,7 +56,13 @@ def _backward(scale: float, aligned: bool, kept, cotangent):
     length, size = q.shape[3], _size(q.shape[3])
     precise = jnp.promote_types(q.dtype, jnp.float32)
     delta = jnp.sum(cotangent.astype(precise) * out.astype(precise), axis=-1, keepdims=True)
-    blocks_of = (_cut(q, size), _cut(cotangent.astype(v.dtype), size), _cut(delta, size), lse, *_marks(visibility, size))
+    blocks_of = (
+        _cut(q, size),
+        _cut(cotangent.astype(v.dtype), size),
+        _cut(delta, size),
+        lse,
+        *_marks(visibility, size),
+    )
     dq, dk, dv = [], jnp.zeros(k.shape, precise), jnp.zeros(v.shape, precise)
     for blocks, keys in _levels(len(lse), size, k.shape[2], aligned):
         block = functools.partial(_block_gradient, k[:, :, :keys], v[:, :, :keys], _keys(visibility, keys), scale)

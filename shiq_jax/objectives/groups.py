@@ -15,8 +15,8 @@ from shiq_jax.objectives.types import Example, LossOut, Objective
 def groupwise(loss: Callable[..., Array]) -> Objective:
     """The objective on groups of a loss `(logratios [K], returns [K], real [K], *, beta, ...) -> [K]`.
 
-    Its keyword parameters become the objective's options, beta at 0.1 by default. Weight: the sequences with at least one
-    action. Metrics per sequence: `logratio` and `return`.
+    Its keyword parameters become the objective's options, beta at 0.1 by default. Weight: the sequences with at least
+    one action. Metrics per sequence: `logratio` and `return`.
     """
     options = [
         each.replace(default=BETA) if each.name == "beta" else each

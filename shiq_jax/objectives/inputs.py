@@ -48,9 +48,7 @@ def same_shape(**arrays: ArrayLike) -> None:
     """Raises ValueError, naming both, unless two arrays have one shape."""
     (one, x), (other, y) = arrays.items()
     if jnp.shape(x) != jnp.shape(y):
-        raise ValueError(
-            f"{one} has shape {jnp.shape(x)} but {other} has shape {jnp.shape(y)}; give both the same."
-        )
+        raise ValueError(f"{one} has shape {jnp.shape(x)} but {other} has shape {jnp.shape(y)}; give both the same.")
 
 
 def sequence_length(action_mask: ArrayLike) -> int:

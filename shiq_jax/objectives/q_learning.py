@@ -1,14 +1,14 @@
 """Q-learning baselines: heads that estimate Q and V of tokens, trained on stored sequences.
 
-A Q head is described like a policy, by two floats per token: the `TokenStats` of its row Q(s, .) at the token a that was
-taken, so that Q(s, a) = logp + lse and -logp is the cross-entropy of softmax(Q(s, .)) at a, which keeps Q low where no
+A Q head is described like a policy, by two floats per token: the `TokenStats` of its row Q(s, .) at the token a that
+was taken, so that Q(s, a) = logp + lse and -logp is the cross-entropy of softmax(Q(s, .)) at a, which keeps Q low where no
 data are. No array over the vocabulary is needed, and memory is linear in the number of tokens.
 
 All losses take one sequence [T] and return the sum over its actions; the published losses average over the actions of a
 batch. Arguments that all of them share:
 
-  rewards: [T], for emitting each token; action_mask: [T], true where the model chose the token. What follows an action is
-    the next action, however many other tokens lie between, and nothing after the last, or `bootstrap`, its value.
+  rewards: [T], for emitting each token; action_mask: [T], true where the model chose the token. What follows an action
+    is the next action, however many other tokens lie between, and nothing after the last, or `bootstrap`, its value.
   gamma: discount in (0, 1]. alpha: weight of the cross-entropy.
 
 Computed in fp32 (fp64 for fp64). ValueErrors while tracing name shapes that disagree and Python numbers out of range.
@@ -38,7 +38,7 @@ def ilql_loss(
     alpha: ArrayLike = 0.01,
     bootstrap: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Implicit language Q-learning: two Q heads towards r + gamma V(s'), V towards an expectile of the smaller target Q.
+    """Implicit language Q-learning: Q heads towards r + gamma V(s'), V towards an expectile of the smaller target Q.
 
         sum_i (Q_i - r - gamma V')^2 / 2 + |tau - 1[q < V]| (V - q)^2 / 2 - alpha sum_i logp_i,   q = min of target Q_i
 

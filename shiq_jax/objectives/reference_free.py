@@ -59,7 +59,9 @@ def orpo_loss(
     """Average negative log-likelihood of the chosen completion, less beta log s of the log of the odds' ratio.
 
     The odds are p / (1 - p) of p = exp(average log-probability per action), the average at most -1e-6. beta is the
-    paper's lambda. The likelihood is that of the completion; TRL's takes the prompt in. Source: ORPO (arXiv 2403.07691).
+    paper's lambda. The likelihood is that of the completion; TRL's takes the prompt in.
+
+    Source: ORPO (arXiv 2403.07691).
     """
     averages = _averages(chosen_logp, rejected_logp, chosen_length, rejected_length)
     check_positive("beta", beta)

@@ -39,8 +39,17 @@ def shiq(
 
     def one_sequence(policy, reference, rewards, action_mask, bootstrap):
         residuals = bellman_residuals(
-            policy, reference, rewards, action_mask, beta=beta, gamma=gamma, horizon=horizon, n=n, value=value,
-            bootstrap=bootstrap, gradient=gradient,
+            policy,
+            reference,
+            rewards,
+            action_mask,
+            beta=beta,
+            gamma=gamma,
+            horizon=horizon,
+            n=n,
+            value=value,
+            bootstrap=bootstrap,
+            gradient=gradient,
         )
         loss = squared_residuals(residuals, action_mask, normalisation=normalisation, position_weight=position_weight)
         mask = as_mask(action_mask)
@@ -61,8 +70,10 @@ def shiq(
 
 
 def reval(example: Example, *, beta: ArrayLike = 0.1) -> LossOut:
-    """ReVal on each sequence: (lse - lse_ref at the first action + lr - R / beta)^2, the square of ShiQ's first residual
-    over beta^2. Weight and metrics as `shiq`. Source: arXiv 2603.23355."""
+    """ReVal on each sequence: (lse - lse_ref at the first action + lr - R / beta)^2.
+
+    That is the square of ShiQ's first residual over beta^2. Weight and metrics as `shiq`. Source: arXiv 2603.23355.
+    """
     out = shiq(example, beta=beta, horizon="trajectory")
     return out._replace(value=out.value / beta**2)
 
@@ -70,7 +81,8 @@ def reval(example: Example, *, beta: ArrayLike = 0.1) -> LossOut:
 def tbrm(example: Example, *, beta: ArrayLike = 0.1) -> LossOut:
     """TBRM on each sequence: `reval` without the shift, (lse at the first action + lr - R / beta)^2.
 
-    Weight and metrics as `shiq`. Source: arXiv 2505.15311."""
+    Weight and metrics as `shiq`. Source: arXiv 2505.15311.
+    """
     out = shiq(example, beta=beta, horizon="trajectory", value="lse")
     return out._replace(value=out.value / beta**2)
 

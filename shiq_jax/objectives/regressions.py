@@ -1,9 +1,9 @@
-"""Regressions of whole sequences on their reward: at the optimum of reward less beta KL, R - beta lr = V for every answer.
+"""Regressions of whole sequences on their reward: where reward less beta KL is largest, R - beta lr = V for all answers.
 
-`lr` is the log-ratio to the reference and `R` the reward, both summed over the actions of one answer; `V` depends on the
-prompt alone, and the methods differ in what stands for it. All answers, rewards and masks of one prompt are passed as
-arrays of one shape; the last axis runs over the answers. All compute in fp32 (fp64 for fp64), and raise ValueError while
-tracing for shapes that disagree and Python numbers out of range.
+`lr` is the log-ratio to the reference and `R` the reward, both summed over the actions of one answer; `V` depends on
+the prompt alone, and the methods differ in what stands for it. All answers, rewards and masks of one prompt are passed
+as arrays of one shape; the last axis runs over the answers. All compute in fp32 (fp64 for fp64), and raise ValueError
+while tracing for shapes that disagree and Python numbers out of range.
 """
 
 import jax
@@ -71,9 +71,9 @@ def copg_loss(
     *,
     beta: ArrayLike,
 ) -> Float[Array, "..."]:
-    """-d (lr - lr') of two answers to one prompt, d = (R - beta lr / 2) - (R' - beta lr' / 2), all of it differentiated.
+    """-d (lr - lr') of two answers to one prompt, with d = (R - beta lr / 2) - (R' - beta lr' / 2).
 
-    Its gradient is that of (1 / 2 beta) times the square of the pair's residual, (R - beta lr) - (R' - beta lr'): V is
+    All of it is differentiated. Its gradient is that of (1 / 2 beta) times the square of the pair's residual, (R - beta lr) - (R' - beta lr'): V is
     the same for both and cancels.
 
     Source: contrastive policy gradient (arXiv 2406.19185).

@@ -206,9 +206,7 @@ def _backups(x, values, beyond, mask, gamma, n: int) -> Float[Array, " T"]:
     return lax.fori_loop(1, min(n, mask.shape[0]), lambda _, targets: backup(targets), backup(values))
 
 
-def next_action(
-    y: Float[Array, " T"], beyond: Float[Array, ""], mask: Bool[Array, " T"]
-) -> Float[Array, " T"]:
+def next_action(y: Float[Array, " T"], beyond: Float[Array, ""], mask: Bool[Array, " T"]) -> Float[Array, " T"]:
     """y of the next action after each position, `beyond` after the last; y is read at actions only."""
     from_here = _reverse_affine(jnp.where(mask, 0, 1).astype(y.dtype), jnp.where(mask, y, 0), beyond)
     return jnp.append(from_here[1:], beyond.astype(y.dtype))

@@ -1,7 +1,7 @@
 """AOT: alignment by optimal transport. Pairs are compared not one by one but as distributions, by sorting (2406.05882).
 
-In one dimension the optimal plan between two samples pairs the k-th smallest of one with the k-th smallest of the other,
-so that a loss needs of the whole batch only each example's partner, which `Couple` brings without gradient.
+In one dimension the optimal plan between two samples pairs the k-th smallest of one with the k-th smallest of the
+other, so that a loss needs of the whole batch only each example's partner, which `Couple` brings without gradient.
 """
 
 import jax
@@ -44,7 +44,9 @@ def aot_unpaired_loss(
     """
     options = {"beta": beta, "label_smoothing": label_smoothing}
     against_rejected, against_chosen = coupled
-    both = dpo_loss(chosen_logratio, against_rejected, **options) + dpo_loss(against_chosen, rejected_logratio, **options)
+    both = dpo_loss(chosen_logratio, against_rejected, **options) + dpo_loss(
+        against_chosen, rejected_logratio, **options
+    )
     return both - jax.lax.stop_gradient(both) / 2
 
 
@@ -63,9 +65,7 @@ def _real(sums) -> Array:
     return (sums["chosen_length"] > 0) & (sums["rejected_length"] > 0)
 
 
-def partners(
-    values: Float[Array, " B"], others: Float[Array, " B"], counted: Float[Array, " B"]
-) -> Float[Array, " B"]:
+def partners(values: Float[Array, " B"], others: Float[Array, " B"], counted: Float[Array, " B"]) -> Float[Array, " B"]:
     """For each value that counts, the one of `others` that has its rank among those that count."""
     order = jnp.argsort(jnp.where(counted > 0, values, jnp.inf))
     rank = jnp.argsort(order)

@@ -9,7 +9,7 @@ from shiq_jax.objectives.types import TokenStats
 
 
 def wpo_weight(policy: TokenStats, action_mask: Bool[Array, " T"]) -> Float[Array, ""]:
-    """How likely the policy itself is to write a completion: exp of the mean over actions of log pi - log sum_a pi(a)^2.
+    """How likely the policy is to write a completion: exp of the mean over actions of log pi - log sum_a pi(a)^2.
 
     A pair's loss is multiplied by the weights of both completions, which carry no gradient.
 

@@ -82,9 +82,7 @@ class Sampler:
         found = dict(self.stream(params, prompts, key, first))
         return [found[number] for number in range(len(prompts))]
 
-    def stream(
-        self, params, prompts: Sequence[Sequence[int]], key, first: int = 0
-    ) -> Iterator[tuple[int, list[dict]]]:
+    def stream(self, params, prompts: Sequence[Sequence[int]], key, first: int = 0) -> Iterator[tuple[int, list[dict]]]:
         """(index of a prompt, its completions) as prompts are finished; otherwise as `__call__`."""
         for number, prompt in enumerate(prompts, first):
             self._check(number, len(prompt))

@@ -105,9 +105,7 @@ class Engine:
 
     def _advance(self, params, state: Lanes, idle: Int[Array, ""]) -> Lanes:
         """The state after as many steps as it takes until `idle` rows have nothing to draw."""
-        return jax.lax.while_loop(
-            lambda state: jnp.sum(~self._busy(state)) < idle, partial(self._step, params), state
-        )
+        return jax.lax.while_loop(lambda state: jnp.sum(~self._busy(state)) < idle, partial(self._step, params), state)
 
     def _step(self, params, state: Lanes) -> Lanes:
         """One token more in every lane that draws."""

@@ -83,6 +83,8 @@ def test_the_numbers_can_be_made_again():
     with jax.enable_x64(True):
         anew = synthetic.rewards([0])["sparse"]["multi-step"][0]
         bandit = synthetic.bandit(steps=300)
-    np.testing.assert_allclose(anew["value"], NUMBERS["rewards"]["sparse"]["multi-step"][0]["value"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        anew["value"], NUMBERS["rewards"]["sparse"]["multi-step"][0]["value"], rtol=1e-6, atol=1e-9
+    )
     # On the way already, after few steps.
     assert bandit["ShiQ"]["error"] < 0.3 and bandit.keys() == NUMBERS["bandit"].keys()

@@ -1,9 +1,9 @@
-"""Writes what TRL's trainers say of log-probabilities that are given to them: `trl_preferences.json` beside this script.
+"""Writes what TRL's trainers say of log-probabilities that they are given: `trl_preferences.json` beside this script.
 
     python tests/goldens/make_trl_preferences.py
 
-wants trl==1.16.0, transformers==5.23.0 and torch==2.13.0, in an environment of its own; the tests read the file and need
-none of them. The trainers' own methods compute losses and gradients, in float64; a stand-in for a model hands them
+wants trl==1.16.0, transformers==5.23.0 and torch==2.13.0, in an environment of its own; the tests read the file and
+need none of them. The trainers' own methods compute losses and gradients, in float64; a stand-in for a model hands them
 log-probabilities per token, and the gradient is taken to these. Not asked for: "sigmoid" with label smoothing, which
 TRL of today ignores (`make_trl_dpo.py` has it another way).
 """

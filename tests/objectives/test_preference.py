@@ -111,7 +111,7 @@ def test_odds_near_certainty_stay_finite():
 
 
 def test_ipo_and_sppo_are_squared_residuals(x64):
-    """A pair's residual at a reward difference of one half, and single residuals at rewards of plus and minus one half."""
+    """A pair's residual at a reward difference of one half, and single ones at rewards of plus and minus one half."""
     random, beta = np.random.default_rng(3), 0.7
     policy, reference = (TokenStats(*random.normal(size=(2, 2, 5))) for _ in "pr")
     mask = np.ones(5, bool)
@@ -131,11 +131,20 @@ def test_ipo_and_sppo_are_squared_residuals(x64):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: preference.exo_loss(0.0, 0.0, beta=0.1, label_smoothing=0.0), "label_smoothing is 0.0 but must be a pos"),
+        (
+            lambda: preference.exo_loss(0.0, 0.0, beta=0.1, label_smoothing=0.0),
+            "label_smoothing is 0.0 but must be a pos",
+        ),
         (lambda: preference.discopop_loss(0.0, 0.0, beta=0.1, tau=0.0), "tau is 0.0"),
-        (lambda: preference.hinge_loss(np.zeros(2), np.zeros(3), beta=0.1), r"chosen_logratio has shape \(2,\) but rej"),
+        (
+            lambda: preference.hinge_loss(np.zeros(2), np.zeros(3), beta=0.1),
+            r"chosen_logratio has shape \(2,\) but rej",
+        ),
         (lambda: preference.divergence_score(0.0, kind="kl"), "kind is 'kl' but must be one of 'reverse_kl'"),
-        (lambda: unpaired.kto_loss(np.zeros(2), np.ones(3), kl=0.0, beta=0.1), r"logratio has shape \(2,\) but desirable"),
+        (
+            lambda: unpaired.kto_loss(np.zeros(2), np.ones(3), kl=0.0, beta=0.1),
+            r"logratio has shape \(2,\) but desirable",
+        ),
         (lambda: reference_free.simpo_loss(0.0, 0.0, 1, 1, beta=0.0), "beta is 0.0"),
     ],
 )

@@ -88,7 +88,9 @@ def test_soft_q_is_its_formula(data):
     total, kinds = 0.0, set()
     for t in ACTIONS:
         after = following(t)
-        error = abs(data["rewards"][t] + (lse[after] if after is not None else 0) - data["heads"][0, t, data["tokens"][t]])
+        error = abs(
+            data["rewards"][t] + (lse[after] if after is not None else 0) - data["heads"][0, t, data["tokens"][t]]
+        )
         total += error**2 / 2 if error <= 1.5 else 1.5 * (error - 0.75)
         kinds.add(error <= 1.5)
     assert kinds == {True, False}
@@ -139,7 +141,9 @@ def test_what_masked_tokens_hold_does_not_matter(data):
 
 def test_the_largest_array_is_one_float_per_token():
     ones = TokenStats(jnp.ones(512), jnp.ones(512))
-    program = jax.make_jaxpr(jax.grad(lambda v: q_learning.ilql_loss((ones, ones), v, (ones, ones), v, v > 0)))(ones.lse)
+    program = jax.make_jaxpr(jax.grad(lambda v: q_learning.ilql_loss((ones, ones), v, (ones, ones), v, v > 0)))(
+        ones.lse
+    )
     assert max(variable.aval.size for equation in program.eqns for variable in equation.outvars) <= 2 * 512
 
 

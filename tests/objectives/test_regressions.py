@@ -132,7 +132,9 @@ def test_the_optimal_policy_of_a_bandit_is_a_minimum(name, x64):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_group_without_answers_is_nothing(name):
-    found = jax.value_and_grad(lambda x: METHODS[name](x, jnp.ones(3), jnp.zeros(3, bool), beta=BETA).sum())(jnp.ones(3))
+    found = jax.value_and_grad(lambda x: METHODS[name](x, jnp.ones(3), jnp.zeros(3, bool), beta=BETA).sum())(
+        jnp.ones(3)
+    )
     assert found[0] == 0 and not np.any(found[1])
 
 
