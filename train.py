@@ -38,7 +38,7 @@ from shiq_jax.training.optimizers import Optimizer
 
 @dataclass(frozen=True)
 class Shiq(Job):
-    """Q-learning on the logits, or another loss on scored answers: sample, score, keep, learn offline."""
+    """Q-learning on the logits, or another loss on scored answers; learns offline."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
@@ -47,7 +47,7 @@ class Shiq(Job):
 
 @dataclass(frozen=True)
 class Dpo(Job):
-    """Direct preference optimisation or another loss on pairs, given or the best and worst of our samples."""
+    """Direct preference optimisation, or another loss on pairs of answers."""
 
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"

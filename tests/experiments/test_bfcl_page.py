@@ -90,7 +90,7 @@ def test_no_question_is_both_learned_from_and_measured(tmp_path):
             name: [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
             for name in ("held_out", "demonstrations", "prompts")
         }
-        assert [len(parts[name]) for name in parts] == [200, 60, 128]
+        assert [len(parts[name]) for name in parts] == [200, 60, 96]
         identifiers = [row["id"] for rows in parts.values() for row in rows]
         assert len(set(identifiers)) == len(identifiers)
         functions = {
