@@ -18,7 +18,7 @@ from experiments import interruption
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
 from shiq_jax.replay.locks import exclusive
-from shiq_jax.training import evaluation, filling, passes, stopping
+from shiq_jax.training import evaluation, filling, passes, reference, stopping
 from shiq_jax.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ STOPS = {
         (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
         (passes, "_check", at_update("update", 1), "stopped at update 1 of 6"),
         (passes, "_check", at_update("update", 3), "stopped at update 3 of 6"),
-        (evaluation, "statistics_of", lambda *_: True, "stopped at update 3 of 6"),
+        (reference, "statistics_of", lambda *_, **__: True, "stopped at update 3 of 6"),
     ],
     "data": [(passes, "_check", at_update("update", 2), "stopped at update 2 of")],
 }
