@@ -93,17 +93,16 @@ def records_of(number: int, group: dict) -> list[Record]:
 
 def _needed(config, batch) -> float:
     """Operations of the tokens and actions that are there, by the interval rule."""
-    real = np.asarray(batch.intervals)
+    intervals, gather = np.asarray(batch.intervals), np.asarray(batch.gather)
     tokens = attended = 0
-    for enter, exit_ in zip(real[..., 0], real[..., 1]):
-        # Padding has an interval that no sequence has, at the end of the row.
-        kept = len(enter) - int(np.argmax(enter[::-1] != enter[-1])) if len(set(enter)) > 1 else len(enter)
+    for enter, exit_, sequences in zip(intervals[..., 0], intervals[..., 1], (gather >= 0).any(-1).sum((1, 2))):
+        # Sequences of a row are numbered from 0, and padding enters after the last of them.
+        kept = int((enter < sequences).sum())
         tokens += kept
         query = enter[:kept]
         sees = (enter[None, :kept] <= query[:, None]) & (query[:, None] < exit_[None, :kept])
         attended += int(np.tril(sees).sum())
-    actions = np.asarray(batch.gather)
-    distinct = sum(len(set(row[row >= 0].tolist())) for row in actions.reshape(actions.shape[0], -1))
+    distinct = sum(len(set(row[row >= 0].tolist())) for row in gather.reshape(len(gather), -1))
     return flops.needed(config, tokens, distinct, attended)
 
 
