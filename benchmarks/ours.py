@@ -65,12 +65,14 @@ def main(model: str, work: str, remat: str, microbatches: str, objective: str) -
             for _ in range(2):
                 state, _ = update(state, step.batch)
         jax.block_until_ready(state)
-        turns = itertools.cycle(ready)
+        turns = itertools.cycle(enumerate(ready))
 
-        def one() -> None:
+        def one() -> dict:
             nonlocal state
-            state, metrics = update(state, next(turns).batch)
-            jax.block_until_ready(metrics)
+            number, step = next(turns)
+            state, metrics = update(state, step.batch)
+            jax.block_until_ready((state, metrics))
+            return {"step": number}
 
         serving.serve(
             one, annotation_seconds=annotation, executed_flops=float(np.median(executed)),

@@ -16,14 +16,14 @@ import transformers
 import trl
 from datasets import Dataset
 
-WARM_UP = 2
+WARM_UP = 1
 
 
 class Turns(transformers.TrainerCallback):
-    """Two steps to warm up, then each step when it is asked for."""
+    """A step to warm up, then each step when it is asked for."""
 
-    def __init__(self):
-        self._begun, self._at = 0, 0.0
+    def __init__(self, steps: int):
+        self._steps, self._begun, self._at = steps, 0, 0.0
 
     def on_step_begin(self, *_, **__):
         self._begun += 1
@@ -35,7 +35,8 @@ class Turns(transformers.TrainerCallback):
 
     def on_step_end(self, *_, **__):
         if self._begun > WARM_UP:
-            found = {"seconds": time.perf_counter() - self._at, "peak_bytes": serving.peak_bytes()}
+            seconds, number = time.perf_counter() - self._at, (self._begun - 1) % self._steps
+            found = {"seconds": seconds, "peak_bytes": serving.peak_bytes(), "step": number}
             print("step " + json.dumps(found), flush=True)
 
 
@@ -74,7 +75,7 @@ def main(model: str, work: str, precompute: str, checkpointing: str, micro: str)
         Trainer(
             model=load(), ref_model=None if precompute == "yes" else load(), args=settings,
             train_dataset=Dataset.from_list(pairs),
-            processing_class=transformers.AutoTokenizer.from_pretrained(model), callbacks=[Turns()],
+            processing_class=transformers.AutoTokenizer.from_pretrained(model), callbacks=[Turns(len(steps))],
         ).train()  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def _turns(policy, steps, micro: int):
             yield _input(step[start : start + micro], widths[0], answers)
         jax.block_until_ready(nnx.state(policy))
         if number >= WARM_UP:
-            found = {"seconds": time.perf_counter() - began, "peak_bytes": serving.peak_bytes()}
+            seconds = time.perf_counter() - began
+            found = {"seconds": seconds, "peak_bytes": serving.peak_bytes(), "step": number % len(steps)}
             print("step " + json.dumps(found), flush=True)
 
 

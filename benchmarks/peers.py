@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +18,14 @@ class Peer(NamedTuple):
         name: of the library.
         requirements: what pip installs; exact versions, so that numbers can be made again.
         program: a file of this directory that serves its steps.
-        settings: by name, the arguments of its own choice; `{pairs}` stands for the pairs of a step.
-        defaults: the name of the setting that its users get without asking.
+        modes: by name, the program's arguments before the pairs that are computed at once.
+        defaults: the mode that its users get without asking.
     """
 
     name: str
     requirements: tuple[str, ...]
     program: str
-    settings: dict[str, tuple[str, ...]]
+    modes: dict[str, tuple[str, ...]]
     defaults: str
 
     def install(self, directory: Path) -> Path:
@@ -44,10 +44,27 @@ class Peer(NamedTuple):
         """What starts its worker."""
         return [str(self.install(directory)), str(HERE / self.program), *arguments]
 
+    def settings(self, at_once: Sequence[int], pairs: int) -> Iterator[Setting]:
+        """All modes, with so many pairs of a step of `pairs` at once; the defaults take the whole step."""
+        for mode in self.modes:
+            for size in dict.fromkeys(min(size, pairs) for size in at_once):
+                yield Setting(self, mode, size)
 
-def micro(setting: Sequence[str], pairs: int) -> list[str]:
-    """A setting's arguments for steps of so many pairs."""
-    return [str(pairs) if argument == "{pairs}" else argument for argument in setting]
+
+class Setting(NamedTuple):
+    """A peer with its own choices."""
+
+    peer: Peer
+    mode: str
+    at_once: int
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The program's, after the model and the work."""
+        return (*self.peer.modes[self.mode], str(self.at_once))
+
+    def __str__(self) -> str:
+        return f"{self.peer.name}, {self.mode}, {self.at_once} pair{'s' if self.at_once > 1 else ''} at once"
 
 
 _TORCH = ("torch==2.13.0", "transformers==5.23.0")
@@ -55,25 +72,16 @@ _TORCH = ("torch==2.13.0", "transformers==5.23.0")
 TRL = Peer(
     "trl", ("trl==1.16.0", *_TORCH), "peer_trl.py",
     {
-        # Reference beforehand or not, checkpointing or not, pairs of a forward pass.
-        "precomputed": ("yes", "no", "{pairs}"),
-        "precomputed, one pair at a time": ("yes", "no", "1"),
-        "precomputed, checkpointing": ("yes", "yes", "{pairs}"),
-        "precomputed, checkpointing, one pair at a time": ("yes", "yes", "1"),
-        "defaults": ("no", "yes", "{pairs}"),
+        # The reference's log-probabilities beforehand or not, gradient checkpointing or not.
+        "reference beforehand": ("yes", "no"),
+        "reference beforehand, checkpointing": ("yes", "yes"),
+        "defaults": ("no", "yes"),
     },
     "defaults",
 )  # fmt: skip
 
 TUNIX = Peer(
-    "tunix", ("google-tunix==0.1.7",), "peer_tunix.py",
-    {
-        # What is computed again, pairs of a forward pass.
-        "defaults": ("none", "{pairs}"),
-        "one pair at a time": ("none", "1"),
-        "remat decoder": ("decoder", "{pairs}"),
-        "remat decoder, one pair at a time": ("decoder", "1"),
-    },
+    "tunix", ("google-tunix==0.1.7",), "peer_tunix.py", {"defaults": ("none",), "remat decoder": ("decoder",)},
     "defaults",
 )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,16 +44,16 @@ class Row(NamedTuple):
 
 
 def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
-    """`{"device", "rows": [{"name", "value", "unit", "goal", "met", "note"}], ...}`; numbers that are none are null."""
-    entries = [
-        {
-            "name": row.name, "value": None if row.value is None or math.isnan(row.value) else row.value,
-            "unit": row.unit, "goal": row.goal, "met": row.met, "note": row.note,
-        }
-        for row in rows
-    ]  # fmt: skip
+    """`{"device", "rows": [{"name", "value", "unit", "goal", "at_most", "note", "met"}], ...}`."""
+    entries = [row._asdict() | {"met": row.met} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"device": report.machine(), "rows": entries, **more}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The rows of a file by name; none when it is not there."""
+    entries = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {entry["name"]: Row(**{field: entry[field] for field in Row._fields}) for entry in entries}
 
 
 def show(title: str, rows: Sequence[Row], printing: Callable[[str], None] = print) -> None:

@@ -17,24 +17,23 @@ import statistics
 import sys
 from pathlib import Path
 
-import jax
 import tyro
 
-from benchmarks import flops, growth, rows, works
-from benchmarks.peers import TRANSFORMERS, TRL, TUNIX, Peer, micro, quiet
+from benchmarks import flops, growth, rows
+from benchmarks.contest import OURS, Contest
+from benchmarks.peers import TRANSFORMERS, quiet
 from benchmarks.rows import Row
-from benchmarks.workers import Worker, WorkerError, median, take_turns
+from benchmarks.workers import Worker, seconds_per_step, take_turns
+from benchmarks.works import WORKS
 from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
 
-# Rematerialisation and microbatches. The goals count for `ours`; the others show what can be had at either end.
-SETTINGS = {"ours": ("dots", "1"), "fastest": ("none", "1"), "leanest": ("full", "2")}
-
-TRAINING = {
-    "pairs": ("pairs", 1.5, 2.0),
-    "bfcl_pairs": ("bfcl_pairs", 2.5, None),
-    "bfcl_groups_k8": ("bfcl_groups_k8", 5.0, None),
-    "groups_k16_long": ("groups_k16_long", 10.0, None),
+# By work: the goal against the best setting of any peer, and against the faster peer as it comes.
+GOALS = {
+    "pairs": (1.5, 2.0),
+    "bfcl_pairs": (2.5, None),
+    "bfcl_groups_k8": (5.0, None),
+    "groups_k16_long": (10.0, None),
 }
 MACHINE = ("flops", "sampling", "growth")
 GPU_ROWS = (
@@ -51,10 +50,10 @@ class Options:
     """Where the rows go; rows that it holds and that are not measured now stay."""
     quick: bool = False
     """Our side only, few steps."""
-    only: tuple[str, ...] = (*TRAINING, *MACHINE)
+    only: tuple[str, ...] = (*GOALS, *MACHINE)
     """Which parts."""
-    steps: int = 5
-    """Steps of each contestant that are timed."""
+    repeats: int = 5
+    """How often each step is timed; the longer works take two."""
     peers: Path = Path("runs/peers")
     """Where the peers are installed."""
     runs: Path = Path("runs/throughput")
@@ -65,13 +64,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
-    measured = Measured(options)
-    parts = {name: (lambda name=name: measured.training(name)) for name in TRAINING}
-    parts |= {"flops": measured.flops, "sampling": measured.sampling, "growth": measured.growth}
-    found: dict[str, Row] = read(options.json)
+    measured, found = Measured(options), rows.read(options.json)
     for part in options.only:
         print(f"measuring {part}", file=sys.stderr)
-        found |= {row.name: row for row in parts[part]()}
+        new = measured.training(part) if part in GOALS else getattr(measured, part)()
+        found |= {row.name: row for row in new}
         found |= {name: Row(name, None, "") for name in GPU_ROWS if name not in found}
         rows.write_json(options.json, list(found.values()), details=measured.details)
     rows.show("throughput", list(found.values()))
@@ -84,114 +81,59 @@ class Measured:
 
     def __init__(self, options: Options):
         self.options, self.model = options, str(fetch.smollm2())
-        self.steps = 2 if options.quick else options.steps
+        self.repeats = 2 if options.quick else options.repeats
         earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
         self.details: dict = earlier.get("details", {})
 
     def training(self, name: str) -> list[Row]:
-        """One row of the table: ours against the best and, in the first row, against the defaults of the peers."""
-        _, goal, goal_defaults = TRAINING[name]
-        work = works.WORKS[name]
-        path = self.options.runs / f"{name}.json"
-        works.write(work, path)
+        """A work's rows: speed against the best setting of any peer and, where there is such a goal, against the
+        peers as they come; peak memory there, too."""
+        goal, goal_defaults = GOALS[name]
+        contest = self._contest(name)
         note = self.details[name] = {}
-        if self.options.quick:
-            with self._ours(name, path, "ours") as ours:
-                note["ours"] = ours.ready() | {"seconds": median([ours.step() for _ in range(self.steps)])}
-            return self._training_rows(name, goal, goal_defaults, {})
-        trials = {}
-        for peer in (TRL, TUNIX):
-            for setting, arguments in peer.settings.items():
-                try:
-                    with self._peer(name, path, peer, setting, micro(arguments, work.pairs)) as worker:
-                        worker.ready()
-                        trials[peer.name, setting] = worker.step()
-                except WorkerError as error:
-                    note[f"{peer.name}, {setting}"] = {"failed": str(error)}
-                    continue
-                note[f"{peer.name}, {setting}"] = {"trial": trials[peer.name, setting]}
-        against = {"best": min(trials, key=lambda key: trials[key]["seconds"])}
-        if goal_defaults:
-            # The fastest of the peers, each as it comes.
-            as_they_come = [key for key in trials if key[1] == {"trl": TRL, "tunix": TUNIX}[key[0]].defaults]
-            against["defaults"] = min(as_they_come, key=lambda key: trials[key]["seconds"])
-        ratios = {}
-        for role, (peer_name, setting) in against.items():
-            peer = {"trl": TRL, "tunix": TUNIX}[peer_name]
-            chosen = SETTINGS if goal_defaults or role == "best" else {"ours": SETTINGS["ours"]}
-            for ours_name in chosen:
-                with (
-                    self._ours(name, path, ours_name) as ours,
-                    self._peer(name, path, peer, setting, micro(peer.settings[setting], work.pairs)) as worker,
-                ):
-                    about = ours.ready()
-                    worker.ready()
-                    turns = take_turns([ours, worker], self.steps)
-                mine, theirs = turns[ours.name], turns[worker.name]
-                cost = median(mine) + about["annotation_seconds"]
-                ratios[role, ours_name] = median(theirs) / cost
-                note[f"{ours_name} against {peer_name}, {setting}"] = {
-                    **about, "seconds": median(mine), "with_annotation": cost, "peer_seconds": median(theirs),
-                    "peak_bytes": mine[-1]["peak_bytes"], "peer_peak_bytes": theirs[-1]["peak_bytes"],
-                    "all": turns,
-                }  # fmt: skip
-        note["ratios"] = {f"{role}, {ours}": value for (role, ours), value in ratios.items()}
-        note["against"] = {role: ", ".join(key) for role, key in against.items()}
-        return self._training_rows(name, goal, goal_defaults, ratios)
-
-    def _training_rows(self, name: str, goal: float, goal_defaults: float | None, ratios: dict) -> list[Row]:
-        against, found = self.details[name].get("against", {}), []
-        roles = {"best": (f"{name}_vs_best_peer", goal)}
-        if goal_defaults:
-            roles["defaults"] = (f"{name}_vs_peer_defaults", goal_defaults)
-        for role, (row, target) in roles.items():
-            found.append(Row(row, ratios.get((role, "ours")), "x", target, note=against.get(role, "")))
-            for setting in ("fastest", "leanest"):
-                if (role, setting) in ratios:
-                    note = f"{_setting(setting)}; {against[role]}"
-                    found.append(Row(f"{row}_{setting}", ratios[role, setting], "x", note=note))
-        return found + (self._memory_rows(name) if goal_defaults else [])
-
-    def _memory_rows(self, name: str) -> list[Row]:
-        """Peak resident memory of the whole process, from the same runs."""
-        note = self.details[name]
-        trials = {key: value["trial"]["peak_bytes"] for key, value in note.items() if "trial" in value}
-        if not trials:
-            return [Row(f"memory_vs_{peer}", None, "x") for peer in ("leanest_peer", "peer_defaults")]
-        mine = {key.split(" against ")[0]: value["peak_bytes"] for key, value in note.items() if " against " in key}
-        leanest = min(trials, key=trials.get)
-        defaults = min((key for key in trials if key.endswith("defaults")), key=trials.get)
+        opponents = dict.fromkeys([f"{name}_vs_best_peer"] + [f"{name}_vs_peer_defaults"] * bool(goal_defaults))
+        tried = {}
+        if not self.options.quick:
+            tried = contest.tried()
+            note["tried"] = {str(setting): step for setting, step in tried.items()}
+            tried = {setting: step for setting, step in tried.items() if "seconds" in step}
+            candidates = [tried, {setting: tried[setting] for setting in tried if _as_it_comes(setting)}]
+            for row, some in zip(opponents, candidates):
+                opponents[row] = min(some, key=lambda setting: some[setting]["seconds"])
         found = []
-        for row, other, goal in (("leanest_peer", leanest, 0.65), ("peer_defaults", defaults, 0.5)):
-            text = lambda size: f"{size / 1e9:.1f} GB"  # noqa: E731
-            note_of = lambda setting: f"{text(mine[setting])}; {other}: {text(trials[other])}"  # noqa: B023,E731
-            found.append(Row(f"memory_vs_{row}", mine["ours"] / trials[other], "x", goal, True, note_of("ours")))
-            found += [
-                Row(f"memory_vs_{row}_{setting}", mine[setting] / trials[other], "x", None, True, note_of(setting))
-                for setting in ("fastest", "leanest")
-            ]
+        for (row, opponent), target in zip(opponents.items(), (goal, goal_defaults)):
+            repeats = self.repeats if name == "pairs" else min(2, self.repeats)
+            key = str(opponent or "alone")
+            if key not in note:
+                note[key] = contest.measured(OURS, opponent, repeats)
+            found += _speed_rows(row, target, note[key], opponent, contest)
+        if goal_defaults:
+            peaks = {setting: step["peak_bytes"] for setting, step in tried.items()}
+            found += _memory_rows(note[key], peaks, contest)
         return found
 
     def flops(self) -> list[Row]:
-        """Floating-point operations per second in the first row's work, as parts of the best matrix product here."""
-        path = self.options.runs / "pairs.json"
-        works.write(works.WORKS["pairs"], path)
-        note = self.details["flops"] = {}
-        found = {}
-        for setting in SETTINGS:
-            with self._ours("pairs", path, setting) as ours:
-                about, rates, steps = ours.ready(), [], []
-                for _ in range(self.steps):
+        """Floating-point operations per second in the first work, as parts of the best matrix product here."""
+        contest, note = self._contest("pairs"), {}
+        for setting in OURS:
+            with contest.ours(setting) as ours:
+                rates, steps = [], []
+                for _ in range(self.repeats):
                     rates.append(flops.matmul_peak())
                     steps.append(ours.step())
-            peak, seconds = statistics.median(rates), median(steps)
-            found[setting] = {kind: about[f"{kind}_flops"] / seconds / peak for kind in ("executed", "needed")}
-            note[setting] = about | {"seconds": seconds, "matmul_peak": peak} | found[setting]
-        at = lambda setting: f"{_setting(setting)}, {note[setting]['matmul_peak'] / 1e9:.0f} GFLOP/s at most"  # noqa: E731
+            peak, seconds = statistics.median(rates), seconds_per_step(steps)
+            note[setting] = ours.about | {"seconds": seconds, "matmul_peak": peak}
+        self.details["flops"] = note
+
+        def row(name: str, kind: str, setting: str, goal: float) -> Row:
+            about = note[setting]
+            fraction = about[f"{kind}_flops"] / about["seconds"] / about["matmul_peak"]
+            return Row(name, fraction, "", goal, note=f"{_own(contest, setting)}; peak {about['matmul_peak'] / 1e9:.0f} GFLOP/s")
+
         return [
-            Row("executed_flops_fraction", found["ours"]["executed"], "", 0.8, note=at("ours")),
-            Row("needed_flops_fraction_lean", found["leanest"]["needed"], "", 0.6, note=at("leanest")),
-            Row("needed_flops_fraction_fast", found["fastest"]["needed"], "", 0.75, note=at("fastest")),
+            row("executed_flops_fraction", "executed", "ours", 0.8),
+            row("needed_flops_fraction_lean", "needed", "leanest", 0.6),
+            row("needed_flops_fraction_fast", "needed", "fastest", 0.75),
         ]
 
     def sampling(self) -> list[Row]:
@@ -201,23 +143,23 @@ class Measured:
         path = self.options.runs / "prompts.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asked))
-        arguments = [self.model, str(path), "8", "64", str(tokenizer.eos_token_id)]
+        arguments = [self.model, str(path.absolute()), "8", "64", str(tokenizer.eos_token_id)]
+        commands = {"ours": [sys.executable, "-m", "benchmarks.ours_sampling", *arguments]}
+        if not self.options.quick:
+            commands["transformers"] = TRANSFORMERS.command(self.options.peers, arguments)
         log = self.options.runs / "logs"
         with contextlib.ExitStack() as stack:
-            command = [sys.executable, "-m", "benchmarks.ours_sampling", *arguments]
-            workers = [stack.enter_context(Worker("ours", command, log / "sampling-ours.log", quiet()))]
-            if not self.options.quick:
-                command = TRANSFORMERS.command(self.options.peers, arguments)
-                workers.append(stack.enter_context(Worker("peer", command, log / "sampling-peer.log", quiet())))
-            for worker in workers:
-                worker.ready()
-            turns = take_turns(workers, self.steps)
+            workers = [
+                stack.enter_context(Worker(name, command, log / f"sampling-{name}.log", quiet()))
+                for name, command in commands.items()
+            ]
+            turns = take_turns(workers, self.repeats)
         rates = {
             name: statistics.median(step["tokens"] / step["seconds"] for step in taken) for name, taken in turns.items()
         }
-        self.details["sampling"] = {"tokens_per_second": rates, "all": turns}
-        ratio = rates["ours"] / rates["peer"] if "peer" in rates else None
-        note = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items())
+        self.details["sampling"] = {"tokens_per_second": rates, "turns": turns}
+        ratio = None if self.options.quick else rates["ours"] / rates["transformers"]
+        note = ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items())
         return [Row("sampling_vs_transformers", ratio, "x", 5.0, note=note)]
 
     def growth(self) -> list[Row]:
@@ -233,35 +175,56 @@ class Measured:
             found.append(Row(name, slope, "", goal, at_most=True, note="exponent"))
         return found
 
-    def _ours(self, name: str, work: Path, setting: str) -> Worker:
-        objective = "dpo" if works.WORKS[name].answers == 2 else "shiq"
-        arguments = [self.model, str(work), *SETTINGS[setting], objective]
-        command = [sys.executable, "-m", "benchmarks.ours", *arguments]
-        return Worker("ours", command, self.options.runs / "logs" / f"{name}-{setting}.log", quiet())
-
-    def _peer(self, name: str, work: Path, peer: Peer, setting: str, arguments: list[str]) -> Worker:
-        command = peer.command(self.options.peers, [self.model, str(work.absolute()), *arguments])
-        log = self.options.runs / "logs" / f"{name}-{peer.name}-{setting.replace(' ', '_')}.log"
-        return Worker(peer.name, command, log, quiet())
+    def _contest(self, name: str) -> Contest:
+        return Contest(WORKS[name], self.model, self.options.runs, self.options.peers)
 
 
-def _setting(name: str) -> str:
-    remat, microbatches = SETTINGS[name]
-    return f"remat {remat}, {microbatches} microbatch{'es' if microbatches != '1' else ''}"
+def _speed_rows(name: str, goal: float | None, measured: dict, opponent, contest: Contest) -> list[Row]:
+    """The peer's seconds over ours, which are charged with the reference's statistics; one row per setting of ours."""
+    found = []
+    for setting in OURS:
+        about = measured[setting]
+        cost = about["seconds"] + about["about"]["annotation_seconds"]
+        ratio = None if opponent is None else measured["peer"]["seconds"] / cost
+        note = f"{_own(contest, setting)}: {cost:.2f} s"
+        if opponent is not None:
+            note += f"; {opponent}: {measured['peer']['seconds']:.1f} s"
+        found.append(Row(_row(name, setting), ratio, "x", goal if setting == "ours" else None, note=note))
+    return found
 
 
-def read(path: Path) -> dict[str, Row]:
-    """The rows of a file by name; none when it is not there."""
-    if not path.exists():
-        return {}
-    directions = {"growth_", "memory_"}
-    return {
-        row["name"]: Row(
-            row["name"], row["value"], row["unit"], row["goal"], any(map(row["name"].startswith, directions)),
-            row["note"],
-        )
-        for row in json.loads(path.read_text())["rows"]
-    }  # fmt: skip
+def _memory_rows(measured: dict, theirs: dict, contest: Contest) -> list[Row]:
+    """The most resident memory of our process over that of a peer's; one row per setting of ours."""
+    others = {
+        "memory_vs_leanest_peer": (theirs, 0.65),
+        "memory_vs_peer_defaults": ({key: theirs[key] for key in theirs if _as_it_comes(key)}, 0.5),
+    }
+    found = []
+    for name, (some, goal) in others.items():
+        other = min(some, key=some.get, default=None)
+        for setting in OURS:
+            mine = measured[setting]["peak_bytes"]
+            ratio = None if other is None else mine / some[other]
+            note = f"{_own(contest, setting)}: {mine / 1e9:.2f} GB"
+            if other is not None:
+                note += f"; {other}: {some[other] / 1e9:.2f} GB"
+            target = goal if setting == "ours" else None
+            found.append(Row(_row(name, setting), ratio, "x", target, at_most=True, note=note))
+    return found
+
+
+def _as_it_comes(setting) -> bool:
+    """A peer's own defaults, with the whole step of the first work at once."""
+    return setting.mode == setting.peer.defaults and setting.at_once == WORKS["pairs"].pairs
+
+
+def _row(name: str, setting: str) -> str:
+    return name if setting == "ours" else f"{name}_{setting}"
+
+
+def _own(contest: Contest, setting: str) -> str:
+    remat, microbatches = contest.own(setting)
+    return f"remat {remat}, {microbatches} microbatch{'es' if microbatches != 1 else ''}"
 
 
 def replace_table(page: Path, table: str) -> None:
@@ -273,5 +236,4 @@ def replace_table(page: Path, table: str) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", None)
     main(tyro.cli(Options, description=__doc__))

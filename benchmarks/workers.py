@@ -1,16 +1,19 @@
 """Processes that each hold one contestant, warmed up, and are asked for one step at a time, in turns.
 
 A worker is a program that, once it is warm, writes a line `ready {...}` and then answers each line `step` with a line
-`step {"seconds": ..., "peak_bytes": ...}`. So contestants that live in environments of their own take turns, and what
-disturbs the machine disturbs them all; a worker that waits costs nothing but its memory.
+`step {"seconds": ..., "peak_bytes": ..., "step": ...}`, the last being which of the work's steps it was. So contestants
+that live in environments of their own take turns, and what disturbs the machine disturbs them all; a worker that waits
+costs nothing but its memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +24,38 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One contestant; use it as a context."""
+    """One contestant; a context, entered when it is warm.
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None):
+    Args:
+        name: what to call it.
+        command: what starts it.
+        log: where its chatter goes.
+        env: more of its environment.
+        memory: bytes that it may have; a program that asks for more fails, and the machine does not suffer.
+
+    Attributes:
+        about: what it says of itself, once it is warm.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, memory: int | None = None
+    ):
         self.name, self.log = name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._errors = open(log, "w")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env={**os.environ, **(env or {})},
-        )  # fmt: skip
+        self._command, self._env, self._memory = command, {**os.environ, **(env or {})}, memory
+        self.about: dict[str, Any] = {}
 
     def __enter__(self) -> Worker:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._errors = open(self.log, "w")
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env=self._env, preexec_fn=self._limit,
+        )  # fmt: skip
+        try:
+            self.about = self._answer("ready")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,15 +63,18 @@ class Worker:
         self._process.wait()
         self._errors.close()
 
-    def ready(self) -> dict[str, Any]:
-        """Waits until it is warm; what it says of itself."""
-        return self._answer("ready")
-
     def step(self) -> dict[str, Any]:
         """One step: `seconds`, and `peak_bytes`, the most memory that was resident so far."""
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
         return self._answer("step")
+
+    def _limit(self) -> None:
+        if self._memory is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (self._memory, self._memory))
 
     def _answer(self, kind: str) -> dict[str, Any]:
         for line in self._process.stdout:
@@ -68,6 +94,9 @@ def take_turns(workers: Sequence[Worker], steps: int) -> dict[str, list[dict[str
     return found
 
 
-def median(steps: Sequence[Mapping[str, float]]) -> float:
-    """Median seconds of some steps."""
-    return statistics.median(step["seconds"] for step in steps)
+def seconds_per_step(steps: Sequence[Mapping[str, Any]]) -> float:
+    """The mean over the work's steps of the median over the times that each was taken."""
+    times = defaultdict(list)
+    for step in steps:
+        times[step.get("step", 0)].append(step["seconds"])
+    return statistics.mean(map(statistics.median, times.values()))

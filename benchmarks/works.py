@@ -17,39 +17,55 @@ import numpy as np
 from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
 
-STEPS = 6
-
 
 class Work(NamedTuple):
-    """One row's work: how many groups make a step, and how many pairs that is for a peer."""
+    """One row's work.
+
+    Attributes:
+        name: of the row.
+        groups: of a step.
+        answers: of a group.
+        steps: unlike ones; where all are of one length, one is as good as many.
+        tried: groups and answers of the step on which a peer's settings are tried, where a whole one takes minutes.
+        at_once: pairs that a peer computes at once, each tried; more of the longer ones do not fit 24 GB.
+    """
 
     name: str
     groups: int
     answers: int
+    steps: int
+    tried: tuple[int, int]
+    at_once: tuple[int, ...]
 
     @property
     def pairs(self) -> int:
         """Pairs of a step."""
         return self.groups * self.answers // 2
 
+    @property
+    def trial(self) -> Work:
+        """The smaller work on which settings are tried."""
+        groups, answers = self.tried
+        return self._replace(groups=groups, answers=answers, steps=1)
+
 
 WORKS = {
     work.name: work
     for work in (
-        Work("pairs", 2, 2),
-        Work("bfcl_pairs", 8, 2),
-        Work("bfcl_groups_k8", 4, 8),
-        Work("groups_k16_long", 1, 16),
+        Work("pairs", 2, 2, steps=1, tried=(2, 2), at_once=(2, 1)),
+        Work("bfcl_pairs", 8, 2, steps=3, tried=(2, 2), at_once=(2, 1)),
+        Work("bfcl_groups_k8", 4, 8, steps=2, tried=(1, 4), at_once=(1,)),
+        Work("groups_k16_long", 1, 16, steps=1, tried=(1, 2), at_once=(1,)),
     )
 }
 
 
-def write(work: Work, path: Path, steps: int = STEPS, seed: int = 0) -> None:
+def write(work: Work, path: Path, seed: int = 0) -> None:
     """The work's steps as JSON: a list of steps, each a list of groups."""
     makers = {"pairs": _fixed(64, 192), "groups_k16_long": _fixed(1600, 50)}
     groups = makers.get(work.name, _bfcl)(work, np.random.default_rng(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [list(itertools.islice(groups, work.groups)) for _ in range(steps)]
+    chosen = [list(itertools.islice(groups, work.groups)) for _ in range(work.steps)]
     path.write_text(json.dumps(chosen))
 
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from shiq_jax.models.blockwise import attend
+from shiq_jax.models.flash import flash
 from shiq_jax.models.visibility import Visibility
+from shiq_jax.sharding import partition_spec
 
 
 def attention(
@@ -17,18 +21,20 @@ def attention(
     *,
     scale: float,
     engine: str = "xla",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "rows queries heads head_dim"]:
     """softmax(scale * q k^T) v over the visible keys, the softmax in float32; the result has the dtype of `v`.
 
     Query head h reads key-value head `h // (heads / kv_heads)`; keys are not repeated in memory. The result of a query
-    that sees no key is finite and means nothing. engine: one of `ENGINES`. Raises ValueError for any other.
+    that sees no key is finite and means nothing. engine: one of `ENGINES`; raises ValueError for any other. mesh: where
+    the arrays lie, for engines that the compiler cannot cut into parts by itself.
     """
     if engine not in ENGINES:
         raise ValueError(f"attention engine {engine!r} is unknown; the engines are {', '.join(ENGINES)}")
-    return ENGINES[engine](q, k, v, visibility, scale)
+    return ENGINES[engine](q, k, v, visibility, scale, mesh)
 
 
-def _xla(q, k, v, visibility: Visibility, scale: float):
+def _xla(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
     """`blockwise.attend`, heads first."""
     rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
@@ -36,6 +42,23 @@ def _xla(q, k, v, visibility: Visibility, scale: float):
     k, v = (each.transpose(0, 2, 1, 3) for each in (k, v))
     mixed = attend(q, k, v, visibility._replace(aligned=None), scale, visibility.aligned)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
+
+
+def _flash(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
+    """`flash.flash`, heads first, on every device its own rows and heads."""
+    rows, aligned = len(q), visibility.aligned
+    q, k, v = (each.transpose(0, 2, 1, 3) for each in (q, k, v))
+    marks = tuple(jnp.broadcast_to(mark, (rows, mark.shape[1])) for mark in visibility[:5])
+
+    def local(q, k, v, *marks):
+        return flash(q, k, v, Visibility(*marks), scale, aligned)
+
+    if mesh is not None and mesh.size > 1:
+        # A device has the heads of its own groups; groups that cannot be dealt out are everywhere, and so their heads.
+        own = partition_spec(mesh, ("rows", "kv_heads", None, None), k.shape)
+        of_marks = (PartitionSpec(own[0]),) * 5
+        local = jax.shard_map(local, mesh=mesh, in_specs=(own, own, own, *of_marks), out_specs=own, check_vma=False)
+    return local(q, k, v, *marks).transpose(0, 2, 1, 3)
 
 
 def branching(
@@ -85,4 +108,4 @@ def branching(
     return (mixed / total).astype(q.dtype).reshape(rows, branches, heads, head_dim)
 
 
-ENGINES: Mapping[str, Callable] = {"xla": _xla}
+ENGINES: Mapping[str, Callable] = {"xla": _xla, "flash": _flash}

@@ -134,7 +134,8 @@ class Decoder(nnx.Module):
         return self.norm(x), branches
 
     def _attention(self, settings: Settings) -> Callable:
-        return functools.partial(attention, scale=self.config.head_dim**-0.5, engine=settings.engine)
+        scale = self.config.head_dim**-0.5
+        return functools.partial(attention, scale=scale, engine=settings.engine, mesh=settings.mesh)
 
     def _rotation(self, positions):
         return rope.rotation(positions, rope.frequencies(self.config))

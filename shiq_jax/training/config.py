@@ -93,6 +93,8 @@ class Precision:
     """Arithmetic of the model's layers; parameters, statistics and losses are float32 always."""
     remat: Literal["none", "full", "dots"] = "none"
     """What is recomputed in the backward pass instead of stored."""
+    attention: Literal["xla", "flash"] = "xla"
+    """The engine: plain XLA, or a kernel for GPU and TPU that has been compiled for both and not yet timed on either."""
 
 
 @dataclass(frozen=True)

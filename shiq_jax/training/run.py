@@ -54,7 +54,10 @@ class Run:
             Refusal: they cannot be had, or are not those that the run has used before.
         """
         options = self.job.precision
-        model, params = load_hf(source, mesh=self.mesh, compute_dtype=jnp.dtype(options.compute), remat=options.remat)
+        model, params = load_hf(
+            source, mesh=self.mesh, compute_dtype=jnp.dtype(options.compute), remat=options.remat,
+            engine=options.attention,
+        )  # fmt: skip
         role = "model" if str(source) == str(self.task.model) else "reference"
         self.directory.keep_weights(role, fingerprint(params), source)
         return model, params

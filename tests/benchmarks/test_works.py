@@ -6,27 +6,36 @@ import pytest
 
 from benchmarks import works
 from benchmarks.ours import records_of
-from benchmarks.peers import TRL, TUNIX, micro
+from benchmarks.peers import TRL, TUNIX
 
 
 @pytest.mark.parametrize(("name", "prompt", "answer"), [("pairs", 64, 192), ("groups_k16_long", 1600, 50)])
 def test_fixed_work_has_its_lengths(tmp_path, name, prompt, answer):
-    work = works.WORKS[name]
-    works.write(work, path := tmp_path / "deep" / "work.json", steps=2)
+    work = works.WORKS[name]._replace(steps=2)
+    works.write(work, path := tmp_path / "deep" / "work.json")
     steps = json.loads(path.read_text())
     assert len(steps) == 2 and all(len(step) == work.groups for step in steps)
     for group in sum(steps, []):
         assert len(group["prompt"]) == prompt and [len(each) for each in group["answers"]] == [answer] * work.answers
-    works.write(work, again := tmp_path / "again.json", steps=2)
+    works.write(work, again := tmp_path / "again.json")
     assert again.read_text() == path.read_text()
 
 
 def test_peers_get_the_pairs_that_the_groups_hold():
     pairs = {name: work.pairs for name, work in works.WORKS.items()}
     assert pairs == {"pairs": 2, "bfcl_pairs": 8, "bfcl_groups_k8": 16, "groups_k16_long": 8}
-    assert micro(TRL.settings["precomputed"], 16) == ["yes", "no", "16"]
-    assert micro(TUNIX.settings["remat decoder, one pair at a time"], 16) == ["decoder", "1"]
-    assert all(peer.defaults in peer.settings for peer in (TRL, TUNIX))
+    for work in works.WORKS.values():
+        assert work.trial.pairs <= work.pairs and work.pairs % max(work.at_once) == 0
+
+
+@pytest.mark.parametrize("peer", [TRL, TUNIX])
+def test_a_peer_competes_in_every_mode_and_no_setting_twice(peer):
+    found = list(peer.settings((2, 1), 2))
+    assert {(setting.mode, setting.at_once) for setting in found} == {(m, n) for m in peer.modes for n in (1, 2)}
+    assert peer.defaults in peer.modes
+    # Two at once of a single pair is one.
+    assert len(list(peer.settings((2, 1), 1))) == len(peer.modes)
+    assert found[0].arguments[-1] == "2" and str(found[0]).startswith(peer.name)
 
 
 def test_a_group_becomes_records_with_the_better_answers_first():

@@ -1,0 +1,84 @@
+"""Our update step and the peers' on one work: each peer's settings are tried, and then ours and theirs take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import works
+from benchmarks.peers import TRL, TUNIX, Setting, quiet
+from benchmarks.workers import Worker, WorkerError, seconds_per_step, take_turns
+from benchmarks.works import Work
+
+# Rematerialisation and microbatches. The goals count for `ours`; the others show what can be had at either end.
+OURS = {"ours": ("dots", 1), "fastest": ("none", 1), "leanest": ("full", 2)}
+
+# What a peer's process may take of the machine's memory.
+MEMORY = 20 * 10**9
+
+
+class Contest:
+    """Processes for one work.
+
+    Args:
+        work: what is trained on.
+        model: a Hugging Face directory.
+        runs: where the work and the logs are written.
+        peers: where the peers are installed.
+    """
+
+    def __init__(self, work: Work, model: str, runs: Path, peers: Path):
+        self.work, self._model, self._runs, self._peers = work, model, runs, peers
+        self._path, self._trial = runs / f"{work.name}.json", runs / f"{work.name}-trial.json"
+        works.write(work, self._path)
+        works.write(work.trial, self._trial)
+
+    def tried(self) -> dict[Setting, dict]:
+        """One warm step of every setting of every peer, on the smaller work; what failed has `failed` instead."""
+        found = {}
+        for peer in (TRL, TUNIX):
+            for setting in peer.settings(self.work.at_once, self.work.trial.pairs):
+                try:
+                    with self._theirs(setting, self._trial) as worker:
+                        found[setting] = worker.step()
+                except WorkerError as error:
+                    found[setting] = {"failed": str(error)}
+                print(f"  {setting}: {found[setting]}", file=sys.stderr)
+        return found
+
+    def measured(self, ours: Iterable[str], theirs: Setting | None, repeats: int) -> dict[str, dict]:
+        """What ours in several settings and a peer found in turns: `about`, `turns`, `seconds` and `peak_bytes`."""
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(self.ours(setting)) for setting in ours]
+            if theirs is not None:
+                workers.append(stack.enter_context(self._theirs(theirs, self._path)))
+            turns = take_turns(workers, repeats * self.work.steps)
+        return {
+            worker.name: {
+                "about": worker.about,
+                "seconds": seconds_per_step(turns[worker.name]),
+                "peak_bytes": turns[worker.name][-1]["peak_bytes"],
+                "turns": turns[worker.name],
+            }
+            for worker in workers
+        }
+
+    def own(self, setting: str) -> tuple[str, int]:
+        """Our rematerialisation and microbatches; a single group is not halved."""
+        remat, microbatches = OURS[setting]
+        return remat, min(microbatches, self.work.groups)
+
+    def ours(self, setting: str) -> Worker:
+        """Our worker, not started."""
+        objective = "dpo" if self.work.answers == 2 else "shiq"
+        remat, microbatches = self.own(setting)
+        arguments = [self._model, str(self._path), remat, str(microbatches), objective]
+        log = self._runs / "logs" / f"{self.work.name}-{setting}.log"
+        return Worker(setting, [sys.executable, "-m", "benchmarks.ours", *arguments], log, quiet())
+
+    def _theirs(self, setting: Setting, work: Path) -> Worker:
+        arguments = [self._model, str(work.absolute()), *setting.arguments]
+        log = self._runs / "logs" / f"{work.stem}-{str(setting).replace(', ', '-').replace(' ', '_')}.log"
+        return Worker("peer", setting.peer.command(self._peers, arguments), log, quiet(), MEMORY)
