@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 
 
-class Peer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Peer:
     """A library in an environment of its own.
 
     Attributes:

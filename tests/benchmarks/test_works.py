@@ -33,6 +33,7 @@ def test_a_peer_competes_in_every_mode_and_no_setting_twice(peer):
     found = list(peer.settings((2, 1), 2))
     assert {(setting.mode, setting.at_once) for setting in found} == {(m, n) for m in peer.modes for n in (1, 2)}
     assert peer.defaults in peer.modes
+    assert len({setting: None for setting in found}) == len(found)
     # Two at once of a single pair is one.
     assert len(list(peer.settings((2, 1), 1))) == len(peer.modes)
     assert found[0].arguments[-1] == "2" and str(found[0]).startswith(peer.name)
