@@ -77,8 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, evaluate, and turn a refusal into one sentence and exit code 2."""
     options = tyro.cli(Evaluate, args=arguments, description=__doc__)
     try:
+        from shiq_jax.training.programs import keep_programs
         from shiq_jax.training.standalone import evaluate
 
+        keep_programs()
         evaluate(options)
     except Refusal as refusal:
         print(f"eval.py: {refusal}", file=sys.stderr)

@@ -205,7 +205,9 @@ def run(command) -> None:
         print(f"train.py: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
     with stopping.on_signals():
         from shiq_jax.training.pipeline import train
+        from shiq_jax.training.programs import keep_programs
 
+        keep_programs()
         train(command)
 
 

@@ -76,7 +76,7 @@ def draw(results: Results, path: Path) -> None:
     bars.set_title("right answers: sampled at temperature 1 (filled), greedy (open)", fontsize=9)
     plane.set_title("right answers sampled, against distance", fontsize=9)
     plane.set_xlabel("KL to the reference, nats per answer", fontsize=8)
-    plane.legend(frameon=False, fontsize=8)
+    plane.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     for panel in (bars, plane):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Every test compiles its own programs, whatever another run has left in the home directory.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 
 @pytest.fixture(scope="session")
