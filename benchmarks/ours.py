@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from benchmarks import flops, serving
-from shiq_jax.models import load_hf
+from shiq_jax.models import Model, load_hf
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, Record
 from shiq_jax.training.annotation import reference_identity, statistics_of
@@ -40,24 +40,13 @@ def main(model: str, work: str, remat: str, microbatches: str, objective: str) -
     steps = json.loads(Path(work).read_text())
     decoder, params = load_hf(model, remat=remat)
     with tempfile.TemporaryDirectory() as directory:
-        buffer = Buffer.create(Path(directory) / "buffer")
-        records = list(itertools.chain(*(records_of(number, group) for number, group in enumerate(sum(steps, [])))))
-        buffer.append(records)
-        Reference(model, lambda _: (decoder, params)).annotate(buffer)
-        options = {"prompts_per_batch": len(steps[0])}
+        buffer = filled(Path(directory) / "buffer", model, decoder, params, steps)
+        records, options = buffer.read(range(len(buffer))), {"prompts_per_batch": len(steps[0])}
         statistics_of(decoder, params, records, **options)
         began = time.perf_counter()
         statistics_of(decoder, params, records, **options)
         annotation = (time.perf_counter() - began) / len(steps) / EPOCHS
-
-        chosen = OBJECTIVES[objective]
-        statistics = buffer.statistics(reference_identity(decoder, params))
-        batches = Batches(
-            buffer, chosen.unit, len(steps[0]), seed=0, statistics=statistics, microbatches=int(microbatches)
-        )
-        rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
-        state = init_state(decoder, params, rule, key=jax.random.key(0))
-        update = make_update(decoder, chosen, rule, microbatches=int(microbatches))
+        batches, state, update = training(decoder, params, buffer, objective, len(steps[0]), int(microbatches))
         ready = [batches(number) for number in range(len(steps))]
         executed = [flops.executed(update, state, step.batch) for step in ready]
         needed = [_needed(decoder.config, step.batch) for step in ready]
@@ -79,6 +68,24 @@ def main(model: str, work: str, remat: str, microbatches: str, objective: str) -
             needed_flops=float(np.median(needed)), tokens=float(np.mean([step.tokens for step in ready])),
             fill=float(np.mean([step.fill for step in ready])), rows=str([step.batch.tokens.shape for step in ready]),
         )  # fmt: skip
+
+
+def filled(path: Path, model: str, decoder: Model, params, steps: list) -> Buffer:
+    """A buffer of a work's groups, annotated by the model itself."""
+    buffer = Buffer.create(path)
+    buffer.append(list(itertools.chain(*(records_of(number, group) for number, group in enumerate(sum(steps, []))))))
+    Reference(model, lambda _: (decoder, params)).annotate(buffer)
+    return buffer
+
+
+def training(decoder: Model, params, buffer: Buffer, objective: str, groups: int, microbatches: int):
+    """Batches of so many groups, the state, which takes the parameters over, and the update step."""
+    chosen = OBJECTIVES[objective]
+    statistics = buffer.statistics(reference_identity(decoder, params))
+    batches = Batches(buffer, chosen.unit, groups, seed=0, statistics=statistics, microbatches=microbatches)
+    rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
+    state = init_state(decoder, params, rule, key=jax.random.key(0))
+    return batches, state, make_update(decoder, chosen, rule, microbatches=microbatches)
 
 
 def records_of(number: int, group: dict) -> list[Record]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import flops, growth, rows
+from benchmarks import flops, growth, rows, stalls, works
 from benchmarks.contest import OURS, Contest
 from benchmarks.peers import TRANSFORMERS, quiet
 from benchmarks.rows import Row
@@ -35,7 +35,7 @@ GOALS = {
     "bfcl_groups_k8": (5.0, None),
     "groups_k16_long": (10.0, None),
 }
-MACHINE = ("flops", "sampling", "growth")
+MACHINE = ("flops", "stalls", "sampling", "growth")
 GPU_ROWS = (
     *(f"mfu_1p5b_{objective}_{length}" for objective in ("shiq", "dpo") for length in ("1k", "4k")),
     "mfu_7b_dpo_4k", "mfu_1p5b_groups_k8", "stats_fraction_of_floor", "sampling_tokens_per_second", "vs_torch_flash",
@@ -134,6 +134,18 @@ class Measured:
             row("executed_flops_fraction", "executed", "ours", 0.8),
             row("needed_flops_fraction_lean", "needed", "leanest", 0.6),
             row("needed_flops_fraction_fast", "needed", "fastest", 0.75),
+        ]
+
+    def stalls(self) -> list[Row]:
+        """What the loop of a run adds to its updates."""
+        path = self.options.runs / "bfcl_pairs.json"
+        works.write(WORKS["bfcl_pairs"], path)
+        found = stalls.measure(self.model, path, *((6, 2) if self.options.quick else ()))
+        self.details["stalls"] = found._asdict()
+        kept = f"{found.written:.1f} s until its files are complete; an update beside that {found.beside:.2f} s"
+        return [
+            Row("input_wait_fraction", found.waited / found.update, "", note=f"of an update of {found.update:.2f} s"),
+            Row("checkpoint_call_fraction", found.save / found.update, "", note=kept),
         ]
 
     def sampling(self) -> list[Row]:

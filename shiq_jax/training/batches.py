@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -20,6 +21,7 @@ class Step(NamedTuple):
     members: np.ndarray  # [rows, slots, K] record numbers, -1 where there is none
     tokens: int  # real tokens, each shared prompt counted once
     fill: float  # part of the row positions that hold real tokens
+    waited: float = 0.0  # seconds that whoever asked for it had to wait
 
 
 class Batches:
@@ -83,6 +85,8 @@ class Batches:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
             following = worker.submit(self, start) if start < stop else None
             for step in range(start, stop):
+                began = time.perf_counter()
                 current = following.result()
+                waited = time.perf_counter() - began
                 following = worker.submit(self, step + 1) if step + 1 < stop else None
-                yield current
+                yield current._replace(waited=waited)

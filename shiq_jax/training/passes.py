@@ -96,7 +96,10 @@ def run_passes(
             _warn_of_normalised_logits(metrics)
         done = number + 1
         shape = tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
-        timing = {"tokens": item.tokens, "seconds": round(seconds, 4), "compiled": shape not in shapes}
+        timing = {
+            "tokens": item.tokens, "seconds": round(seconds, 4), "waited": round(item.waited, 4),
+            "compiled": shape not in shapes,
+        }  # fmt: skip
         shapes.add(shape)
         log.write(
             stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing

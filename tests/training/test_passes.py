@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from shiq_jax.training.update import make_update
 
 RATE = Optimizer("adamw", learning_rate=1e-2, schedule="constant", warmup=0)
 RULE = RATE.build(20)
-TIMING = ("seconds", "compiled")
+TIMING = ("seconds", "waited", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +273,19 @@ def _bits(state):
 
 def _timeless(row):
     return {name: value for name, value in row.items() if name not in TIMING}
+
+
+def test_a_batch_is_made_while_the_one_before_it_is_used(batches, monkeypatch):
+    """What takes the reader less time than an update takes the device costs nothing but the first time."""
+    make = Batches.__call__
+
+    def slow(self, step):
+        time.sleep(0.05)
+        return make(self, step)
+
+    monkeypatch.setattr(Batches, "__call__", slow)
+    waited = []
+    for item in batches.ahead(0, 6):
+        waited.append(item.waited)
+        time.sleep(0.15)
+    assert waited[0] >= 0.05 and max(waited[1:]) < 0.03

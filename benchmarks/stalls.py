@@ -1,0 +1,79 @@
+"""What an update waits for besides itself: the next batch, and the call that starts a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import ours
+from shiq_jax.models import load_hf
+from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.metrics import MetricsLog
+from shiq_jax.training.passes import Marks, run_passes
+
+
+class Stalls(NamedTuple):
+    """Seconds, medians.
+
+    Attributes:
+        update: of an update during which nothing is written.
+        waited: for its batch.
+        save: of the call that starts a checkpoint; its files follow in the background.
+        written: until they are complete.
+        beside: of an update while they are written.
+    """
+
+    update: float
+    waited: float
+    save: float
+    written: float
+    beside: float
+
+
+class _Timed(Checkpoints):
+    """Notes how long saving took; what the last one still writes is not waited for."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, keep=1)
+        self.steps, self.seconds = [], []
+
+    def save(self, state, metadata, metrics=None) -> None:
+        """As it is, timed."""
+        self.wait()
+        began = time.perf_counter()
+        super().save(state, metadata, metrics)
+        self.steps.append(int(state.step))
+        self.seconds.append(time.perf_counter() - began)
+
+
+def measure(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
+    """The loop of a run over a work's groups, a checkpoint after every so many updates."""
+    steps = json.loads(work.read_text())
+    decoder, params = load_hf(model, remat="dots")
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        buffer = ours.filled(place / "buffer", model, decoder, params, steps)
+        batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]), 1)
+        log, checkpoints = MetricsLog(place / "metrics.jsonl"), _Timed(place / "checkpoints")
+        state = run_passes(
+            update, state, batches, updates, stage="update", log=log, checkpoints=checkpoints, metadata={},
+            learning_rate=lambda _: 1e-6, marks=Marks(save=every),
+        )  # fmt: skip
+        began = time.perf_counter()
+        checkpoints.save(state._replace(step=state.step + 1), {})
+        checkpoints.wait()
+        written = time.perf_counter() - began
+        rows = [row for row in log.rows("update") if not row["compiled"]]
+    after = {step + 1 for step in checkpoints.steps}
+    median = lambda name, some: statistics.median(row[name] for row in some)  # noqa: E731
+    return Stalls(
+        update=median("seconds", [row for row in rows if row["step"] not in after]),
+        waited=median("waited", rows),
+        save=statistics.median(checkpoints.seconds[:-1]),
+        written=written,
+        beside=median("seconds", [row for row in rows if row["step"] in after]),
+    )
