@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import works
@@ -12,8 +11,8 @@ from benchmarks.peers import TRL, TUNIX, Setting, quiet
 from benchmarks.workers import Worker, WorkerError, seconds_per_step, take_turns
 from benchmarks.works import Work
 
-# Rematerialisation and microbatches. The goals count for `ours`; the others show what can be had at either end.
-OURS = {"ours": ("dots", 1), "fastest": ("none", 1), "leanest": ("full", 2)}
+# Our rematerialisation policies. The goals count for `ours`, which is also the leanest.
+OURS = {"ours": "full", "fastest": "dots"}
 
 # What a peer's process may take of the machine's memory.
 MEMORY = 20 * 10**9
@@ -48,10 +47,10 @@ class Contest:
                 print(f"  {setting}: {found[setting]}", file=sys.stderr)
         return found
 
-    def measured(self, ours: Iterable[str], theirs: Setting | None, repeats: int) -> dict[str, dict]:
-        """What ours in several settings and a peer found in turns: `about`, `turns`, `seconds` and `peak_bytes`."""
+    def measured(self, theirs: Setting | None, repeats: int) -> dict[str, dict]:
+        """What ours in all settings and a peer found in turns: `about`, `turns`, `seconds` and `peak_bytes`."""
         with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(self.ours(setting)) for setting in ours]
+            workers = [stack.enter_context(self.ours(name, remat)) for name, remat in OURS.items()]
             if theirs is not None:
                 workers.append(stack.enter_context(self._theirs(theirs, self._path)))
             turns = take_turns(workers, repeats * self.work.steps)
@@ -65,18 +64,12 @@ class Contest:
             for worker in workers
         }
 
-    def own(self, setting: str) -> tuple[str, int]:
-        """Our rematerialisation and microbatches; a single group is not halved."""
-        remat, microbatches = OURS[setting]
-        return remat, min(microbatches, self.work.groups)
-
-    def ours(self, setting: str) -> Worker:
+    def ours(self, name: str, remat: str) -> Worker:
         """Our worker, not started."""
         objective = "dpo" if self.work.answers == 2 else "shiq"
-        remat, microbatches = self.own(setting)
-        arguments = [self._model, str(self._path), remat, str(microbatches), objective]
-        log = self._runs / "logs" / f"{self.work.name}-{setting}.log"
-        return Worker(setting, [sys.executable, "-m", "benchmarks.ours", *arguments], log, quiet())
+        arguments = [self._model, str(self._path), remat, objective]
+        log = self._runs / "logs" / f"{self.work.name}-{remat}.log"
+        return Worker(name, [sys.executable, "-m", "benchmarks.ours", *arguments], log, quiet())
 
     def _theirs(self, setting: Setting, work: Path) -> Worker:
         arguments = [self._model, str(work.absolute()), *setting.arguments]

@@ -62,9 +62,9 @@ def compile_time_in_depth(depths: Sequence[int] = (8, 16, 32), repeats: int = 3)
     return exponent(depths, found), found
 
 
-def _compiled(config: DecoderConfig, length: int):
+def _compiled(config: DecoderConfig, length: int, remat: str = "dots"):
     """The DPO update step of a row with one pair whose prompt is half of it, compiled anew; and the seconds it took."""
-    model, objective = Model.from_config(config, remat="dots"), OBJECTIVES["dpo"]
+    model, objective = Model.from_config(config, remat=remat), OBJECTIVES["dpo"]
     rule = Optimizer(schedule="constant").build(10)
     params = model.abstract_params()
     memory, step, key = jax.eval_shape(lambda params: (rule.init(params), jnp.int32(0), jax.random.key(0)), params)

@@ -27,14 +27,13 @@ from shiq_jax.training.update import make_update
 EPOCHS = 3
 
 
-def main(model: str, work: str, remat: str, microbatches: str, objective: str) -> None:
+def main(model: str, work: str, remat: str, objective: str) -> None:
     """Warms up and serves.
 
     Args:
         model: a Hugging Face directory.
         work: a file of `works.write`.
         remat: `none`, `dots` or `full`.
-        microbatches: slices of the rows.
         objective: `dpo` or `shiq`.
     """
     steps = json.loads(Path(work).read_text())
@@ -46,7 +45,7 @@ def main(model: str, work: str, remat: str, microbatches: str, objective: str) -
         began = time.perf_counter()
         statistics_of(decoder, params, records, **options)
         annotation = (time.perf_counter() - began) / len(steps) / EPOCHS
-        batches, state, update = training(decoder, params, buffer, objective, len(steps[0]), int(microbatches))
+        batches, state, update = training(decoder, params, buffer, objective, len(steps[0]))
         ready = [batches(number) for number in range(len(steps))]
         executed = [flops.executed(update, state, step.batch) for step in ready]
         needed = [_needed(decoder.config, step.batch) for step in ready]
@@ -78,14 +77,14 @@ def filled(path: Path, model: str, decoder: Model, params, steps: list) -> Buffe
     return buffer
 
 
-def training(decoder: Model, params, buffer: Buffer, objective: str, groups: int, microbatches: int):
+def training(decoder: Model, params, buffer: Buffer, objective: str, groups: int):
     """Batches of so many groups, the state, which takes the parameters over, and the update step."""
     chosen = OBJECTIVES[objective]
     statistics = buffer.statistics(reference_identity(decoder, params))
-    batches = Batches(buffer, chosen.unit, groups, seed=0, statistics=statistics, microbatches=microbatches)
+    batches = Batches(buffer, chosen.unit, groups, seed=0, statistics=statistics)
     rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
     state = init_state(decoder, params, rule, key=jax.random.key(0))
-    return batches, state, make_update(decoder, chosen, rule, microbatches=microbatches)
+    return batches, state, make_update(decoder, chosen, rule)
 
 
 def records_of(number: int, group: dict) -> list[Record]:

@@ -53,11 +53,11 @@ class _Timed(Checkpoints):
 def measure(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
     """The loop of a run over a work's groups, a checkpoint after every so many updates."""
     steps = json.loads(work.read_text())
-    decoder, params = load_hf(model, remat="dots")
+    decoder, params = load_hf(model, remat="full")
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         buffer = ours.filled(place / "buffer", model, decoder, params, steps)
-        batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]), 1)
+        batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
         log, checkpoints = MetricsLog(place / "metrics.jsonl"), _Timed(place / "checkpoints")
         state = run_passes(
             update, state, batches, updates, stage="update", log=log, checkpoints=checkpoints, metadata={},

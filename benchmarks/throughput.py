@@ -105,35 +105,35 @@ class Measured:
             repeats = self.repeats if name == "pairs" else min(2, self.repeats)
             key = str(opponent or "alone")
             if key not in note:
-                note[key] = contest.measured(OURS, opponent, repeats)
-            found += _speed_rows(row, target, note[key], opponent, contest)
+                note[key] = contest.measured(opponent, repeats)
+            found += _speed_rows(row, target, note[key], opponent)
         if goal_defaults:
             peaks = {setting: step["peak_bytes"] for setting, step in tried.items()}
-            found += _memory_rows(note[key], peaks, contest)
+            found += _memory_rows(note[key], peaks)
         return found
 
     def flops(self) -> list[Row]:
         """Floating-point operations per second in the first work, as parts of the best matrix product here."""
         contest, note = self._contest("pairs"), {}
-        for setting in OURS:
-            with contest.ours(setting) as ours:
+        for remat in ("none", *OURS.values()):
+            with contest.ours("ours", remat) as ours:
                 rates, steps = [], []
                 for _ in range(self.repeats):
                     rates.append(flops.matmul_peak())
                     steps.append(ours.step())
             peak, seconds = statistics.median(rates), seconds_per_step(steps)
-            note[setting] = ours.about | {"seconds": seconds, "matmul_peak": peak}
+            note[remat] = ours.about | {"seconds": seconds, "matmul_peak": peak}
         self.details["flops"] = note
 
-        def row(name: str, kind: str, setting: str, goal: float) -> Row:
-            about = note[setting]
+        def row(name: str, kind: str, remat: str, goal: float) -> Row:
+            about = note[remat]
             fraction = about[f"{kind}_flops"] / about["seconds"] / about["matmul_peak"]
-            return Row(name, fraction, "", goal, note=f"{_own(contest, setting)}; peak {about['matmul_peak'] / 1e9:.0f} GFLOP/s")
+            return Row(name, fraction, "", goal, note=f"remat {remat}; peak {about['matmul_peak'] / 1e9:.0f} GFLOP/s")
 
         return [
-            row("executed_flops_fraction", "executed", "ours", 0.8),
-            row("needed_flops_fraction_lean", "needed", "leanest", 0.6),
-            row("needed_flops_fraction_fast", "needed", "fastest", 0.75),
+            row("executed_flops_fraction", "executed", OURS["ours"], 0.8),
+            row("needed_flops_fraction_lean", "needed", OURS["ours"], 0.6),
+            row("needed_flops_fraction_fast", "needed", "none", 0.75),
         ]
 
     def stalls(self) -> list[Row]:
@@ -191,21 +191,21 @@ class Measured:
         return Contest(WORKS[name], self.model, self.options.runs, self.options.peers)
 
 
-def _speed_rows(name: str, goal: float | None, measured: dict, opponent, contest: Contest) -> list[Row]:
+def _speed_rows(name: str, goal: float | None, measured: dict, opponent) -> list[Row]:
     """The peer's seconds over ours, which are charged with the reference's statistics; one row per setting of ours."""
     found = []
     for setting in OURS:
         about = measured[setting]
         cost = about["seconds"] + about["about"]["annotation_seconds"]
         ratio = None if opponent is None else measured["peer"]["seconds"] / cost
-        note = f"{_own(contest, setting)}: {cost:.2f} s"
+        note = f"remat {OURS[setting]}: {cost:.2f} s"
         if opponent is not None:
             note += f"; {opponent}: {measured['peer']['seconds']:.1f} s"
         found.append(Row(_row(name, setting), ratio, "x", goal if setting == "ours" else None, note=note))
     return found
 
 
-def _memory_rows(measured: dict, theirs: dict, contest: Contest) -> list[Row]:
+def _memory_rows(measured: dict, theirs: dict) -> list[Row]:
     """The most resident memory of our process over that of a peer's; one row per setting of ours."""
     others = {
         "memory_vs_leanest_peer": (theirs, 0.65),
@@ -217,7 +217,7 @@ def _memory_rows(measured: dict, theirs: dict, contest: Contest) -> list[Row]:
         for setting in OURS:
             mine = measured[setting]["peak_bytes"]
             ratio = None if other is None else mine / some[other]
-            note = f"{_own(contest, setting)}: {mine / 1e9:.2f} GB"
+            note = f"remat {OURS[setting]}: {mine / 1e9:.2f} GB"
             if other is not None:
                 note += f"; {other}: {some[other] / 1e9:.2f} GB"
             target = goal if setting == "ours" else None
@@ -232,11 +232,6 @@ def _as_it_comes(setting) -> bool:
 
 def _row(name: str, setting: str) -> str:
     return name if setting == "ours" else f"{name}_{setting}"
-
-
-def _own(contest: Contest, setting: str) -> str:
-    remat, microbatches = contest.own(setting)
-    return f"remat {remat}, {microbatches} microbatch{'es' if microbatches != 1 else ''}"
 
 
 def replace_table(page: Path, table: str) -> None:

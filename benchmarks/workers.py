@@ -49,8 +49,10 @@ class Worker:
         self._errors = open(self.log, "w")
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env=self._env, preexec_fn=self._limit,
+            env=self._env,
         )  # fmt: skip
+        if self._memory is not None:
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
         try:
             self.about = self._answer("ready")
         except BaseException:
@@ -71,10 +73,6 @@ class Worker:
         except BrokenPipeError:
             pass
         return self._answer("step")
-
-    def _limit(self) -> None:
-        if self._memory is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (self._memory, self._memory))
 
     def _answer(self, kind: str) -> dict[str, Any]:
         for line in self._process.stdout:

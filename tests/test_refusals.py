@@ -396,5 +396,5 @@ def test_an_update_that_would_ruin_the_parameters_is_not_saved(root, capsys):
     with pytest.raises(SystemExit) as stop:
         training_door.main(arguments_of(root, "--optimizer.learning-rate", "1e30"))
     assert stop.value.code == 2
-    assert "update_norm of update step 1 (records" in capsys.readouterr().err.splitlines()[-1]
+    assert "param_norm of update step 1 (records" in capsys.readouterr().err.splitlines()[-1]
     assert not [path for path in (root / "run" / "checkpoints").iterdir() if path.name.isdigit()]

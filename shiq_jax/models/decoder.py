@@ -13,7 +13,7 @@ from shiq_jax.models import cache as caches
 from shiq_jax.models.attention import attention, branching
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
-from shiq_jax.models.layers import Declaring, Embedding, Layer, Norm, Projection, Settings
+from shiq_jax.models.layers import PROJECTED, Declaring, Embedding, Layer, Norm, Projection, Settings
 from shiq_jax.models.visibility import NEVER, Visibility, cached
 
 # What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
@@ -21,10 +21,7 @@ from shiq_jax.models.visibility import NEVER, Visibility, cached
 # "full": only the layer's input is kept.
 REMAT: Mapping[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(blockwise.SAVED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, blockwise.SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,9 @@ from shiq_jax.models import rope
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.contraction import contract
 from shiq_jax.sharding import constrain
+
+# What a rematerialisation policy may keep: the products of activations and weights.
+PROJECTED = "projection"
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -59,7 +63,7 @@ class Projection(nnx.Module):
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        out = contract(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
+        out = checkpoint_name(contract(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted), PROJECTED)
         return out if self.bias is None else out + self.bias[...].astype(dtype)
 
 

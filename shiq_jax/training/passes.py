@@ -122,8 +122,8 @@ def _evaluates(evaluate: Callable | None, marks: Marks, done: int, last: bool) -
 
 
 def _check(metrics: dict, stage: str, number: int, members, records) -> None:
-    """Refusal when an update's numbers are not finite; `update_norm` tells before the parameters are saved."""
-    bad = [name for name in ("loss", "grad_norm", "update_norm") if not math.isfinite(metrics.get(name, 0))]
+    """Refusal when an update's numbers are not finite; `param_norm` tells before the parameters are saved."""
+    bad = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics.get(name, 0))]
     if bad:
         numbers = sorted({int(index) for index in members.ravel() if index >= 0})
         groups = sorted({records[index].group for index in numbers})

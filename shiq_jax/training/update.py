@@ -63,7 +63,8 @@ def make_update(
         donate: give the old state's memory to the new one.
 
     Returns:
-        `update`; its metrics are scalars: `loss`, `weight`, `grad_norm`, `update_norm` and the objective's own means.
+        `update`; its metrics are scalars: `loss`, `weight`, `grad_norm`, `param_norm` after the update, and the
+        objective's own means.
     """
     mesh = mesh if mesh is not None else model.mesh
 
@@ -86,32 +87,43 @@ def make_update(
     def update(state: State, batch: Batch):
         slices = _slices(batch, microbatches, mesh)
         coupled = couple(state.params(), slices) if objective.couple else None
-        gradient_of = jax.value_and_grad(sums, has_aux=True)
-
-        def piece_of(piece):
-            (value, (weight, metrics)), grads = gradient_of(state.trainable, state.frozen, *piece)
-            return value, weight, metrics, grads
-
         pieces = (slices, coupled)
+
+        def sums_of(piece):
+            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, *piece)
+
+        def means_of(piece):
+            """The same of the mean: a gradient that is born divided is not written twice."""
+
+            def mean(trainable):
+                value, (weight, metrics) = sums(trainable, state.frozen, *piece)
+                return value / _count(weight), (weight, metrics)
+
+            return jax.value_and_grad(mean, has_aux=True)(state.trainable)
+
         if microbatches == 1:
-            totals = piece_of(jax.tree.map(lambda leaf: leaf[0], pieces))
+            (loss, (weight, metrics)), grads = means_of(jax.tree.map(lambda leaf: leaf[0], pieces))
         else:
-            shapes = jax.eval_shape(piece_of, jax.tree.map(lambda leaf: leaf[0], pieces))
+            shapes = jax.eval_shape(sums_of, jax.tree.map(lambda leaf: leaf[0], pieces))
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             totals, _ = jax.lax.scan(
-                lambda sum_, piece: (jax.tree.map(jnp.add, sum_, piece_of(piece)), None), zeros, pieces
+                lambda sum_, piece: (jax.tree.map(jnp.add, sum_, sums_of(piece)), None), zeros, pieces
             )
-        value, weight, metrics, grads = totals
-        # A batch without any example of weight leaves the parameters to the optimiser's own decay and nothing else.
-        count = jnp.where(weight > 0, weight, 1)
-        grads, metrics = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), (grads, metrics))
+            (value, (weight, metrics)), grads = totals
+            loss, grads = jax.tree.map(lambda leaf: leaf / _count(weight).astype(leaf.dtype), (value, grads))
+        metrics = jax.tree.map(lambda total: total / _count(weight), metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-        metrics = {"loss": value / count, "weight": weight, **norms, **metrics}
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
+        metrics = {"loss": loss, "weight": weight, **norms, **metrics}
         return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0 if donate else ())
+
+
+def _count(weight):
+    """What sums are divided by: a batch without any weight leaves the parameters to the optimiser's own decay."""
+    return jnp.where(weight > 0, weight, 1)
 
 
 def _slices(batch: Batch, microbatches: int, mesh: Mesh | None) -> Batch:

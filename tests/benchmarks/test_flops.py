@@ -45,3 +45,19 @@ def test_what_is_needed_is_what_a_full_row_executes(tied):
     assert least < executed <= most
     attention = 12.0 * 3 * 32 * square
     assert most - least < 1.2 * attention
+
+
+def test_what_a_policy_keeps_is_not_computed_again():
+    config = DecoderConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4)
+    record = Record(tokens=np.arange(64), action_mask=np.arange(64) >= 1, rewards=np.zeros(63), group="a")
+    batch = pack([((0,),)], [record], None, plan([record], [((0,),)])).batch
+
+    def executed(remat):
+        model = Model.from_config(config, remat=remat)
+        value = lambda params: objective_sums(model, OBJECTIVES["sft"], params, batch).value  # noqa: E731
+        return flops.executed(jax.value_and_grad(value), model.abstract_params())
+
+    layer = 2 * 64 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert executed("dots") == executed("none")
+    # What the last product of a layer gives is its result, which no gradient of the layer asks for.
+    assert executed("full") - executed("none") >= 3 * (layer - 2 * 64 * 32 * 48)

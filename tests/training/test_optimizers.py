@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.training.optimizers import Optimizer, clip_by_global_norm
 
 NAMES = ("adamw", "lion", "adafactor", "sgd")
 
@@ -107,3 +107,13 @@ def test_a_rate_of_zero_moves_nothing(name):
 def test_settings_out_of_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Optimizer(**options)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.99, 1.0, 1.01, 50.0])
+def test_clipping_is_that_of_optax(size):
+    leaves = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jax.random.normal(jax.random.key(1), (5,))}
+    gradient = jax.tree.map(lambda leaf: leaf * size / optax.tree.norm(leaves), leaves)
+    found, expected = (
+        rule.update(gradient, rule.init(leaves))[0] for rule in (clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
+    )
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)

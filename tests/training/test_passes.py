@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_before_it_stays
     checkpoints.close()
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm", "update_norm"])
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_each_number_that_is_not_finite_is_named(run, name, bad):
     class Bad(Stub):
