@@ -34,17 +34,23 @@ class Contest:
         works.write(work, self._path)
         works.write(work.trial, self._trial)
 
-    def tried(self) -> dict[Setting, dict]:
-        """One warm step of every setting of every peer, on the smaller work; what failed has `failed` instead."""
+    def tried(self, steps: int) -> dict[Setting, dict]:
+        """Seconds and peak memory of every setting of every peer on the smaller work; what failed has `failed` instead.
+
+        steps: warm ones of each, whose median counts.
+        """
         found = {}
         for peer in (TRL, TUNIX):
             for setting in peer.settings(self.work.at_once, self.work.trial.pairs):
                 try:
                     with self._theirs(setting, self._trial) as worker:
-                        found[setting] = worker.step()
+                        taken = [worker.step() for _ in range(steps)]
+                    peak = taken[-1]["peak_bytes"]
+                    found[setting] = {"seconds": seconds_per_step(taken), "peak_bytes": peak, "turns": taken}
                 except WorkerError as error:
                     found[setting] = {"failed": str(error)}
-                print(f"  {setting}: {found[setting]}", file=sys.stderr)
+                said = found[setting].get("failed") or f"{found[setting]['seconds']:.2f} s"
+                print(f"  {setting}: {said}", file=sys.stderr)
         return found
 
     def measured(self, theirs: Setting | None, repeats: int) -> dict[str, dict]:

@@ -38,7 +38,12 @@ class Worker:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, memory: int | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        memory: int | None = None,
     ):
         self.name, self.log = name, log
         self._command, self._env, self._memory = command, {**os.environ, **(env or {})}, memory

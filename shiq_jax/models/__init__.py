@@ -3,6 +3,7 @@
 from shiq_jax.models.attention import attention
 from shiq_jax.models.cache import Cache
 from shiq_jax.models.config import DecoderConfig, RopeScaling
+from shiq_jax.models.heads import Headed
 from shiq_jax.models.huggingface import load_hf, locate, save_hf
 from shiq_jax.models.identity import fingerprint
 from shiq_jax.models.model import Model, init_params
@@ -11,6 +12,7 @@ from shiq_jax.models.visibility import Visibility
 __all__ = [
     "Cache",
     "DecoderConfig",
+    "Headed",
     "Model",
     "RopeScaling",
     "Visibility",

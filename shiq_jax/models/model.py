@@ -101,10 +101,7 @@ class Model:
         With a mesh the rows (first dimension) and the vocabulary are computed where they live; no logits array is ever
         whole.
         """
-        unembedding = self._decoder(params).unembedding()
-        if self.mesh is None:
-            return token_stats(hidden, unembedding, tokens, extra=extra)
-        return sharded_token_stats(hidden, unembedding, tokens, mesh=self.mesh, extra=extra)
+        return self._statistics(hidden, self._decoder(params).unembedding(), tokens, extra)
 
     def project(self, params: Params, hidden: Float[Array, "*rows features"]) -> Float[Array, "*rows vocab"]:
         """Raw logits of hidden states, in float32, for sampling."""
@@ -191,6 +188,11 @@ class Model:
         """The logical axes of every parameter, as a nested dict of tuples of names (`sharding.RULES`)."""
         axes = _declared(self.config, self.dtype)[2]
         return jax.tree.map(lambda names: names, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+    def _statistics(self, hidden, unembedding, tokens, extra: tuple[str, ...] = ()) -> TokenStats:
+        if self.mesh is None:
+            return token_stats(hidden, unembedding, tokens, extra=extra)
+        return sharded_token_stats(hidden, unembedding, tokens, mesh=self.mesh, extra=extra)
 
     @property
     def _settings(self) -> Settings:

@@ -1,5 +1,6 @@
 """Losses of post-training as pure functions of token statistics; needs only jax, numpy and jaxtyping."""
 
+from shiq_jax.objectives.learned_values import dro_loss, oreo_loss, pcl_loss
 from shiq_jax.objectives.preference import (
     apo_down_loss,
     apo_zero_loss,
@@ -48,6 +49,7 @@ __all__ = [
     "dpo_loss",
     "dpo_norm_loss",
     "dpop_loss",
+    "dro_loss",
     "exo_loss",
     "group_mean_loss",
     "hinge_loss",
@@ -57,7 +59,9 @@ __all__ = [
     "length_desensitised",
     "mc_returns_loss",
     "nca_loss",
+    "oreo_loss",
     "orpo_loss",
+    "pcl_loss",
     "rebel_loss",
     "robust_loss",
     "sft_loss",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from shiq_jax.objectives import preference, reference_free, regressions, transport
+from shiq_jax.objectives import learned_values, preference, reference_free, regressions, transport
 from shiq_jax.objectives.groups import groupwise
 from shiq_jax.objectives.inputs import as_mask, check_choice, logratios, masked
 from shiq_jax.objectives.pairs import fields, pairwise, reference_of
@@ -99,6 +99,9 @@ def sft(example: Example) -> LossOut:
     return LossOut(value, jnp.sum(mask).astype(value.dtype), {"probability": probability})
 
 
+VALUE = MappingProxyType({"value": "value"})
+DOUBLE_Q = MappingProxyType({"q1": "q", "q2": "q"})
+
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         "shiq": Objective(shiq, frozenset({"references", "rewards"}), "trajectory"),
@@ -107,6 +110,20 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "vargrad": groupwise(regressions.vargrad_loss),
         "group_mean": groupwise(regressions.group_mean_loss),
         "a_star_po": groupwise(regressions.a_star_po_loss),
+        "oreo": Objective(learned_values.oreo, frozenset({"references", "rewards"}), "trajectory", heads=VALUE),
+        "pcl": Objective(learned_values.pcl, frozenset({"rewards"}), "trajectory", heads=VALUE),
+        "dro": Objective(learned_values.dro, frozenset({"references", "rewards"}), "trajectory", heads=VALUE),
+        "ilql": Objective(
+            learned_values.ilql, frozenset({"rewards"}), "trajectory", heads=VALUE | DOUBLE_Q, slow=("q1", "q2"),
+            policy=False,
+        ),
+        "cql": Objective(
+            learned_values.cql, frozenset({"rewards"}), "trajectory", heads=DOUBLE_Q, slow=("q1", "q2"), policy=False,
+        ),
+        "mc_returns": Objective(
+            learned_values.mc_returns, frozenset({"rewards"}), "trajectory", heads=MappingProxyType({"q1": "q"}),
+            policy=False,
+        ),
         "sft": Objective(sft, frozenset(), "trajectory"),
         "dpo": pairwise(preference.dpo_loss),
         "dpo_norm": pairwise(preference.dpo_norm_loss),
@@ -129,5 +146,5 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "copg": pairwise(regressions.copg_loss),
         "rebel": pairwise(regressions.rebel_loss),
     }
-)
+)  # fmt: skip
 """Every objective of the library by name; bind options with `OBJECTIVES[name].configure(beta=0.05)`."""

@@ -73,8 +73,8 @@ def copg_loss(
 ) -> Float[Array, "..."]:
     """-d (lr - lr') of two answers to one prompt, with d = (R - beta lr / 2) - (R' - beta lr' / 2).
 
-    All of it is differentiated. Its gradient is that of (1 / 2 beta) times the square of the pair's residual, (R - beta lr) - (R' - beta lr'): V is
-    the same for both and cancels.
+    All of it is differentiated. Its gradient is that of (1 / 2 beta) times the square of the pair's residual,
+    (R - beta lr) - (R' - beta lr'): V is the same for both and cancels.
 
     Source: contrastive policy gradient (arXiv 2406.19185).
     """

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
@@ -84,15 +85,25 @@ class Objective(NamedTuple):
 
     Fields:
       loss: (example, **options) -> LossOut; every option is a keyword with a default.
-      needs: the Example fields it reads beside `policy` and `action_mask`.
+      needs: the Example fields it reads beside `policy`, `action_mask` and `values`.
       unit: what an example is: "trajectory", "pair" or "group".
       couple: None when examples are independent of each other, as private training requires.
+      heads: what it reads of `Example.values`, by name: "value" for a number per state, "q" for the TokenStats of a row
+        of Q-values. They learn on hidden states that are constants to them.
+      slow: the heads of which it also reads, as "target_" and their name, copies that follow slowly.
+      polyak: how much of the way to what they follow these go in one update.
+      policy: whether it reads `Example.policy`. What does not leaves the model's own weights as they are, and its heads
+        steer what is sampled.
     """
 
     loss: Callable[..., LossOut]
     needs: frozenset[str]
     unit: str
     couple: Couple | None = None
+    heads: Mapping[str, str] = MappingProxyType({})
+    slow: tuple[str, ...] = ()
+    polyak: float = 0.005
+    policy: bool = True
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -40,9 +40,9 @@ class RewardLoss:
     name: Literal[REWARD_LOSSES] = "shiq"
     """Which loss; docs/losses.md has their formulas."""
     beta: float = 0.1
-    """Temperature of the KL regularisation: rewards are divided by it."""
-    gamma: float = 1.0
-    """shiq: discount per action."""
+    """Temperature of the KL regularisation: rewards are divided by it, or what Q-heads add to the logits."""
+    gamma: Annotated[float | None, given_as("GAMMA", "the loss's own")] = None
+    """shiq, pcl, ilql, cql, mc_returns: discount per action."""
     normalisation: Literal["sum_t", "mean_t"] = "sum_t"
     """shiq: whether squared residuals of a sequence are summed or averaged."""
     position_weight: Literal["none", "inv_position"] = "none"
@@ -50,32 +50,55 @@ class RewardLoss:
     horizon: Literal["multi", "one", "trajectory", "n_step"] = "multi"
     """shiq: how far a residual looks, to the end, one action, from the first action only, or n actions."""
     n: Annotated[int | None, given_as("ACTIONS", "none")] = None
-    """shiq: how many with the horizon n_step."""
+    """shiq, pcl: how many, with the horizon n_step."""
     value: Literal["lse_shift", "lse"] = "lse_shift"
     """shiq: the value of a state relative to the reference's, or not."""
     gradient: Literal["full", "semi"] = "full"
-    """shiq: whether what follows an action is differentiated; semi stays unbiased where users answer at random."""
+    """shiq, oreo: whether what follows an action is differentiated; semi is unbiased where users answer at random."""
     value_beta: Annotated[float | None, given_as("BETA", "the loss's own")] = None
     """a_star_po: temperature of the prompt's value."""
+    tau: Annotated[float | None, given_as("TAU", "the loss's own")] = None
+    """ilql: the expectile in (0, 1) that values are of the actions'."""
+    alpha: Annotated[float | None, given_as("ALPHA", "the loss's own")] = None
+    """ilql, cql, mc_returns: weight of the cross-entropy that keeps Q low where no data are."""
+    polyak: Annotated[float | None, given_as("RATE", "the loss's own")] = None
+    """ilql, cql: how much of the way to the heads their slow copies go in one update."""
 
     def __post_init__(self):
         _positive(self.beta)
         _refuse_others(self.name, self._given())
-        if not 0 < self.gamma <= 1:
+        if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
         if self.value_beta is not None and not 0 < self.value_beta < math.inf:
             raise ValueError(f"value_beta must be positive and finite, not {self.value_beta}")
-        check_axes(self.horizon, self.n, self.value, None, self.gradient, self.beta, self.gamma)
+        if self.tau is not None and not 0 < self.tau < 1:
+            raise ValueError(f"tau must lie in (0, 1), not {self.tau}")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be finite and not negative, not {self.alpha}")
+        if self.polyak is not None and not (OBJECTIVES[self.name].slow and 0 < self.polyak <= 1):
+            raise ValueError(f"polyak lies in (0, 1] and belongs to losses with slow copies, not {self.name}")
+        paths = ("n_step" if self.n else "multi") if self.name == "pcl" else self.horizon
+        check_axes(paths, self.n, self.value, None, self.gradient, self.beta, self.gamma or 1.0)
+
+    @property
+    def steering(self) -> float:
+        """What Q-heads are multiplied with before they are added to the logits: the policy is then pi exp(Q / beta)."""
+        return 0.0 if OBJECTIVES[self.name].policy else 1 / self.beta
 
     def configured(self) -> Objective:
         """The objective with these options."""
-        return OBJECTIVES[self.name].configure(beta=self.beta, **self._given())
+        objective, given = OBJECTIVES[self.name], self._given()
+        if "beta" in objective.options:
+            given["beta"] = self.beta
+        if self.polyak is not None:
+            objective = objective._replace(polyak=self.polyak)
+        return objective.configure(**given)
 
     def _given(self) -> dict[str, Any]:
         return {
             field.name: value
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "beta") and (value := getattr(self, field.name)) != field.default
+            if field.name not in ("name", "beta", "polyak") and (value := getattr(self, field.name)) != field.default
         }
 
 

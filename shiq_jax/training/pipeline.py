@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from shiq_jax.errors import Refusal, disk_refusals
-from shiq_jax.models import save_hf
+from shiq_jax.models import Headed, save_hf
+from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.training import report, stopping
@@ -81,6 +82,9 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
                 print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
                 statistics = buffer.statistics(identity)
             stopping.check("before the updates")
+            if objective.heads:
+                model = Headed.of(model, objective.heads, job.loss.steering)
+                params = model.with_heads(params, run.key(Use.HEADS))
             state = passes(run, model, params, reference, buffer, objective, statistics)
     except Refusal:
         if not job.resume:
@@ -169,7 +173,11 @@ def export(run: Run, model, params, path: Path) -> None:
     if path.exists():
         return
     shutil.rmtree(partial, ignore_errors=True)
-    save_hf(model, params, partial)
+    if isinstance(model, Headed):
+        save_hf(model.plain(), {name: part for name, part in params.items() if name != HEADS}, partial)
+        model.save(params, partial)
+    else:
+        save_hf(model, params, partial)
     run.tokenizer.save_pretrained(partial)
     partial.rename(path)
 
@@ -209,7 +217,11 @@ def _fit(
 ) -> State:  # fmt: skip
     """Update from the newest checkpoint, or from `params`, to the last step."""
     rule = optimizer.build(steps)
-    state = init_state(model, params, rule, key=key, mesh=run.mesh)
+    slow = {name: params[HEADS][name] for name in objective.slow}
+    state = init_state(
+        model, params, rule, key=key, mesh=run.mesh, targets=lambda _: {HEADS: slow} if slow else {},
+        trainable=None if objective.policy else lambda path: path[0] == HEADS,
+    )  # fmt: skip
     # Closed also when the passes end early: a save under way is finished before anything else opens the directory.
     with contextlib.closing(checkpoints):
         if checkpoints.latest() is not None:

@@ -29,6 +29,7 @@ class Use(enum.IntEnum):
     EVALUATION = 1
     UPDATES = 2
     WARM_START = 3
+    HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)

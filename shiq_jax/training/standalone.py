@@ -14,7 +14,7 @@ from shiq_jax.data import formats
 from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal, disk_refusals
-from shiq_jax.models import load_hf, locate
+from shiq_jax.models import Headed, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
 from shiq_jax.rollout import rewards
@@ -64,6 +64,15 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
     return numbers
 
 
+def _with_heads(model, params, options: Mapping[str, Any]):
+    """The model with heads for those of a run's checkpoint to come to, where the run's loss has any."""
+    objective = OBJECTIVES[options.get("name", "sft")]
+    if not objective.heads:
+        return model, params
+    model = Headed.of(model, objective.heads, 0.0 if objective.policy else 1 / options["beta"])
+    return model, model.with_heads(params, jax.random.key(0))
+
+
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     mesh = mesh_of(options.mesh)
 
@@ -72,7 +81,10 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
 
     source, run, step = find_policy(options.model)
     model, params = load(source)
-    if run is not None:
+    if run is None:
+        model, params = Headed.load(model, params, locate(source))
+    else:
+        model, params = _with_heads(model, params, read_json(run.config)["loss"])
         params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     origin = options.reference or (source if run is not None else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
-from shiq_jax.training.state import Params, State, merge
+from shiq_jax.training.state import Params, State, follow, merge
 
 
 def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -> Float[Array, "rows slots K T"]:
@@ -25,20 +27,39 @@ def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -
 
 def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...] = ()) -> TokenStats:
     """Statistics of every action, `[rows, slots, K, T]`, each distinct action of a row computed once."""
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
-    predicting = jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
-    stats = model.token_stats(params, predicting, batch.targets, extra=extra)
+    stats = model.token_stats(params, _predicting(model, params, batch), batch.targets, extra=extra)
     return jax.tree.map(lambda values: take(values, batch.gather), stats)
 
 
-def objective_sums(model, objective: Objective, params: Params, batch: Batch, coupled=None) -> LossOut:
-    """Value, weight and metrics of an objective, each summed over the real examples of a batch."""
-    out: LossOut = jax.vmap(jax.vmap(objective.loss))(_examples(model, params, batch, coupled))
+def objective_sums(
+    model, objective: Objective, params: Params, batch: Batch, coupled=None, targets: Params = MappingProxyType({})
+) -> LossOut:
+    """Value, weight and metrics of an objective, each summed over the real examples of a batch.
+
+    targets: slow copies of the heads that it reads, as `State` holds them.
+    """
+    examples = _examples(model, objective, params, targets, batch, coupled)
+    out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
     return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
 
 
-def _examples(model, params: Params, batch: Batch, coupled) -> Example:
-    return batch.example._replace(policy=policy_statistics(model, params, batch), coupled=coupled)
+def _examples(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled) -> Example:
+    predicting = _predicting(model, params, batch)
+    policy = model.token_stats(params, predicting, batch.targets) if objective.policy else None
+    values = None
+    if objective.heads:
+        # To the heads the hidden states are data: what they learn does not move the policy.
+        seen = jax.lax.stop_gradient(predicting)
+        values = model.head_values({name: params[HEADS][name] for name in objective.heads}, seen, batch.targets)
+        slow = {name: targets[HEADS][name] for name in objective.slow}
+        values |= {f"target_{name}": said for name, said in model.head_values(slow, seen, batch.targets).items()}
+    policy, values = jax.tree.map(lambda leaf: take(leaf, batch.gather), (policy, values))
+    return batch.example._replace(policy=policy, values=values, coupled=coupled)
+
+
+def _predicting(model, params: Params, batch: Batch) -> Float[Array, "rows A features"]:
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
+    return jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
 
 
 def make_update(
@@ -56,7 +77,8 @@ def make_update(
     batch is cut into microbatches, rows or devices. The state is donated: use the returned one.
 
     Args:
-        model: gives `hidden` and `token_stats`; its mesh is used when `mesh` is not given.
+        model: gives `hidden` and `token_stats`, and `head_values` to objectives with heads (`models.Headed`); its mesh
+            is used when `mesh` is not given.
         objective: per-example loss; see `shiq_jax.objectives.OBJECTIVES`.
         optimizer: any optax transformation; it sees the gradient of the global mean.
         microbatches: number of equal slices of the rows that are run one after the other; divides the rows.
@@ -68,15 +90,17 @@ def make_update(
     """
     mesh = mesh if mesh is not None else model.mesh
 
-    def sums(trainable, frozen, batch: Batch, coupled):
-        value, *others = objective_sums(model, objective, merge(trainable, frozen), batch, coupled)
+    def sums(trainable, state: State, batch: Batch, coupled):
+        params = merge(trainable, state.frozen)
+        value, *others = objective_sums(model, objective, params, batch, coupled, state.targets)
         return value, tuple(others)
 
-    def couple(params, slices: Batch):
+    def couple(state: State, slices: Batch):
         """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
 
         def summarise(batch):
-            return jax.vmap(jax.vmap(objective.couple.summary))(_examples(model, params, batch, None))
+            examples = _examples(model, objective, state.params(), state.targets, batch, None)
+            return jax.vmap(jax.vmap(objective.couple.summary))(examples)
 
         summaries = jax.lax.map(summarise, slices)
         lead = slices.real.shape
@@ -86,17 +110,17 @@ def make_update(
 
     def update(state: State, batch: Batch):
         slices = _slices(batch, microbatches, mesh)
-        coupled = couple(state.params(), slices) if objective.couple else None
+        coupled = couple(state, slices) if objective.couple else None
         pieces = (slices, coupled)
 
         def sums_of(piece):
-            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, *piece)
+            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state, *piece)
 
         def means_of(piece):
             """The same of the mean: a gradient that is born divided is not written twice."""
 
             def mean(trainable):
-                value, (weight, metrics) = sums(trainable, state.frozen, *piece)
+                value, (weight, metrics) = sums(trainable, state, *piece)
                 return value / _count(weight), (weight, metrics)
 
             return jax.value_and_grad(mean, has_aux=True)(state.trainable)
@@ -116,7 +140,9 @@ def make_update(
         trainable = optax.apply_updates(state.trainable, updates)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
         metrics = {"loss": loss, "weight": weight, **norms, **metrics}
-        return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
+        targets = follow(state.targets, trainable, objective.polyak)
+        state = state._replace(trainable=trainable, targets=targets, opt_state=opt_state, step=state.step + 1)
+        return state, metrics
 
     return jax.jit(update, donate_argnums=0 if donate else ())
 

@@ -114,6 +114,7 @@ def test_clipping_is_that_of_optax(size):
     leaves = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jax.random.normal(jax.random.key(1), (5,))}
     gradient = jax.tree.map(lambda leaf: leaf * size / optax.tree.norm(leaves), leaves)
     found, expected = (
-        rule.update(gradient, rule.init(leaves))[0] for rule in (clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
+        rule.update(gradient, rule.init(leaves))[0]
+        for rule in (clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
     )
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)

@@ -1,0 +1,132 @@
+"""What losses cost beside the statistics that they read: `python -m benchmarks.objectives --json FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks import rows
+from benchmarks.rows import Row
+from benchmarks.throughput import replace_table
+from shiq_jax.objectives import OBJECTIVES, Example, Objective, TokenStats, token_stats
+
+TOKENS, VOCABULARY, FEATURES = 1024, 151_936, 1536
+LONG = (64, 4096)
+COPIES = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    json: Path
+    """Where the rows go."""
+    quick: bool = False
+    """A small vocabulary: tries the script, says nothing."""
+    page: Path | None = None
+    """A Markdown file whose table is replaced."""
+
+
+def main(options: Options) -> None:
+    """Measure, print, write."""
+    kernel = seconds(*statistics_step(VOCABULARY // 64 if options.quick else VOCABULARY), repeats=3)
+    costs = {name: seconds(*objective_step(objective)) for name, objective in OBJECTIVES.items()}
+    worst = max(costs, key=costs.get)
+    loss, copies = seconds(*long_step()), seconds(*copying())
+    found = [
+        Row("objective_over_statistics_worst", costs[worst] / kernel, "", 0.02, True,
+            f"{worst}: {costs[worst] * 1e3:.2f} ms; statistics: {kernel:.2f} s"),
+        Row("shiq_over_30_copies", loss / copies, "", 1.5, True, f"{loss * 1e3:.1f} ms, {copies * 1e3:.1f} ms"),
+    ]  # fmt: skip
+    rows.write_json(options.json, found, details={"statistics": kernel, "objectives": costs})
+    rows.show("objectives", found)
+    if options.page:
+        replace_table(options.page, rows.markdown(found))
+
+
+def seconds(function: Callable, *args, repeats: int = 30) -> float:
+    """The median of several calls of a jitted function, after one that compiles it."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def statistics_step(vocabulary: int):
+    """Forward and backward of the statistics kernel, and its arguments."""
+    hidden = jax.random.normal(jax.random.key(0), (TOKENS, FEATURES))
+    matrix = 0.02 * jax.random.normal(jax.random.key(1), (FEATURES, vocabulary))
+    tokens = jax.random.randint(jax.random.key(2), (TOKENS,), 0, vocabulary)
+
+    def total(hidden, matrix):
+        stats = token_stats(hidden, matrix, tokens)
+        return jnp.sum(stats.logp) + jnp.sum(stats.lse)
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1))), hidden, matrix
+
+
+def objective_step(objective: Objective):
+    """Loss and gradient with respect to statistics of as many tokens in one example."""
+    members = {"trajectory": 1, "pair": 2, "group": 8}[objective.unit]
+    given = example(objective, members, TOKENS // members)
+    if objective.couple is not None:
+        given = given._replace(coupled=coupled(objective, given))
+
+    def total(learned):
+        policy, values = learned
+        return objective.loss(given._replace(policy=policy, values=values)).value
+
+    return jax.jit(jax.value_and_grad(total)), (given.policy, given.values)
+
+
+def example(objective: Objective, members: int, length: int) -> Example:
+    """Random statistics, rewards and what heads say, all of it actions."""
+    keys = iter(jax.random.split(jax.random.key(0), 32))
+    shape = (members, length)
+
+    def stats() -> TokenStats:
+        return TokenStats(-jnp.exp(jax.random.normal(next(keys), shape)), 10 + jax.random.normal(next(keys), shape))
+
+    values = {
+        name: stats() if kind == "q" else jax.random.normal(next(keys), shape) for name, kind in objective.heads.items()
+    }
+    values |= {f"target_{name}": stats() for name in objective.slow}
+    return Example(
+        policy=stats() if objective.policy else None, references={"reference": stats()},
+        action_mask=jnp.ones(shape, bool), rewards=jax.random.normal(next(keys), shape), values=values or None,
+    )  # fmt: skip
+
+
+def coupled(objective: Objective, given: Example):
+    """What the couple of a batch of this one example makes of it."""
+    summary = jax.tree.map(lambda leaf: leaf[None], objective.couple.summary(given))
+    return jax.tree.map(lambda leaf: leaf[0], objective.couple.combine(summary, jnp.ones(1)))
+
+
+def long_step():
+    """ShiQ's loss and gradient of a large batch."""
+    given = example(OBJECTIVES["shiq"], *LONG)
+
+    def total(policy):
+        return OBJECTIVES["shiq"].loss(given._replace(policy=policy)).value
+
+    return jax.jit(jax.value_and_grad(total)), given.policy
+
+
+def copying():
+    """As many arrays of the large batch's size, each read and written once."""
+    return jax.jit(lambda x: [x + number for number in range(COPIES)]), jnp.zeros(LONG)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
