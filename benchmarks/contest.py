@@ -34,31 +34,44 @@ class Contest:
         works.write(work, self._path)
         works.write(work.trial, self._trial)
 
-    def tried(self, steps: int) -> dict[Setting, dict]:
+        found = (peer.settings(work.at_once, work.pairs) for peer in (TRL, TUNIX))
+        self._settings = {str(setting): setting for several in found for setting in several}
+
+    @property
+    def as_they_come(self) -> tuple[str, ...]:
+        """The settings that a peer's users get without asking, a whole step at once."""
+        return tuple(
+            name
+            for name, setting in self._settings.items()
+            if setting.mode == setting.peer.defaults and setting.at_once == self.work.pairs
+        )
+
+    def tried(self, steps: int) -> dict[str, dict]:
         """Seconds and peak memory of every setting of every peer on the smaller work; what failed has `failed` instead.
 
         steps: warm ones of each, whose median counts.
         """
         found = {}
-        for peer in (TRL, TUNIX):
-            for setting in peer.settings(self.work.at_once, self.work.trial.pairs):
-                try:
-                    with self._theirs(setting, self._trial) as worker:
-                        taken = [worker.step() for _ in range(steps)]
-                    peak = taken[-1]["peak_bytes"]
-                    found[setting] = {"seconds": seconds_per_step(taken), "peak_bytes": peak, "turns": taken}
-                except WorkerError as error:
-                    found[setting] = {"failed": str(error)}
-                said = found[setting].get("failed") or f"{found[setting]['seconds']:.2f} s"
-                print(f"  {setting}: {said}", file=sys.stderr)
+        for name, setting in self._settings.items():
+            try:
+                with self._theirs(setting, self._trial) as worker:
+                    taken = [worker.step() for _ in range(steps)]
+                peak = taken[-1]["peak_bytes"]
+                found[name] = {"seconds": seconds_per_step(taken), "peak_bytes": peak, "turns": taken}
+            except WorkerError as error:
+                found[name] = {"failed": str(error)}
+            print(f"  {name}: {found[name].get('failed') or found[name]['seconds']}", file=sys.stderr)
         return found
 
-    def measured(self, theirs: Setting | None, repeats: int) -> dict[str, dict]:
-        """What ours in all settings and a peer found in turns: `about`, `turns`, `seconds` and `peak_bytes`."""
+    def measured(self, theirs: str, repeats: int) -> dict[str, dict]:
+        """What ours in all settings and a peer in one found in turns: `about`, `turns`, `seconds` and `peak_bytes`.
+
+        theirs: the peer's setting; "alone" for none.
+        """
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(self.ours(name, remat)) for name, remat in OURS.items()]
-            if theirs is not None:
-                workers.append(stack.enter_context(self._theirs(theirs, self._path)))
+            if theirs != "alone":
+                workers.append(stack.enter_context(self._theirs(self._settings[theirs], self._path)))
             turns = take_turns(workers, repeats * self.work.steps)
         return {
             worker.name: {

@@ -101,8 +101,11 @@ def example(objective: Objective, members: int, length: int) -> Example:
         name: stats() if kind == "q" else jax.random.normal(next(keys), shape) for name, kind in objective.heads.items()
     }
     values |= {f"target_{name}": stats() for name in objective.slow}
+    reference = stats()
+    # Near the reference, where no loss is flat.
+    policy = TokenStats(reference.logp + 1e-4 * jax.random.normal(next(keys), shape), reference.lse)
     return Example(
-        policy=stats() if objective.policy else None, references={"reference": stats()},
+        policy=policy if objective.policy else None, references={"reference": reference},
         action_mask=jnp.ones(shape, bool), rewards=jax.random.normal(next(keys), shape), values=values or None,
     )  # fmt: skip
 

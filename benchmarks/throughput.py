@@ -50,6 +50,8 @@ class Options:
     """Where the rows go; rows that it holds and that are not measured now stay."""
     quick: bool = False
     """Our side only, few steps."""
+    resume: bool = False
+    """Keep what FILE holds of a work's contestants, and measure those that it lacks."""
     only: tuple[str, ...] = (*GOALS, *MACHINE)
     """Which parts."""
     repeats: int = 5
@@ -88,28 +90,27 @@ class Measured:
     def training(self, name: str) -> list[Row]:
         """A work's rows: speed against the best setting of any peer and, where there is such a goal, against the
         peers as they come; peak memory there, too."""
-        contest, note = self._contest(name), {}
-        # A short step is timed often, and two settings go on to the turns, for the trial may be wrong about the faster.
-        short = name == "pairs"
-        tried = {} if self.options.quick else contest.tried(3 if short else 1)
-        finished = {setting: step for setting, step in tried.items() if "seconds" in step}
-        goals = {f"{name}_vs_best_peer": (GOALS[name][0], list(finished))}
-        if GOALS[name][1]:
-            as_they_come = [setting for setting in finished if _as_it_comes(setting)]
-            goals[f"{name}_vs_peer_defaults"] = (GOALS[name][1], as_they_come)
+        contest, short = self._contest(name), name == "pairs"
+        note = self.details.get(name, {}) if self.options.resume else {}
         self.details[name] = note
-        note["tried"] = {str(setting): step for setting, step in tried.items()}
-        note["turns"] = turns = {}
+        if "tried" not in note:
+            note["tried"] = {} if self.options.quick else contest.tried(3 if short else 1)
+        finished = {setting: step for setting, step in note["tried"].items() if "seconds" in step}
+        goals = {f"{name}_vs_best_peer": (GOALS[name][0], finished)}
+        if GOALS[name][1]:
+            as_they_come = {setting: step for setting, step in finished.items() if setting in contest.as_they_come}
+            goals[f"{name}_vs_peer_defaults"] = (GOALS[name][1], as_they_come)
+        turns = note.setdefault("turns", {})
         found = []
         for row, (goal, settings) in goals.items():
-            settings = sorted(settings, key=lambda setting: finished[setting]["seconds"])[: 2 if short else 1]
-            for setting in settings or [None]:
-                if str(setting) not in turns:
-                    turns[str(setting)] = contest.measured(setting, self.repeats if short else min(2, self.repeats))
-            opponent = min(map(str, settings or [None]), key=lambda key: _ratio(turns[key], "ours") or 0)
+            finalists = _finalists(settings) or ["alone"]
+            for setting in finalists:
+                if setting not in turns:
+                    turns[setting] = contest.measured(setting, self.repeats if short else min(2, self.repeats))
+            opponent = min(finalists, key=lambda setting: _ratio(turns[setting], "ours") or 0)
             found += _speed_rows(row, goal, opponent, turns[opponent])
         if short:
-            found += _memory_rows(turns[opponent], {key: step["peak_bytes"] for key, step in finished.items()})
+            found += _memory_rows(turns[opponent], finished, contest.as_they_come)
         return found
 
     def flops(self) -> list[Row]:
@@ -191,6 +192,16 @@ class Measured:
         return Contest(WORKS[name], self.model, self.options.runs, self.options.peers)
 
 
+def _finalists(tried: dict[str, dict]) -> list[str]:
+    """The fastest setting of each library that is not a quarter slower than the fastest of all: so much a trial may err,
+    whose small work has less padding than the whole."""
+    fastest = {}
+    for setting in sorted(tried, key=lambda setting: tried[setting]["seconds"]):
+        fastest.setdefault(setting.partition(",")[0], setting)
+    least = min((tried[setting]["seconds"] for setting in fastest.values()), default=0)
+    return [setting for setting in fastest.values() if tried[setting]["seconds"] <= 1.25 * least]
+
+
 def _ratio(measured: dict, setting: str) -> float | None:
     """The peer's seconds over ours, which are charged with the reference's statistics; None without a peer."""
     return measured["peer"]["seconds"] / _cost(measured, setting) if "peer" in measured else None
@@ -212,11 +223,12 @@ def _speed_rows(name: str, goal: float | None, opponent: str, measured: dict) ->
     return found
 
 
-def _memory_rows(measured: dict, theirs: dict) -> list[Row]:
+def _memory_rows(measured: dict, tried: dict[str, dict], as_they_come: tuple[str, ...]) -> list[Row]:
     """The most resident memory of our process over that of a peer's; one row per setting of ours."""
+    theirs = {setting: step["peak_bytes"] for setting, step in tried.items()}
     others = {
         "memory_vs_leanest_peer": (theirs, 0.65),
-        "memory_vs_peer_defaults": ({key: theirs[key] for key in theirs if _as_it_comes(key)}, 0.5),
+        "memory_vs_peer_defaults": ({key: theirs[key] for key in as_they_come if key in theirs}, 0.5),
     }
     found = []
     for name, (some, goal) in others.items():
@@ -230,11 +242,6 @@ def _memory_rows(measured: dict, theirs: dict) -> list[Row]:
             target = goal if setting == "ours" else None
             found.append(Row(_row(name, setting), ratio, "x", target, at_most=True, note=note))
     return found
-
-
-def _as_it_comes(setting) -> bool:
-    """A peer's own defaults, with the whole step of the first work at once."""
-    return setting.mode == setting.peer.defaults and setting.at_once == WORKS["pairs"].pairs
 
 
 def _row(name: str, setting: str) -> str:

@@ -28,7 +28,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 # What differs between two runs because clocks do.
-_CLOCKS = ("seconds", "compiled", "tokens_per_second")
+_CLOCKS = ("seconds", "waited", "compiled", "tokens_per_second")
 _CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
 _COMMON = [

@@ -1,4 +1,4 @@
-"""FlashAttention as a Pallas kernel for GPU and TPU: scores live in a tile; tiles in which nothing is seen are left out.
+"""FlashAttention as a Pallas kernel for GPU and TPU: scores live in a tile; tiles that nobody sees are left out.
 
 FlashAttention-2 (Dao, 2023, arXiv 2307.08691) with the interval rule of `Visibility`, which is arithmetic on three
 numbers per key and two per query, so that no mask exists outside a tile. Tiles are [keys, queries]: what belongs to a

@@ -1,8 +1,8 @@
 """Q-learning baselines: heads that estimate Q and V of tokens, trained on stored sequences.
 
 A Q head is described like a policy, by two floats per token: the `TokenStats` of its row Q(s, .) at the token a that
-was taken, so that Q(s, a) = logp + lse and -logp is the cross-entropy of softmax(Q(s, .)) at a, which keeps Q low where no
-data are. No array over the vocabulary is needed, and memory is linear in the number of tokens.
+was taken, so that Q(s, a) = logp + lse and -logp is the cross-entropy of softmax(Q(s, .)) at a, which keeps Q low
+where no data are. No array over the vocabulary is needed, and memory is linear in the number of tokens.
 
 All losses take one sequence [T] and return the sum over its actions; the published losses average over the actions of a
 batch. Arguments that all of them share:

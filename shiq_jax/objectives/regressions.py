@@ -1,4 +1,4 @@
-"""Regressions of whole sequences on their reward: where reward less beta KL is largest, R - beta lr = V for all answers.
+"""Regressions of whole sequences on reward: where reward less beta KL is largest, R - beta lr = V for all answers.
 
 `lr` is the log-ratio to the reference and `R` the reward, both summed over the actions of one answer; `V` depends on
 the prompt alone, and the methods differ in what stands for it. All answers, rewards and masks of one prompt are passed

@@ -11,16 +11,22 @@ SEQUENCES = {"trajectory": 1, "pair": 2, "group": 4}
 ALONE = sorted(name for name, objective in OBJECTIVES.items() if objective.couple is None)
 
 
-def example(seed, sequences, length=6, actions=None) -> Example:
+def example(seed, sequences, length=6, actions=None, objective=None) -> Example:
+    """Sequences with random numbers wherever the objective, if it is given, may look."""
     random = np.random.default_rng(seed)
     shape = (sequences, length)
     mask = random.random(shape) < 0.6
     mask[:, 0] = True
     if actions is not None:
         mask = np.arange(length) < np.asarray(actions)[:, None]
-    policy, reference = (TokenStats(*random.normal(size=(2, *shape)).astype(np.float32)) for _ in "pr")
-    rewards = random.normal(size=shape).astype(np.float32)
-    return Example(policy=policy, references={"reference": reference}, action_mask=mask, rewards=rewards)
+    draw = lambda *lead: random.normal(size=(*lead, *shape)).astype(np.float32)  # noqa: E731
+    policy, reference, rewards = TokenStats(*draw(2)), TokenStats(*draw(2)), draw()
+    heads, slow = ({}, ()) if objective is None else (objective.heads, objective.slow)
+    values = {name: draw() if kind == "value" else TokenStats(*draw(2)) for name, kind in heads.items()}
+    values |= {f"target_{name}": TokenStats(*draw(2)) for name in slow}
+    return Example(
+        policy=policy, references={"reference": reference}, action_mask=mask, rewards=rewards, values=values or None
+    )
 
 
 def stack(examples):
@@ -30,7 +36,7 @@ def stack(examples):
 @pytest.mark.parametrize("name", ALONE)
 def test_a_batch_is_the_sum_of_its_examples(name):
     objective = OBJECTIVES[name]
-    examples = [example(seed, SEQUENCES[objective.unit]) for seed in range(4)]
+    examples = [example(seed, SEQUENCES[objective.unit], objective=objective) for seed in range(4)]
     batched = jax.jit(jax.vmap(objective.loss))(stack(examples))
     each = [objective.loss(e) for e in examples]
     for found, expected in zip(jax.tree.leaves(batched), jax.tree.leaves(stack(each)), strict=True):
@@ -42,14 +48,14 @@ def test_a_batch_is_the_sum_of_its_examples(name):
 def test_padding_has_no_weight_no_value_and_no_gradient(name):
     objective = OBJECTIVES[name]
     sequences = SEQUENCES[objective.unit]
-    padding = example(0, sequences, actions=[0] * sequences)
+    padding = example(0, sequences, actions=[0] * sequences, objective=objective)
     padding = jax.tree.map(lambda x: x if x.dtype == bool else np.full_like(x, np.nan), padding)
 
-    def loss(policy):
-        out = objective.loss(padding._replace(policy=policy))
+    def loss(policy, values):
+        out = objective.loss(padding._replace(policy=policy, values=values))
         return out.value, out
 
-    gradient, out = jax.grad(loss, has_aux=True)(padding.policy)
+    gradient, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(padding.policy, padding.values)
     assert not any(np.asarray(x).any() for x in jax.tree.leaves((out, gradient)))
 
 
@@ -57,8 +63,9 @@ def test_padding_has_no_weight_no_value_and_no_gradient(name):
 def test_reads_no_more_than_it_declares(name):
     """An example with the declared fields alone is enough, and each of them is needed."""
     objective = OBJECTIVES[name]
-    full = example(1, SEQUENCES[objective.unit])
-    read = {"policy", "action_mask", *objective.needs}
+    full = example(1, SEQUENCES[objective.unit], objective=objective)
+    read = {"action_mask", *objective.needs} | ({"policy"} if objective.policy else set())
+    read |= {"values"} if objective.heads else set()
     bare = Example(**{field: getattr(full, field) for field in read})
     assert objective.loss(bare).weight > 0
     for field in read:
@@ -69,7 +76,7 @@ def test_reads_no_more_than_it_declares(name):
 @pytest.mark.parametrize("name", [name for name in ALONE if "references" in OBJECTIVES[name].needs])
 def test_names_the_reference_that_is_missing(name):
     objective = OBJECTIVES[name]
-    full = example(1, SEQUENCES[objective.unit])
+    full = example(1, SEQUENCES[objective.unit], objective=objective)
     with pytest.raises(ValueError, match="'reference', but Example.references has 'previous'"):
         objective.loss(full._replace(references={"previous": full.policy}))
 
