@@ -42,6 +42,12 @@ GPU_ROWS = (
 )  # fmt: skip
 
 
+UNMEASURED = (
+    *(Row(f"{name}_vs_best_peer", None, "x", goal) for name, (goal, _) in GOALS.items()),
+    *(Row(name, None, "") for name in GPU_ROWS),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to measure."""
@@ -71,7 +77,7 @@ def main(options: Options) -> None:
         print(f"measuring {part}", file=sys.stderr)
         new = measured.training(part) if part in GOALS else getattr(measured, part)()
         found |= {row.name: row for row in new}
-        found |= {name: Row(name, None, "") for name in GPU_ROWS if name not in found}
+        found |= {row.name: row for row in UNMEASURED if row.name not in found}
         rows.write_json(options.json, list(found.values()), details=measured.details)
     rows.show("throughput", list(found.values()))
     if options.page:
