@@ -14,7 +14,6 @@ import tyro
 
 from benchmarks import rows
 from benchmarks.rows import Row
-from benchmarks.throughput import replace_table
 from shiq_jax.objectives import OBJECTIVES, Example, Objective, TokenStats, token_stats
 
 TOKENS, VOCABULARY, FEATURES = 1024, 151_936, 1536
@@ -30,8 +29,6 @@ class Options:
     """Where the rows go."""
     quick: bool = False
     """A small vocabulary: tries the script, says nothing."""
-    page: Path | None = None
-    """A Markdown file whose table is replaced."""
 
 
 def main(options: Options) -> None:
@@ -47,8 +44,6 @@ def main(options: Options) -> None:
     ]  # fmt: skip
     rows.write_json(options.json, found, details={"statistics": kernel, "objectives": costs})
     rows.show("objectives", found)
-    if options.page:
-        replace_table(options.page, rows.markdown(found))
 
 
 def seconds(function: Callable, *args, repeats: int = 30) -> float:

@@ -70,3 +70,11 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["| row | value | goal | met | |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join((f"`{name}`", *others)) + " |" for name, *others in (row.cells() for row in rows)]
     return "\n".join(lines)
+
+
+def replace_table(page: Path, table: str) -> None:
+    """Puts a table between the page's two marks."""
+    begin, end = "<!-- table -->", "<!-- end of table -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")

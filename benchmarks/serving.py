@@ -7,8 +7,17 @@ import time
 
 def peak_bytes() -> int:
     """The most memory that this process has had resident."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The memory that this process has resident now."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
     with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
+        line = next(line for line in status if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 

@@ -81,7 +81,7 @@ def main(options: Options) -> None:
         rows.write_json(options.json, list(found.values()), details=measured.details)
     rows.show("throughput", list(found.values()))
     if options.page:
-        replace_table(options.page, rows.markdown(list(found.values())))
+        rows.replace_table(options.page, rows.markdown(list(found.values())))
 
 
 class Measured:
@@ -199,7 +199,7 @@ class Measured:
 
 
 def _finalists(tried: dict[str, dict]) -> list[str]:
-    """The fastest setting of each library that is not a quarter slower than the fastest of all: so much a trial may err,
+    """The fastest setting of each library that is not a quarter slower than the fastest: so much a trial may err,
     whose small work has less padding than the whole."""
     fastest = {}
     for setting in sorted(tried, key=lambda setting: tried[setting]["seconds"]):
@@ -252,14 +252,6 @@ def _memory_rows(measured: dict, tried: dict[str, dict], as_they_come: tuple[str
 
 def _row(name: str, setting: str) -> str:
     return name if setting == "ours" else f"{name}_{setting}"
-
-
-def replace_table(page: Path, table: str) -> None:
-    """Puts a table between the page's two marks."""
-    begin, end = "<!-- table -->", "<!-- end of table -->"
-    before, _, rest = page.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

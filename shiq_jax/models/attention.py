@@ -8,7 +8,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from shiq_jax.models.blockwise import attend
-from shiq_jax.models.flash import flash
 from shiq_jax.models.visibility import Visibility
 from shiq_jax.sharding import partition_spec
 
@@ -46,6 +45,9 @@ def _xla(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
 
 def _flash(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
     """`flash.flash`, heads first, on every device its own rows and heads."""
+    # Here, for it imports the compilers of accelerators, which nobody else needs.
+    from shiq_jax.models.flash import flash
+
     rows, aligned = len(q), visibility.aligned
     q, k, v = (each.transpose(0, 2, 1, 3) for each in (q, k, v))
     marks = tuple(jnp.broadcast_to(mark, (rows, mark.shape[1])) for mark in visibility[:5])

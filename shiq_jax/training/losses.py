@@ -83,7 +83,7 @@ class RewardLoss:
     @property
     def steering(self) -> float:
         """What Q-heads are multiplied with before they are added to the logits: the policy is then pi exp(Q / beta)."""
-        return 0.0 if OBJECTIVES[self.name].policy else 1 / self.beta
+        return steering(self.name, self.beta)
 
     def configured(self) -> Objective:
         """The objective with these options."""
@@ -141,6 +141,11 @@ class PairLoss:
         values = dataclasses.asdict(self)
         del values["name"]
         return {name: value for name, value in values.items() if value is not None}
+
+
+def steering(loss: str, beta: float) -> float:
+    """What the Q-heads of a loss are multiplied with before they are added to the logits; 0 where the policy learns."""
+    return 0.0 if OBJECTIVES[loss].policy else 1 / beta
 
 
 def _refuse_others(loss: str, given: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from shiq_jax.training import report
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.filling import READERS, import_records
+from shiq_jax.training.losses import steering
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.reference import Reference
@@ -66,10 +67,10 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
 
 def _with_heads(model, params, options: Mapping[str, Any]):
     """The model with heads for those of a run's checkpoint to come to, where the run's loss has any."""
-    objective = OBJECTIVES[options.get("name", "sft")]
-    if not objective.heads:
+    loss = options.get("name", "sft")
+    if not OBJECTIVES[loss].heads:
         return model, params
-    model = Headed.of(model, objective.heads, 0.0 if objective.policy else 1 / options["beta"])
+    model = Headed.of(model, OBJECTIVES[loss].heads, steering(loss, options["beta"]))
     return model, model.with_heads(params, jax.random.key(0))
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import rows, throughput
+from benchmarks import rows
 from benchmarks.rows import Row
 
 ROWS = [
@@ -31,7 +31,7 @@ def test_the_table_of_a_page_is_replaced_and_nothing_else(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n<!-- table -->\nold\n<!-- end of table -->\n\nwhy\n")
     for _ in range(2):
-        throughput.replace_table(page, rows.markdown(ROWS))
+        rows.replace_table(page, rows.markdown(ROWS))
     text = page.read_text()
     assert text.startswith("# Title\n\n<!-- table -->\n| row") and text.endswith("<!-- end of table -->\n\nwhy\n")
     assert "old" not in text and text.count("`not_there` | not measured yet | at least 5") == 1
