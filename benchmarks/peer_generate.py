@@ -5,9 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-import serving
 import torch
 import transformers
+
+from benchmarks import serving
 
 
 def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> None:

@@ -10,11 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import serving
 import torch
 import transformers
 import trl
 from datasets import Dataset
+
+from benchmarks import serving
 
 WARM_UP = 1
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import serving
 from flax import nnx
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params as weights
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
+
+from benchmarks import serving
 
 WARM_UP = 2
 

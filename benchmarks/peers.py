@@ -19,7 +19,7 @@ class Peer:
     Attributes:
         name: of the library.
         requirements: what pip installs; exact versions, so that numbers can be made again.
-        program: a file of this directory that serves its steps.
+        program: a module that serves its steps.
         modes: by name, the program's arguments before the pairs that are computed at once.
         defaults: the mode that its users get without asking.
     """
@@ -44,7 +44,8 @@ class Peer:
 
     def command(self, directory: Path, arguments: Sequence[str]) -> list[str]:
         """What starts its worker."""
-        return [str(self.install(directory)), str(HERE / self.program), *arguments]
+        # As a module: a script's own directory would come before the standard library, whose names ours may have.
+        return [str(self.install(directory)), "-P", "-m", self.program, *arguments]
 
     def settings(self, at_once: Sequence[int], pairs: int) -> Iterator[Setting]:
         """All modes, with so many pairs of a step of `pairs` at once; the defaults take the whole step."""
@@ -72,7 +73,7 @@ class Setting(NamedTuple):
 _TORCH = ("torch==2.13.0", "transformers==5.23.0")
 
 TRL = Peer(
-    "trl", ("trl==1.16.0", *_TORCH), "peer_trl.py",
+    "trl", ("trl==1.16.0", *_TORCH), "benchmarks.peer_trl",
     {
         # The reference's log-probabilities beforehand or not, gradient checkpointing or not.
         "reference beforehand": ("yes", "no"),
@@ -83,11 +84,11 @@ TRL = Peer(
 )  # fmt: skip
 
 TUNIX = Peer(
-    "tunix", ("google-tunix==0.1.7",), "peer_tunix.py", {"defaults": ("none",), "remat decoder": ("decoder",)},
+    "tunix", ("google-tunix==0.1.7",), "benchmarks.peer_tunix", {"defaults": ("none",), "remat decoder": ("decoder",)},
     "defaults",
 )  # fmt: skip
 
-TRANSFORMERS = Peer("transformers", _TORCH, "peer_generate.py", {"defaults": ()}, "defaults")
+TRANSFORMERS = Peer("transformers", _TORCH, "benchmarks.peer_generate", {"defaults": ()}, "defaults")
 
 
 def quiet() -> dict[str, str]:
