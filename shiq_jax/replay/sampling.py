@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.trie import lexicographic
@@ -61,9 +61,14 @@ def bundles(
         return _pairs(groups, buffer.returns())
     if not share_prompts:
         return Bundles(((number,),) for number in range(len(buffer)))
-    return Bundles(
-        bundle for members in groups for bundle in _split(buffer, members, max_bundle or len(members), row_length)
-    )
+
+    def parts(members: Members) -> list[list[int]]:
+        most = max_bundle or len(members)
+        if row_length is not None:
+            return split([record.tokens for record in buffer.read(members)], row_length, most)
+        return [list(range(at, min(at + most, len(members)))) for at in range(0, len(members), most)]
+
+    return Bundles(tuple((members[place],) for place in part) for members in groups for part in parts(members))
 
 
 class Schedule:
@@ -126,10 +131,18 @@ def _pairs(groups: list[Members], returns: np.ndarray) -> Bundles:
     return Bundles(pairs, left_out=len(groups) - len(pairs))
 
 
-def _split(buffer: Buffer, members: Members, most: int, row_length: int | None) -> list[Bundle]:
-    if row_length is None:
-        return [tuple((number,) for number in members[at : at + most]) for at in range(0, len(members), most)]
-    sequences = [record.tokens for record in buffer.read(members)]
+def split(
+    sequences: Sequence[Int32[np.ndarray, " length"]], row_length: int, most: int | None = None
+) -> list[list[int]]:
+    """Parts of a group of sequences, as places in it: of so many tokens at most, shared ones counted once.
+
+    They are cut between the sequences that share least; one that is longer by itself makes a part of its own.
+
+    Args:
+        sequences: token ids.
+        row_length: tokens of a part.
+        most: sequences of a part, or None.
+    """
     order, shared = lexicographic(sequences)
     # In lexicographic order a tree grows by what each sequence does not share with the one before.
     parts: list[list[int]] = []
@@ -140,5 +153,5 @@ def _split(buffer: Buffer, members: Members, most: int, row_length: int | None) 
             parts.append([])
             used, common = 0, 0
         used += length - common
-        parts[-1].append(members[place])
-    return [tuple((number,) for number in sorted(part)) for part in parts]
+        parts[-1].append(int(place))
+    return [sorted(part) for part in parts]

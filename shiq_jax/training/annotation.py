@@ -11,9 +11,10 @@ import numpy as np
 from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
+from shiq_jax.replay.sampling import split
 from shiq_jax.training import stopping
+from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
-from shiq_jax.training.update import policy_statistics
 
 # Largest difference, per token and in nats, at which the sampler's statistics may stand in for the update step's own.
 PROBE_TOLERANCE = 1e-3
@@ -71,17 +72,15 @@ def statistics_of(
 
 
 def _bundles(records: Sequence[Record], row_length: int) -> list[tuple[tuple[int], ...]]:
-    """The records of each group as one bundle, or as several where even unshared they would not fit."""
-    groups: dict[str, list[list[int]]] = {}
-    used: dict[str, int] = {}
+    """The records of each group as one bundle, or as several where they would not fit into a row."""
+    groups: dict[str, list[int]] = {}
     for number, record in enumerate(records):
-        pieces = groups.setdefault(record.group, [])
-        if not pieces or used[record.group] + len(record.tokens) > row_length:
-            pieces.append([])
-            used[record.group] = 0
-        pieces[-1].append(number)
-        used[record.group] += len(record.tokens)
-    return [tuple((number,) for number in piece) for pieces in groups.values() for piece in pieces]
+        groups.setdefault(record.group, []).append(number)
+    return [
+        tuple((members[place],) for place in part)
+        for members in groups.values()
+        for part in split([records[number].tokens for number in members], row_length)
+    ]
 
 
 def _coarse(shape: Shape) -> Shape:
