@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -25,15 +26,22 @@ def _forward(x, kernel, contracted):
 
 def _backward(contracted, kept, cotangent):
     x, kernel = kept
-    rows, outputs = x.ndim - contracted, kernel.ndim - contracted
     # Behind the barrier the cotangent is one array that both products read, not an expression fused into a copy of it.
     cotangent = jax.lax.optimization_barrier(cotangent)
-    own, theirs = tuple(range(rows, rows + outputs)), tuple(range(contracted, kernel.ndim))
-    over_rows = (tuple(range(rows)),) * 2
-    return (
-        jax.lax.dot_general(cotangent, kernel, ((own, theirs), ((), ()))),
-        jax.lax.dot_general(x, cotangent, (over_rows, ((), ()))),
-    )
+    return to_input(kernel, cotangent, contracted), to_kernel(x, cotangent, contracted)
 
 
 contract.defvjp(_forward, _backward)
+
+
+def to_input(kernel: Array, cotangent: Array, contracted: int) -> Array:
+    """Gradient of the input, given that of the result."""
+    outputs = kernel.ndim - contracted
+    own, theirs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(contracted, kernel.ndim))
+    return jax.lax.dot_general(cotangent, kernel, ((own, theirs), ((), ())))
+
+
+def to_kernel(x: Array, cotangent: Array, contracted: int, precise: DTypeLike | None = None) -> Array:
+    """Gradient of the kernel, summed over all rows; precise: the dtype of the sum, by default the operands'."""
+    over_rows = (tuple(range(x.ndim - contracted)),) * 2
+    return jax.lax.dot_general(x, cotangent, (over_rows, ((), ())), preferred_element_type=precise)

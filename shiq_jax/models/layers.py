@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from shiq_jax.models import rope
+from shiq_jax.models import rope, tracked
 from shiq_jax.models.config import DecoderConfig
-from shiq_jax.models.contraction import contract
+from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked_vocabulary import lookup
 from shiq_jax.sharding import constrain
 
 # What a rematerialisation policy may keep: the products of activations and weights.
@@ -62,9 +63,10 @@ class Projection(nnx.Module):
         )
         self.contracted = len(inputs)
 
-    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        out = checkpoint_name(contract(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted), PROJECTED)
-        return out if self.bias is None else out + self.bias[...].astype(dtype)
+    def __call__(self, x: jax.Array, dtype: jnp.dtype, acc: Accumulator | None = None) -> jax.Array:
+        out = tracked.apply(tracked.product(self.contracted), x.astype(dtype), self.kernel[...], acc)
+        out = checkpoint_name(out, PROJECTED)
+        return out if self.bias is None else tracked.apply(tracked.SHIFT, out, self.bias[...], acc)
 
 
 class Norm(nnx.Module):
@@ -74,10 +76,12 @@ class Norm(nnx.Module):
         self.scale = _parameter(declaring, nnx.initializers.ones, (size,), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+    def __call__(
+        self, x: Float[Array, "*rows features"], acc: Accumulator | None = None
+    ) -> Float[Array, "*rows features"]:
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(precise), axis=-1, keepdims=True) + self.epsilon)
-        return (precise * inverse * self.scale[...].astype(precise.dtype)).astype(x.dtype)
+        return tracked.apply(tracked.SCALE, precise * inverse, self.scale[...], acc).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -86,11 +90,15 @@ class Embedding(nnx.Module):
     def __init__(self, declaring: Declaring, vocabulary: int, size: int, std: float):
         self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
 
-    def __call__(self, tokens: Int[Array, "rows length"], settings: Settings) -> Float[Array, "rows length features"]:
+    def __call__(
+        self, tokens: Int[Array, "rows length"], settings: Settings, acc: Accumulator | None = None, tied: bool = False
+    ) -> tuple[Float[Array, "rows length features"], Accumulator | None]:
+        """The tokens' vectors, and the accumulator for what follows; tied: the table is also the head."""
         # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
         # features would first be cut the wrong way.
         table = constrain(self.table[...], ("vocab", "features"), settings.mesh)
-        return constrain(table[tokens].astype(settings.dtype), ("rows", "length", "features"), settings.mesh)
+        vectors, acc = (table[tokens], None) if acc is None else lookup(table, tokens, acc, tied)
+        return constrain(vectors.astype(settings.dtype), ("rows", "length", "features"), settings.mesh), acc
 
 
 class Attention(nnx.Module):
@@ -105,14 +113,14 @@ class Attention(nnx.Module):
         self.value = Projection(declaring, embed, kv_heads, bias, std)
         self.output = Projection(declaring, heads, embed, bias, std)
 
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
-        q = rope.rotate(self.query(x, settings.dtype), *rotation)
-        k = rope.rotate(self.key(x, settings.dtype), *rotation)
-        v = self.value(x, settings.dtype)
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
+        q = rope.rotate(self.query(x, settings.dtype, acc), *rotation)
+        k = rope.rotate(self.key(x, settings.dtype, acc), *rotation)
+        v = self.value(x, settings.dtype, acc)
         q = constrain(q, ("rows", "length", "heads", "head_dim"), settings.mesh)
         k, v = (constrain(each, ("rows", None, "kv_heads", "head_dim"), settings.mesh) for each in (k, v))
         mixed, memory = attend(q, k, v)
-        return self.output(mixed, settings.dtype), memory
+        return self.output(mixed, settings.dtype, acc), memory
 
 
 class GatedMlp(nnx.Module):
@@ -125,9 +133,9 @@ class GatedMlp(nnx.Module):
         self.up = Projection(declaring, embed, hidden, bias, std)
         self.down = Projection(declaring, hidden, embed, bias, std)
 
-    def __call__(self, x, settings: Settings):
-        inner = jax.nn.silu(self.gate(x, settings.dtype)) * self.up(x, settings.dtype)
-        return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings.dtype)
+    def __call__(self, x, settings: Settings, acc=None):
+        inner = jax.nn.silu(self.gate(x, settings.dtype, acc)) * self.up(x, settings.dtype, acc)
+        return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings.dtype, acc)
 
 
 class Layer(nnx.Module):
@@ -139,9 +147,9 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(declaring, config)
 
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
         """`x` [rows, length, features] after this layer, and whatever `attend` returned beside its result."""
-        mixed, memory = self.attention(self.attention_norm(x), rotation, attend, settings)
+        mixed, memory = self.attention(self.attention_norm(x, acc), rotation, attend, settings, acc)
         x = constrain(x + mixed, ("rows", "length", "features"), settings.mesh)
-        x = x + self.mlp(self.mlp_norm(x), settings)
+        x = x + self.mlp(self.mlp_norm(x, acc), settings, acc)
         return constrain(x, ("rows", "length", "features"), settings.mesh), memory

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,8 @@ from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.layers import Settings
 from shiq_jax.models.statistics import sharded_token_stats
+from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked_vocabulary import statistics as tracked_statistics
 from shiq_jax.models.visibility import forest
 from shiq_jax.objectives import TokenStats, token_stats
 from shiq_jax.sharding import constrain, named_sharding
@@ -75,18 +78,27 @@ class Model:
         tokens: Int[Array, "rows length"],
         positions: Int[Array, "rows length"] | None = None,
         intervals: Int[Array, "rows length 2"] | None = None,
-    ) -> Float[Array, "rows length features"]:
+        *,
+        acc: Accumulator | None = None,
+        sums: Params | None = None,
+    ) -> Float[Array, "rows length features"] | tuple[Float[Array, "rows length features"], Accumulator]:
         """Hidden states after the final norm, in `compute_dtype`; the one at index i predicts what follows token i.
 
         positions: of each token on its own path (default 0, 1, 2, ...). intervals: `[enter, exit)` of each token's node
         in a depth-first forest; token k is seen by token q iff k comes not later and enter[k] <= enter[q] < exit[k]
         (default: all earlier tokens of the row are seen). Token ids outside the vocabulary are the caller's fault and
         are not detected.
+
+        acc: tells the norms of the rows' gradients apart (`tracked`); the result is then a pair with the accumulator
+        that the head is to be handed. sums: a nested dict with those parameters of `params["layers"]` whose gradients
+        are to be added to what it holds, and become the sum; the others have then no gradient.
         """
         length = tokens.shape[-1]
         tokens = constrain(tokens, ("rows", "length"), self.mesh)
         positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
-        return self._decoder(params).hidden(tokens, positions, forest(intervals, length), self._settings)
+        decoder, sums = self._decoder(params), None if sums is None else flatten_dict(dict(sums))
+        hidden, after = decoder.hidden(tokens, positions, forest(intervals, length), self._settings, acc, sums)
+        return hidden if acc is None else (hidden, after)
 
     def token_stats(
         self,
@@ -94,14 +106,20 @@ class Model:
         hidden: Float[Array, "*rows features"],
         tokens: Int[Array, "*rows"],
         *,
+        acc: Accumulator | None = None,
         extra: tuple[str, ...] = (),
     ) -> TokenStats:
         """`objectives.token_stats` of `tokens` under this head: hidden [..., D] predicts tokens [...].
 
         With a mesh the rows (first dimension) and the vocabulary are computed where they live; no logits array is ever
-        whole.
+        whole. acc: what `hidden` returned; hidden states are then `[rows, A, features]`.
         """
-        return self._statistics(hidden, self._decoder(params).unembedding(), tokens, extra)
+        unembedding = self._decoder(params).unembedding()
+        if acc is not None:
+            if extra:
+                raise ValueError(f"extra is {extra}, but of rows that are told apart there is no such statistic")
+            return tracked_statistics(hidden, unembedding, tokens, acc)
+        return self._statistics(hidden, unembedding, tokens, extra)
 
     def project(self, params: Params, hidden: Float[Array, "*rows features"]) -> Float[Array, "*rows vocab"]:
         """Raw logits of hidden states, in float32, for sampling."""

@@ -1,6 +1,7 @@
 """Losses of post-training as pure functions of token statistics; needs only jax, numpy and jaxtyping."""
 
 from shiq_jax.objectives.learned_values import dro_loss, oreo_loss, pcl_loss
+from shiq_jax.objectives.policy_gradient import reinforce_loss
 from shiq_jax.objectives.preference import (
     apo_down_loss,
     apo_zero_loss,
@@ -72,6 +73,7 @@ __all__ = [
     "squared_residuals",
     "token_stats",
     "token_stats_from_logits",
+    "reinforce_loss",
     "vargrad_loss",
     "wpo_weight",
 ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from shiq_jax.objectives import learned_values, preference, reference_free, regressions, transport
+from shiq_jax.objectives import learned_values, policy_gradient, preference, reference_free, regressions, transport
 from shiq_jax.objectives.groups import groupwise
 from shiq_jax.objectives.inputs import as_mask, check_choice, logratios, masked
 from shiq_jax.objectives.pairs import fields, pairwise, reference_of
@@ -108,6 +108,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "reval": Objective(reval, frozenset({"references", "rewards"}), "trajectory"),
         "tbrm": Objective(tbrm, frozenset({"references", "rewards"}), "trajectory"),
         "vargrad": groupwise(regressions.vargrad_loss),
+        "reinforce": groupwise(policy_gradient.reinforce_loss),
         "group_mean": groupwise(regressions.group_mean_loss),
         "a_star_po": groupwise(regressions.a_star_po_loss),
         "oreo": Objective(learned_values.oreo, frozenset({"references", "rewards"}), "trajectory", heads=VALUE),

@@ -24,7 +24,26 @@ class Step(NamedTuple):
     waited: float = 0.0  # seconds that whoever asked for it had to wait
 
 
-class Batches:
+class Ahead:
+    """A function from steps to batches that is called while the batch before is used."""
+
+    def __call__(self, step: int) -> Step:
+        """The batch of an update step."""
+        raise NotImplementedError
+
+    def ahead(self, start: int, stop: int) -> Iterator[Step]:
+        """The batches of steps `start` to `stop - 1`, each made while the one before it is used."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
+            following = worker.submit(self, start) if start < stop else None
+            for step in range(start, stop):
+                began = time.perf_counter()
+                current = following.result()
+                waited = time.perf_counter() - began
+                following = worker.submit(self, step + 1) if step + 1 < stop else None
+                yield current._replace(waited=waited)
+
+
+class Batches(Ahead):
     """Batches for passes over a buffer.
 
     Args:
@@ -79,14 +98,3 @@ class Batches:
         packed = pack(chosen, self.records, self.statistics, self.shape, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
         return Step(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)
-
-    def ahead(self, start: int, stop: int) -> Iterator[Step]:
-        """The batches of steps `start` to `stop - 1`, each made while the one before it is used."""
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-            following = worker.submit(self, start) if start < stop else None
-            for step in range(start, stop):
-                began = time.perf_counter()
-                current = following.result()
-                waited = time.perf_counter() - began
-                following = worker.submit(self, step + 1) if step + 1 < stop else None
-                yield current._replace(waited=waited)

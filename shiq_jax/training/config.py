@@ -14,6 +14,7 @@ from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training.losses import SftLoss, given_as
 from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.training.private_options import Privacy
 
 
 def _at_least(options: Any, **smallest: float) -> None:
@@ -145,6 +146,7 @@ class Job:
     evaluation: Evaluation = Evaluation()
     warm_start: WarmStart = WarmStart()
     precision: Precision = Precision()
+    privacy: Privacy = Privacy()
 
     command: ClassVar[str] = ""
     objective: ClassVar[str] = ""

@@ -11,8 +11,8 @@ from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, bundles, pack, plan
+from shiq_jax.training.examples import objective_sums
 from shiq_jax.training.placement import data_devices, place
-from shiq_jax.training.update import objective_sums
 
 
 def objective_metrics(

@@ -104,7 +104,7 @@ def run_passes(
         log.write(
             stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing
         )
-        latest["loss"] = float(metrics["loss"])
+        latest.update({name: float(metrics[name]) for name in ("loss", "epsilon") if name in metrics})
         settle(done)
     checkpoints.wait()
     return state

@@ -22,7 +22,7 @@ from shiq_jax.models import Headed, save_hf
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.training import report, stopping
+from shiq_jax.training import private_run, report, stopping
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
@@ -33,6 +33,7 @@ from shiq_jax.training.filling import demonstrations, fill_buffer
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
+from shiq_jax.training.private_run import Private
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run import Run, Use, set_up
 from shiq_jax.training.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
@@ -52,6 +53,8 @@ def train(job: Job) -> dict[str, Any]:
     """
     began = time.monotonic()
     require(job.track)
+    if job.privacy.on:
+        private_run.check_private_job(job, job.loss.configured())
     directory = RunDirectory.begin(job.directory(), job.settings(), resume=job.resume)
     if directory.summary.exists():
         summary = read_json(directory.summary)
@@ -124,11 +127,15 @@ def warm_start(run: Run) -> str | Path:
 def passes(run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics) -> State:
     """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0."""
     job, options = run.job, run.job.evaluation
-    batches = Batches(
-        buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
-        microbatches=job.microbatches, row_length=job.row_length,
-        records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
-    )  # fmt: skip
+    private = private_run.begin(run, params, buffer, objective, statistics) if job.privacy.on else None
+    if private is not None:
+        batches = private.batches
+    else:
+        batches = Batches(
+            buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+            microbatches=job.microbatches, row_length=job.row_length,
+            records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
+        )  # fmt: skip
     if batches.left_out:
         print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
     steps = batches.steps(job.epochs)
@@ -160,7 +167,7 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
     return _fit(
         run, model, params, batches, objective, job.optimizer, steps,
         stage="update", checkpoints=Checkpoints(run.directory.checkpoints, keep=job.keep, best=metric),
-        key=run.key(Use.UPDATES), microbatches=job.microbatches,
+        key=run.key(Use.UPDATES), microbatches=job.microbatches, private=private,
         marks=Marks(math.ceil(steps / options.times) if options.times else None, job.save_every, show=pass_ends),
         evaluate=lambda state, step: evaluate(state.params(), step),
         show=lambda state, step: evaluate(state.params(), step, "samples", SHOWN_PROMPTS),
@@ -213,7 +220,7 @@ def summarise(run: Run, buffer: Buffer, probe: Mapping | None, seconds: float) -
 def _fit(
     run: Run, model, params, batches: Batches, objective: Objective, optimizer: Optimizer, steps: int, *,
     stage: str, checkpoints: Checkpoints, key, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
-    show: Callable | None = None,
+    show: Callable | None = None, private: Private | None = None,
 ) -> State:  # fmt: skip
     """Update from the newest checkpoint, or from `params`, to the last step."""
     rule = optimizer.build(steps)
@@ -228,8 +235,14 @@ def _fit(
             state, metadata = checkpoints.restore(state)
             refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.settings())
         run.log.rewind((stage, "evaluation", "samples") if evaluate else (stage,), int(state.step))
+        metadata = {"stage": stage, "settings": run.job.settings()}
+        options = {"mesh": run.mesh, "microbatches": microbatches}
+        if private is not None:
+            update = private.make_update(model, objective, rule, **options)
+            metadata |= private.metadata()
+        else:
+            update = make_update(model, objective, rule, **options)
         return run_passes(
-            make_update(model, objective, rule, mesh=run.mesh, microbatches=microbatches), state, batches, steps,
-            stage=stage, log=run.log, metadata={"stage": stage, "settings": run.job.settings()}, marks=marks,
+            update, state, batches, steps, stage=stage, log=run.log, metadata=metadata, marks=marks,
             checkpoints=checkpoints, learning_rate=optimizer.learning_rate_at(steps), evaluate=evaluate, show=show,
         )  # fmt: skip

@@ -73,8 +73,10 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     axes[0].set(title="reward of fresh samples", xlabel="update")
     axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
     axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
-    axes[2].plot([row["step"] for row in updates], [row["loss"] for row in updates], color="tab:blue", linewidth=1)
-    axes[2].set(title="loss", xlabel="update")
+    # A private run says nothing of its loss, but what it has spent.
+    last = "epsilon" if updates and "epsilon" in updates[0] else "loss"
+    axes[2].plot([row["step"] for row in updates], [row[last] for row in updates], color="tab:blue", linewidth=1)
+    axes[2].set(title=last, xlabel="update")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

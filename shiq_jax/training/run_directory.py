@@ -33,6 +33,8 @@ class RunDirectory:
         self.reference = self.path / "reference"
         self.buffer = self.path / "buffer"
         self.checkpoints = self.path / "checkpoints"
+        self.privacy = self.path / "privacy.json"
+        self.secret = self.path / "secret.key"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
         self.curve = self.path / "learning_curve.png"

@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from shiq_jax.models.heads import HEADS
-from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
+from shiq_jax.models.accumulation import begin
+from shiq_jax.objectives import Objective
+from shiq_jax.privacy import Mechanism
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
+from shiq_jax.training.examples import examples_of, objective_sums
+from shiq_jax.training.private_gradient import check_private, private_gradient
 from shiq_jax.training.state import Params, State, follow, merge
 
-
-def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -> Float[Array, "rows slots K T"]:
-    """Row-local lookup of per-action floats; padding (-1) reads 0."""
-    flat = gather.reshape(gather.shape[0], -1)
-    taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1).reshape(gather.shape)
-    return jnp.where(gather >= 0, taken, 0)
-
-
-def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...] = ()) -> TokenStats:
-    """Statistics of every action, `[rows, slots, K, T]`, each distinct action of a row computed once."""
-    stats = model.token_stats(params, _predicting(model, params, batch), batch.targets, extra=extra)
-    return jax.tree.map(lambda values: take(values, batch.gather), stats)
-
-
-def objective_sums(
-    model, objective: Objective, params: Params, batch: Batch, coupled=None, targets: Params = MappingProxyType({})
-) -> LossOut:
-    """Value, weight and metrics of an objective, each summed over the real examples of a batch.
-
-    targets: slow copies of the heads that it reads, as `State` holds them.
-    """
-    examples = _examples(model, objective, params, targets, batch, coupled)
-    out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
-    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
-
-
-def _examples(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled) -> Example:
-    predicting = _predicting(model, params, batch)
-    policy = model.token_stats(params, predicting, batch.targets) if objective.policy else None
-    values = None
-    if objective.heads:
-        # To the heads the hidden states are data: what they learn does not move the policy.
-        seen = jax.lax.stop_gradient(predicting)
-        values = model.head_values({name: params[HEADS][name] for name in objective.heads}, seen, batch.targets)
-        slow = {name: targets[HEADS][name] for name in objective.slow}
-        values |= {f"target_{name}": said for name, said in model.head_values(slow, seen, batch.targets).items()}
-    policy, values = jax.tree.map(lambda leaf: take(leaf, batch.gather), (policy, values))
-    return batch.example._replace(policy=policy, values=values, coupled=coupled)
-
-
-def _predicting(model, params: Params, batch: Batch) -> Float[Array, "rows A features"]:
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
-    return jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
+LAYERS = "layers"  # the parameters whose gradients the model adds up itself
 
 
 def make_update(
@@ -68,9 +28,12 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
+    privacy: Mechanism | None = None,
     microbatches: int = 1,
     donate: bool = True,
-) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    method: str = "auto",
+    reveal: bool = False,
+) -> Callable[..., tuple[State, dict[str, Array]]]:
     """A pure, jitted `update(state, batch) -> (state, metrics)`, sharded when there is a mesh.
 
     The loss is `sum(value) / sum(weight)` over the global batch, so neither it nor the gradient depends on how the
@@ -81,70 +44,104 @@ def make_update(
             is used when `mesh` is not given.
         objective: per-example loss; see `shiq_jax.objectives.OBJECTIVES`.
         optimizer: any optax transformation; it sees the gradient of the global mean.
+        privacy: clips the gradient of every example by itself and adds noise; the update is then called with the secret
+            root key as well, `update(state, batch, private_key=key)`, and each row of the batch holds one example.
         microbatches: number of equal slices of the rows that are run one after the other; divides the rows.
         donate: give the old state's memory to the new one.
+        method: of clipping, see `shiq_jax.privacy.clipped_sum`.
+        reveal: also return the units' losses and gradient norms, which nobody accounts for.
 
     Returns:
         `update`; its metrics are scalars: `loss`, `weight`, `grad_norm`, `param_norm` after the update, and the
-        objective's own means.
+        objective's own means. A private one has the two norms alone, of what has been made private, and with `reveal`
+        `private/loss` and `private/norm`, [units].
+
+    Raises:
+        ValueError: a private update of an objective that couples the examples of a batch.
     """
     mesh = mesh if mesh is not None else model.mesh
+    if privacy is not None:
+        check_private(objective)
 
-    def sums(trainable, state: State, batch: Batch, coupled):
-        params = merge(trainable, state.frozen)
-        value, *others = objective_sums(model, objective, params, batch, coupled, state.targets)
-        return value, tuple(others)
-
-    def couple(state: State, slices: Batch):
-        """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
-
-        def summarise(batch):
-            examples = _examples(model, objective, state.params(), state.targets, batch, None)
-            return jax.vmap(jax.vmap(objective.couple.summary))(examples)
-
-        summaries = jax.lax.map(summarise, slices)
-        lead = slices.real.shape
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), summaries)
-        combined = objective.couple.combine(flat, slices.real.reshape(-1).astype(jnp.float32))
-        return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), combined))
-
-    def update(state: State, batch: Batch):
-        slices = _slices(batch, microbatches, mesh)
-        coupled = couple(state, slices) if objective.couple else None
-        pieces = (slices, coupled)
-
-        def sums_of(piece):
-            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state, *piece)
-
-        def means_of(piece):
-            """The same of the mean: a gradient that is born divided is not written twice."""
-
-            def mean(trainable):
-                value, (weight, metrics) = sums(trainable, state, *piece)
-                return value / _count(weight), (weight, metrics)
-
-            return jax.value_and_grad(mean, has_aux=True)(state.trainable)
-
-        if microbatches == 1:
-            (loss, (weight, metrics)), grads = means_of(jax.tree.map(lambda leaf: leaf[0], pieces))
-        else:
-            shapes = jax.eval_shape(sums_of, jax.tree.map(lambda leaf: leaf[0], pieces))
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            totals, _ = jax.lax.scan(
-                lambda sum_, piece: (jax.tree.map(jnp.add, sum_, sums_of(piece)), None), zeros, pieces
-            )
-            (value, (weight, metrics)), grads = totals
-            loss, grads = jax.tree.map(lambda leaf: leaf / _count(weight).astype(leaf.dtype), (value, grads))
-        metrics = jax.tree.map(lambda total: total / _count(weight), metrics)
+    def step(state: State, grads, metrics):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
-        metrics = {"loss": loss, "weight": weight, **norms, **metrics}
         targets = follow(state.targets, trainable, objective.polyak)
         state = state._replace(trainable=trainable, targets=targets, opt_state=opt_state, step=state.step + 1)
-        return state, metrics
+        return state, norms | metrics
 
-    return jax.jit(update, donate_argnums=0 if donate else ())
+    def private_update(state: State, batch: Batch, private_key: Array):
+        slices = _slices(batch, microbatches, mesh)
+        grads, secret = private_gradient(model, objective, state, slices, privacy, private_key, method)
+        return step(state, grads, {f"private/{name}": leaf for name, leaf in secret.items()} if reveal else {})
+
+    def update(state: State, batch: Batch):
+        slices = _slices(batch, microbatches, mesh)
+        pieces = slices, _coupled(model, objective, state, slices) if objective.couple else None
+        if microbatches == 1:
+            only = jax.tree.map(lambda leaf: leaf[0], pieces)
+            loss, weight, metrics, grads = _mean(model, objective, state, only)
+        else:
+            loss, weight, metrics, grads = _accumulated_mean(model, objective, state, pieces)
+        return step(state, grads, {"loss": loss, "weight": weight} | metrics)
+
+    return jax.jit(update if privacy is None else private_update, donate_argnums=0 if donate else ())
+
+
+def _mean(model, objective: Objective, state: State, piece):
+    """Loss, weight, metrics and gradient of the mean over a batch that is run at once."""
+
+    def mean(trainable):
+        # Divided here, and not the gradient, which would be written twice.
+        value, weight, metrics = objective_sums(model, objective, merge(trainable, state.frozen), *piece, state.targets)
+        return value / _count(weight), (weight, metrics)
+
+    (loss, (weight, metrics)), grads = jax.value_and_grad(mean, has_aux=True)(state.trainable)
+    return loss, weight, jax.tree.map(lambda total: total / _count(weight), metrics), grads
+
+
+def _accumulated_mean(model, objective: Objective, state: State, pieces):
+    """The same over microbatches, one after the other; there is one array of gradients, to which each adds its own."""
+
+    def sums(trainable, piece, before):
+        params, layers = _continuing(trainable, before)
+        found = objective_sums(model, objective, merge(params, state.frozen), *piece, state.targets, layers)
+        return found.value, found
+
+    def add(totals, piece):
+        found, before = totals
+        grads, more = jax.grad(sums, has_aux=True)(state.trainable, piece, before)
+        return (jax.tree.map(jnp.add, found, more), grads), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], pieces)
+    shapes = jax.eval_shape(sums, state.trainable, first, state.trainable)[1]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((value, weight, metrics), grads), _ = jax.lax.scan(add, (nothing, optax.tree.zeros_like(state.trainable)), pieces)
+    loss, metrics, grads = jax.tree.map(
+        lambda total: total / _count(weight).astype(total.dtype), (value, metrics, grads)
+    )
+    return loss, weight, metrics, grads
+
+
+def _continuing(trainable: Params, before: Params) -> tuple[Params, Params | None]:
+    """Parameters whose gradients are added to `before`, and what of it is left to the model to add to."""
+    rest = {name: jax.tree.map(begin, part, before[name]) for name, part in trainable.items() if name != LAYERS}
+    return dict(trainable) | rest, before.get(LAYERS)
+
+
+def _coupled(model, objective: Objective, state: State, slices: Batch):
+    """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
+
+    def summarise(batch):
+        examples = examples_of(model, objective, state.params(), state.targets, batch)
+        return jax.vmap(jax.vmap(objective.couple.summary))(examples)
+
+    summaries = jax.lax.map(summarise, slices)
+    lead = slices.real.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), summaries)
+    combined = objective.couple.combine(flat, slices.real.reshape(-1).astype(jnp.float32))
+    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), combined))
 
 
 def _count(weight):

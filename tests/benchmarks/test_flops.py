@@ -9,7 +9,7 @@ from benchmarks import flops
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Record, pack, plan
-from shiq_jax.training.update import objective_sums
+from shiq_jax.training.examples import objective_sums
 
 
 def test_products_in_loops_count_as_often_as_they_run():

@@ -1,0 +1,208 @@
+"""Parametric operations whose backward pass also says how long each row's own gradient is.
+
+Every operation that owns a parameter may be handed an `Accumulator`, whose value is never read. What the operation
+returns as its cotangent is the squared norm, row by row, of the gradient of this parameter, so that the cotangents of
+all operations add up to that of the whole gradient, through scans and rematerialisation alike. No gradient of a single
+row is held: ghost norms (Goodfellow, 2015, arXiv 1510.01799; Li et al., 2021, arXiv 2110.05679). With a `rule` each
+operation clips its rows before it adds them up (He et al., 2022, arXiv 2212.01539).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int
+
+from shiq_jax.models.contraction import contract, to_input, to_kernel
+
+# By these names a traced program shows which parameters are owned by such operations.
+OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lookup", "owned by a tracked head"
+# Floats of the gradients of single rows, of one parameter, that may be held at once where a norm needs them whole.
+BUDGET = 2**26
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """What is handed to the parametric operations of a forward pass over rows of which each is a unit of its own.
+
+    Attributes:
+        squares: zeros, of which the cotangent is each row's squared norm.
+        link: what a tied embedding hands to the head, see `lookup`; None before it and where nothing is tied.
+        rule: norms [rows] -> factors [rows], with which every operation scales the rows' gradients of its own
+            parameter; None for 1.
+    """
+
+    squares: Float[Array, " rows"]
+    link: Link | None = None
+    rule: Callable[[Array], Array] | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class Link(NamedTuple):
+    """Between the two uses of a tied table: the tokens that were looked up, and zeros with a cotangent."""
+
+    tokens: Int[Array, "rows length"]
+    zeros: Float[Array, "rows length features"]
+
+
+class Operation(NamedTuple):
+    """An operation on an input `[rows, ...]` and one parameter, and its derivatives given the output's cotangent.
+
+    to_weights reads the input, the cotangent (scaled, and without rows that are not finite) and the parameter's shape;
+    squared_norm gives `[rows]`.
+    """
+
+    apply: Callable[[Array, Array], Array]
+    to_input: Callable[[Array, Array, Array], Array]
+    to_weights: Callable[[Array, Array, tuple[int, ...]], Array]
+    squared_norm: Callable[[Array, Array], Array]
+
+
+def apply(operation: Operation, x: Array, weights: Array, acc: Accumulator | None) -> Array:
+    """The operation's result, tracked when there is an accumulator; then in reverse mode only."""
+    if acc is None:
+        return operation.apply(x, weights)
+    return _tracked(operation, acc.rule, x, weights, acc.squares)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tracked(operation, rule, x, weights, squares):
+    return operation.apply(x, checkpoint_name(weights, OPERATION))
+
+
+def _forward(operation, rule, x, weights, squares):
+    out = operation.apply(x.value, weights.value)
+    return out, (x.value, weights.value, squares.value, _learns(weights))
+
+
+def _backward(operation, rule, kept, cotangent):
+    x, weights, squares, learns = kept
+    s = jax.lax.optimization_barrier(instantiated(cotangent))
+    before = operation.to_input(x, weights, s).astype(x.dtype)
+    if learns is None:
+        return before, None, None
+    square = operation.squared_norm(x, s).astype(squares.dtype)
+    fine = finite(x, s)
+    s = scaled(only(fine, s), rule, square)
+    return before, operation.to_weights(only(fine, x), s, weights.shape).astype(weights.dtype), square
+
+
+_tracked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _learns(weights) -> tuple | None:
+    """Whether the parameter is differentiated; by the structure of a pytree, which unlike a value is known in time."""
+    return () if weights.perturbed else None
+
+
+def instantiated(cotangent) -> Array:
+    """A cotangent as an array."""
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def finite(*arrays: Array) -> Bool[Array, " rows"]:
+    """Which rows hold nothing but numbers."""
+    fine = [jnp.all(jnp.isfinite(each), axis=tuple(range(1, each.ndim))) for each in arrays]
+    return functools.reduce(jnp.logical_and, fine)
+
+
+def only(rows: Bool[Array, " rows"], x: Array) -> Array:
+    """The array with zeros in the other rows: in a sum over rows, 0 times infinity would poison all."""
+    return jnp.where(_over(rows, x), x, 0)
+
+
+def scaled(s: Array, rule: Callable | None, square: Float[Array, " rows"], uses: int = 1) -> Array:
+    """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
+    if rule is None:
+        return s
+    norm = jnp.sqrt(jnp.maximum(square, 0))
+    # Twice as long as it is, it is clipped to half as much.
+    factor = jnp.where(jnp.isfinite(norm), rule(uses * norm), 0)
+    return (_over(factor, s) * s).astype(s.dtype)
+
+
+def _over(rows: Array, like: Array) -> Array:
+    return rows.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+# The operations.
+
+
+@functools.cache
+def product(contracted: int) -> Operation:
+    """The last `contracted` dimensions of the input against the first ones of a kernel."""
+
+    def squared_norm(x, s):
+        inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - contracted :]))
+        return product_square(inputs, s.reshape(*inputs.shape[:2], -1))
+
+    return Operation(
+        apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), contracted),
+        to_input=lambda x, kernel, s: to_input(kernel.astype(s.dtype), s, contracted),
+        to_weights=lambda x, s, shape: to_kernel(x, s, contracted, _precise(s)),
+        squared_norm=squared_norm,
+    )
+
+
+def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> Float[Array, " rows"]:
+    """Squared norm of each row's x^T s, by whichever way takes fewer operations.
+
+    Either sum_tu (x_t . x_u) (s_t . s_u), in time T^2 (inputs + outputs), or the matrix itself, in time
+    T * inputs * outputs, a part of its lines at a time.
+    """
+    length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
+    whole = functools.partial(jnp.einsum, preferred_element_type=_precise(s))
+    if length * (inputs + outputs) <= inputs * outputs:
+        return jnp.sum(whole("bti,bui->btu", x, x) * whole("bto,buo->btu", s, s), axis=(1, 2))
+    parts = -(-len(x) * inputs * outputs // BUDGET)
+    lines = -(-inputs // parts)
+
+    def add(total, part):
+        return total + jnp.sum(jnp.square(whole("bti,bto->bio", part, s)), axis=(1, 2)), None
+
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -inputs % lines)))
+    x = jnp.moveaxis(x.reshape(len(x), length, -1, lines), 2, 0)
+    return jax.lax.scan(add, jnp.zeros(len(s), _precise(s)), x)[0]
+
+
+def _summed(x, s, shape):
+    return jnp.sum(s, axis=tuple(range(s.ndim - len(shape))), dtype=_precise(s))
+
+
+def _square_of_shift(x, s):
+    """Of the sum over places; a bias has the input's dimensions from the third on."""
+    return jnp.sum(jnp.square(jnp.sum(s, axis=1, dtype=_precise(s))), axis=tuple(range(1, s.ndim - 1)))
+
+
+def _square_of_scale(x, s):
+    places = tuple(range(1, s.ndim - 1))
+    return jnp.sum(jnp.square(jnp.sum(x * s, axis=places, dtype=_precise(s))), axis=-1)
+
+
+SHIFT = Operation(
+    apply=lambda x, bias: x + bias.astype(x.dtype),
+    to_input=lambda x, bias, s: s,
+    to_weights=_summed,
+    squared_norm=_square_of_shift,
+)
+
+SCALE = Operation(
+    apply=lambda x, scale: x * scale.astype(x.dtype),
+    to_input=lambda x, scale, s: s * scale.astype(s.dtype),
+    to_weights=lambda x, s, shape: _summed(x, x * s, shape),
+    squared_norm=_square_of_scale,
+)
+
+
+def _precise(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

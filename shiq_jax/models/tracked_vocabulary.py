@@ -1,0 +1,175 @@
+"""The two tracked operations on the vocabulary, looking tokens up and predicting them, and what a tied table adds.
+
+A table E that is also the head has as gradient the sum of two matrices, and the squared norm of a sum is not the sum of
+the squared norms: the cross term is 2 sum_t <s_t, h_t>, s_t the cotangent of the vector that was looked up at place t
+and h_t the line of the head's gradient that belongs to the token there. The head comes later in the forward pass, so
+first in the backward one; it sends its h_t through a link of zeros, whose cotangent they are, to where s_t is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from shiq_jax.models.tracked import HEAD, LOOKUP, Accumulator, Link, finite, instantiated, only, product_square, scaled
+from shiq_jax.objectives import TokenStats, token_stats
+
+# Logits of all rows that are computed at once in the head's backward pass.
+BUDGET = 2**26
+
+
+def lookup(
+    table: Float[Array, "vocab features"], tokens: Int[Array, "rows length"], acc: Accumulator, tied: bool
+) -> tuple[Float[Array, "rows length features"], Accumulator]:
+    """The tokens' vectors, and the accumulator for what follows, linked to this table when it is tied."""
+    vectors, zeros = _lookup(acc.rule, 2 if tied else 1, table, tokens, acc.squares)
+    return vectors, dataclasses.replace(acc, link=Link(tokens, zeros) if tied else None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(rule, uses, table, tokens, squares):
+    vectors = checkpoint_name(table, LOOKUP)[tokens]
+    return vectors, jnp.zeros_like(vectors)
+
+
+def _lookup_forward(rule, uses, table, tokens, squares):
+    vectors = table.value[tokens.value]
+    kept = table.value, tokens.value, squares.value, () if table.perturbed else None
+    return (vectors, jnp.zeros_like(vectors)), kept
+
+
+def _lookup_backward(rule, uses, kept, cotangents):
+    table, tokens, squares, learns = kept
+    s, lines = map(instantiated, cotangents)
+    if learns is None:
+        return None, None, None
+    precise = jnp.promote_types(s.dtype, jnp.float32)
+    same = tokens[:, :, None] == tokens[:, None, :]
+    gram = jnp.einsum("btd,bud->btu", s, s, preferred_element_type=precise)
+    square = jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)) + 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
+    s = scaled(only(finite(s), s), rule, square, uses).astype(precise)
+    gradient = jnp.zeros(table.shape, precise).at[tokens].add(s)
+    return gradient.astype(table.dtype), None, square.astype(squares.dtype)
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward, symbolic_zeros=True)
+
+
+def statistics(
+    hidden: Float[Array, "rows A features"],
+    unembedding: Float[Array, "features vocab"],
+    tokens: Int[Array, "rows A"],
+    acc: Accumulator,
+) -> TokenStats:
+    """`objectives.token_stats` of tokens that hidden states predict, tracked."""
+    return _statistics(acc.rule, hidden, unembedding, tokens, acc.squares, acc.link)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(rule, hidden, unembedding, tokens, squares, link):
+    return token_stats(hidden, checkpoint_name(unembedding, HEAD), tokens)
+
+
+def _statistics_forward(rule, hidden, unembedding, tokens, squares, link):
+    learns = () if unembedding.perturbed else None
+    hidden, unembedding, tokens, squares, link = jax.tree.map(
+        lambda leaf: leaf.value, (hidden, unembedding, tokens, squares, link), is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    stats = token_stats(hidden, unembedding, tokens)
+    looked_up = None if link is None else link.tokens
+    return stats, (hidden, unembedding, tokens, squares, looked_up, stats.lse, learns)
+
+
+def _statistics_backward(rule, kept, cotangents):
+    hidden, unembedding, tokens, squares, looked_up, lse, learns = kept
+    own, total = instantiated(cotangents.logp), instantiated(cotangents.lse)
+    # Rows that are not finite are taken out of all sums, and their norm says so.
+    fine = finite(hidden, own, total, lse)
+    hidden, own, total, lse = (only(fine, each) for each in (hidden, own, total, lse))
+    head = _Head(hidden, unembedding.astype(hidden.dtype), tokens, lse, own, total - own)
+    if learns is None:
+        return head.gradients(squares=False, weights=False)[0], None, None, None, None
+    to_hidden, square, to_weights = head.gradients(weights=rule is None)
+    square = jnp.where(fine, square, jnp.nan)
+    if rule is not None:
+        uses = 1 if looked_up is None else 2
+        own, shared = (scaled(each, rule, square, uses) for each in (own, total - own))
+        to_weights = head._replace(own=own, shared=shared).gradients(squares=False)[2]
+    # Where operations clip by themselves they clip either use of a tied table, which needs no cross term.
+    sent = None if looked_up is None or rule is not None else Link(None, head.lines(looked_up))
+    return to_hidden, to_weights.astype(unembedding.dtype), None, square.astype(squares.dtype), sent
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
+
+
+class _Head(NamedTuple):
+    """A head in its backward pass: what it saw, and what is wanted of it.
+
+    The slope of the loss along the logits of a place is `own` at the token there, and `shared` spread as the
+    probabilities are.
+    """
+
+    hidden: Float[Array, "rows A features"]
+    unembedding: Float[Array, "features vocab"]
+    tokens: Int[Array, "rows A"]
+    lse: Float[Array, "rows A"]
+    own: Float[Array, "rows A"]
+    shared: Float[Array, "rows A"]
+
+    def gradients(self, squares: bool = True, weights: bool = True):
+        """Of the hidden states; their rows' squared norms of the matrix's gradient; that gradient, summed over rows.
+
+        Logits of a part of the vocabulary are there at a time. What is not asked for is None.
+        """
+        words, rows = self.unembedding.shape[1], self.tokens.size
+        parts = -(-words * rows // BUDGET)
+        size = -(-words // parts)
+        precise = self.lse.dtype
+        product = functools.partial(jnp.einsum, preferred_element_type=precise)
+
+        def add(sums, part):
+            # The last part begins earlier, so that all are of one size, and leaves out what the one before it had.
+            start = jnp.minimum(part * size, words - size)
+            columns = jax.lax.dynamic_slice_in_dim(self.unembedding, start, size, axis=1)
+            ids = start + jnp.arange(size)
+            slopes = jnp.where(ids >= part * size, self._slopes(columns, ids), 0).astype(self.hidden.dtype)
+            to_hidden, square, to_weights = sums
+            to_hidden = to_hidden + product("bav,dv->bad", slopes, columns)
+            if squares:
+                square = square + product_square(self.hidden, slopes)
+            if weights:
+                place = (jnp.zeros_like(start), start)
+                before = jax.lax.dynamic_slice(to_weights, place, columns.shape)
+                own = product("bad,bav->dv", self.hidden, slopes)
+                to_weights = jax.lax.dynamic_update_slice(to_weights, before + own, place)
+            return (to_hidden, square, to_weights), None
+
+        sums = (
+            jnp.zeros(self.hidden.shape, precise),
+            jnp.zeros(len(self.hidden), precise) if squares else None,
+            jnp.zeros(self.unembedding.shape, precise) if weights else None,
+        )
+        (to_hidden, square, to_weights), _ = jax.lax.scan(add, sums, jnp.arange(parts))
+        return to_hidden.astype(self.hidden.dtype), square, to_weights
+
+    def lines(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length features"]:
+        """Of the transposed gradient of the matrix, row by row, the lines of some tokens."""
+        columns = self.unembedding.T[tokens]
+        logits = jnp.einsum("bad,btd->bat", self.hidden, columns, preferred_element_type=self.lse.dtype)
+        slopes = self._from_logits(logits, tokens[:, None, :])
+        return jnp.einsum("bat,bad->btd", slopes.astype(self.hidden.dtype), self.hidden)
+
+    def _slopes(self, columns, ids):
+        logits = jnp.einsum("bad,dv->bav", self.hidden, columns, preferred_element_type=self.lse.dtype)
+        return self._from_logits(logits, ids)
+
+    def _from_logits(self, logits, ids):
+        spread = jnp.exp(logits - self.lse[..., None]) * self.shared[..., None]
+        return spread + jnp.where(self.tokens[..., None] == ids, self.own[..., None], 0)

@@ -1,0 +1,180 @@
+"""The sum over units of their clipped gradients, by several methods with one meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from shiq_jax.models.tracked import Accumulator
+from shiq_jax.privacy.coverage import uncovered
+from shiq_jax.privacy.rules import ClipRule, Groupwise
+
+Losses = Callable[[Any, Any, Accumulator | None], Float[Array, " units"]]
+METHODS = ("auto", "vmap", "scan", "ghost", "group")
+# Tokens of a unit from which one unit alone keeps a device busy, so that units may as well come one after the other.
+LONG = 1024
+
+
+def clipped_sum(
+    losses: Losses,
+    params: Any,
+    batch: Any,
+    *,
+    clip: ClipRule | Groupwise,
+    mask: Bool[Array, " units"] | None = None,
+    method: str = "auto",
+    microbatch: int = 1,
+    lanes: int = 1,
+) -> tuple[Any, Float[Array, " units"], Float[Array, " units"]]:
+    """sum_i mask_i clip(|g_i|) g_i over the units of a batch, g_i the gradient of the i-th unit's loss.
+
+    Formal guarantee: setting a unit's mask to False, or adding one, moves the sum by at most `clip.sensitivity` in L2
+    norm (up to rounding), whatever the unit holds, numbers that are not finite included: such a unit contributes 0. It
+    holds when the i-th loss depends on the i-th unit, `params` and constants alone, which is not checked.
+
+    Args:
+        losses: (params, batch, acc) -> one loss per unit. An accumulator is handed to every operation that owns a
+            parameter (`Model.hidden` and `Model.token_stats` take it); None makes it an ordinary function.
+        params: pytree of floats; the sum has its structure, in float32 at least.
+        batch: pytree of arrays with a leading axis of units.
+        clip: the rule; `Groupwise` goes with the methods "group" and "auto" only.
+        mask: which units count; all by default. What a unit that does not count holds changes nothing.
+        method: "vmap": the gradients of all units at once; the reference, for any losses. "scan": `microbatch` units at
+            a time, for any losses. "ghost": norms in one backward pass, the sum in a second one, no gradient of a
+            single unit. "group": one backward pass in which every operation clips its own. "auto": "group" for
+            `Groupwise`; "ghost" for short units, where the losses hand their accumulator on; else "scan".
+        microbatch: units of a lane at a time, with "scan"; divides their number.
+        lanes: equal parts of the units that go side by side, as many as there are devices along their axis.
+
+    Returns:
+        The sum; the units' norms and losses, which are private and nobody's to look at.
+
+    Raises:
+        ValueError: while tracing, for an unknown method, a rule that it does not implement, or parameters that "ghost"
+            and "group" would miscount, which are named.
+    """
+    units = len(jax.tree.leaves(batch)[0])
+    mask = jnp.ones(units, bool) if mask is None else mask
+    method = _chosen(method, clip, losses, params, batch)
+    if method in ("ghost", "group"):
+        missed = uncovered(losses, params, batch)
+        if missed:
+            raise ValueError(
+                f"method {method!r} would miscount {missed[0]}: hand the accumulator to every operation that owns a "
+                "parameter, each of which is used once, or take the method scan"
+            )
+    if method == "ghost":
+        return _ghost(losses, params, batch, clip, mask)
+    if method == "group":
+        return _group(losses, params, batch, clip, mask)
+    if units % lanes or (units // lanes) % microbatch:
+        raise ValueError(f"microbatch is {microbatch}, which does not divide {units} units in {lanes} lanes")
+    size = units // lanes if method == "vmap" else microbatch
+    return _instantiated(losses, params, batch, clip, mask, size, lanes)
+
+
+def per_example(loss: Callable[[Any, Any], Float[Array, ""]]) -> Losses:
+    """Losses of a batch from the loss of one unit, `(params, unit) -> scalar`; for the methods vmap and scan."""
+
+    def losses(params, batch, acc=None):
+        if acc is not None:
+            raise ValueError("the loss of one unit hands no accumulator on: take the method vmap or scan")
+        return jax.vmap(loss, (None, 0))(params, batch)
+
+    return losses
+
+
+def _chosen(method: str, clip, losses: Losses, params, batch) -> str:
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; the methods are {', '.join(METHODS)}")
+    if isinstance(clip, Groupwise) != (method == "group") and method != "auto":
+        raise ValueError(f"method {method!r} does not implement the rule {type(clip).__name__}: take the method auto")
+    if method != "auto":
+        return method
+    if isinstance(clip, Groupwise):
+        return "group"
+    longest = max((leaf.shape[1] for leaf in jax.tree.leaves(batch) if leaf.ndim > 1), default=1)
+    try:
+        return "ghost" if longest < LONG and not uncovered(losses, params, batch) else "scan"
+    except ValueError:
+        return "scan"
+
+
+def _instantiated(losses, params, batch, clip, mask, size, lanes):
+    """Gradients of `size` units of every lane at a time, each as a whole; lanes are summed apart until the end."""
+
+    def one(params, unit):
+        return losses(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0]
+
+    def clipped(units, real):
+        values, grads = jax.vmap(jax.value_and_grad(one), (None, 0))(params, units)
+        norms = jnp.sqrt(sum(_squares(leaf) for leaf in jax.tree.leaves(grads)))
+        factors = _factors(clip, norms, real)
+        return jax.tree.map(lambda leaf: _weighted(factors, leaf), grads), norms, values
+
+    def add(total, piece):
+        more, norms, values = jax.vmap(clipped)(*piece)
+        return jax.tree.map(jnp.add, total, more), (norms, values)
+
+    # Unit i of a lane stays on the device that holds the lane.
+    pieces = jax.tree.map(lambda leaf: leaf.reshape(lanes, -1, size, *leaf.shape[1:]).swapaxes(0, 1), (batch, mask))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((lanes, *leaf.shape), _precise(leaf)), params)
+    if len(mask) == size * lanes:
+        total, said = add(zeros, jax.tree.map(lambda leaf: leaf[0], pieces))
+    else:
+        total, said = jax.lax.scan(add, zeros, pieces)
+        said = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), said)
+    norms, values = (leaf.reshape(-1) for leaf in said)
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), total), norms, values
+
+
+def _ghost(losses, params, batch, clip, mask):
+    """A pull for the norms, in which the compiler finds that no parameter's gradient is wanted; another for the sum."""
+    zeros = _zeros(mask)
+    values, pull = jax.vjp(lambda params, squares: losses(params, batch, Accumulator(squares)), params, zeros)
+    norms = jnp.sqrt(jnp.maximum(pull(jnp.ones_like(values))[1], 0))
+    factors = _factors(clip, norms, mask)
+    return _widened(pull(factors.astype(values.dtype))[0]), norms, values
+
+
+def _group(losses, params, batch, clip, mask):
+    """Each operation clips its own; a unit that does not count, or is not finite anywhere, is taken out beforehand."""
+    rule = clip.of_a_group
+
+    def of(params, squares):
+        values = losses(params, batch, Accumulator(squares, rule=rule))
+        return values, values
+
+    _, pull, values = jax.vjp(of, params, _zeros(mask), has_aux=True)
+    grads, squares = pull(jnp.where(mask & jnp.isfinite(values), 1, 0).astype(values.dtype))
+    return _widened(grads), jnp.sqrt(jnp.maximum(squares, 0)), values
+
+
+def _factors(clip, norms, real):
+    return jnp.where(jnp.isfinite(norms) & real, clip(norms), 0)
+
+
+def _weighted(factors, grads):
+    """The sum over units; where the factor is 0 nothing is multiplied, for it might not be finite."""
+    over = factors.reshape(-1, *(1,) * (grads.ndim - 1))
+    return jnp.sum(jnp.where(over > 0, over * grads.astype(_precise(grads)), 0), axis=0)
+
+
+def _squares(leaf):
+    return jnp.sum(jnp.square(leaf.astype(_precise(leaf))), axis=tuple(range(1, leaf.ndim)))
+
+
+def _widened(grads):
+    return jax.tree.map(lambda leaf: leaf.astype(_precise(leaf)), grads)
+
+
+def _zeros(mask):
+    return jnp.zeros(len(mask), jnp.float32)
+
+
+def _precise(leaf):
+    return jnp.promote_types(leaf.dtype, jnp.float32)

@@ -1,0 +1,35 @@
+"""Gaussian noise on a sum, once for all devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from shiq_jax.privacy.mechanism import Mechanism
+
+# Streams of one root key; the sampler's is apart, drawn on the host.
+NOISE = 1
+
+
+def privatise(total: Any, mechanism: Mechanism, root: Array, step: Array) -> Any:
+    """(sum + noise) / expected batch: what may be released of a sum of clipped gradients.
+
+    The noise is a function of the root key and the step, float32, drawn as one array for each parameter however it is
+    cut over devices, so that replicas agree and shards do not repeat each other.
+
+    Args:
+        total: pytree, the sum over all devices.
+        mechanism: whose noise and divisor are taken.
+        root: secret jax key of the run.
+        step: number of the step.
+    """
+    leaves, structure = jax.tree.flatten(total)
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, NOISE), step), len(leaves))
+    noisy = [
+        (leaf + mechanism.noise_stddev * jax.random.normal(key, leaf.shape, jnp.float32)) / mechanism.expected_batch
+        for key, leaf in zip(keys, leaves)
+    ]
+    return jax.tree.unflatten(structure, noisy)

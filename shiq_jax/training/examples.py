@@ -1,0 +1,67 @@
+"""From a batch and a model to the examples that an objective sees, and their sums."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from shiq_jax.models.heads import HEADS
+from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
+from shiq_jax.replay import Batch
+from shiq_jax.training.state import Params
+
+NOTHING: Params = MappingProxyType({})
+
+
+def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -> Float[Array, "rows slots K T"]:
+    """Row-local lookup of per-action floats; padding (-1) reads 0."""
+    flat = gather.reshape(gather.shape[0], -1)
+    taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1).reshape(gather.shape)
+    return jnp.where(gather >= 0, taken, 0)
+
+
+def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...] = ()) -> TokenStats:
+    """Statistics of every action, `[rows, slots, K, T]`, each distinct action of a row computed once."""
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
+    stats = model.token_stats(params, _at_actions(hidden, batch), batch.targets, extra=extra)
+    return jax.tree.map(lambda values: take(values, batch.gather), stats)
+
+
+def objective_sums(
+    model, objective: Objective, params: Params, batch: Batch, coupled=None, targets: Params = NOTHING, sums=None
+) -> LossOut:
+    """Value, weight and metrics of an objective, each summed over the real examples of a batch.
+
+    targets: slow copies of the heads that it reads, as `State` holds them. sums: see `Model.hidden`.
+    """
+    examples = examples_of(model, objective, params, targets, batch, coupled, sums=sums)
+    out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
+    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+
+
+def examples_of(
+    model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled=None, *, acc=None, sums=None
+) -> Example:
+    """The examples of a batch, leading axes [rows, slots], as an objective sees them; acc, sums: see `Model.hidden`."""
+    more = {name: given for name, given in (("acc", acc), ("sums", sums)) if given is not None}
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals, **more)
+    hidden, after = hidden if acc is not None else (hidden, None)
+    predicting = _at_actions(hidden, batch)
+    tracked = {} if after is None else {"acc": after}
+    policy = model.token_stats(params, predicting, batch.targets, **tracked) if objective.policy else None
+    values = None
+    if objective.heads:
+        # To the heads the hidden states are data: what they learn does not move the policy.
+        seen = jax.lax.stop_gradient(predicting)
+        values = model.head_values({name: params[HEADS][name] for name in objective.heads}, seen, batch.targets)
+        slow = {name: targets[HEADS][name] for name in objective.slow}
+        values |= {f"target_{name}": said for name, said in model.head_values(slow, seen, batch.targets).items()}
+    policy, values = jax.tree.map(lambda leaf: take(leaf, batch.gather), (policy, values))
+    return batch.example._replace(policy=policy, values=values, coupled=coupled)
+
+
+def _at_actions(hidden: Float[Array, "rows L features"], batch: Batch) -> Float[Array, "rows A features"]:
+    return jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)

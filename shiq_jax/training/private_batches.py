@@ -1,0 +1,95 @@
+"""Batches of a private run: a Poisson sample of the units, each in a row of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from shiq_jax.errors import Refusal
+from shiq_jax.privacy import Mechanism
+from shiq_jax.privacy.secret import Secret
+from shiq_jax.replay import Buffer, bundles, pack, plan
+from shiq_jax.replay.sampling import Bundle, Members
+from shiq_jax.training.batches import Ahead, Step
+from shiq_jax.training.placement import place
+
+UNITS = ("example", "user")
+
+
+def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[Bundle]:
+    """What is protected as a whole: for every unit its examples, which share a row.
+
+    Args:
+        buffer: the records.
+        unit: what an example is: "trajectory", "pair" or "group".
+        privacy_unit: "example", or "user" for all examples of a record's user.
+
+    Raises:
+        Refusal: there is nothing, or a record that belongs to nobody where users are protected.
+    """
+    drawn = list(bundles(buffer, unit, share_prompts=unit != "trajectory"))
+    if not drawn:
+        raise Refusal(f"{buffer.path} holds no {unit} to learn from")
+    if privacy_unit == "example":
+        return drawn
+    users: dict[str, list[Members]] = {}
+    for (example,) in drawn:
+        names = {buffer[number].user for number in example}
+        if None in names or len(names) > 1:
+            owner = "nobody" if None in names else "two users"
+            raise Refusal(
+                f"{buffer.path}: a {unit} (record {example[0]}) belongs to {owner}, but users are to be protected: "
+                "give every row its user_id, or protect examples"
+            )
+        users.setdefault(names.pop(), []).append(example)
+    return [tuple(owned) for owned in users.values()]
+
+
+class PrivateBatches(Ahead):
+    """The batch of every step, drawn by a mechanism's sampler with a secret; places without a unit are masked.
+
+    Nothing that it says of a batch depends on which units it holds: not its tokens, nor its fill, nor its members.
+
+    Args:
+        buffer: the records.
+        units: see `units_of`.
+        mechanism: gives the sampler; its data set must be these units.
+        secret: of the run.
+        statistics: reader of the reference's statistics, None for objectives without a reference.
+        mesh: where the rows go.
+
+    Raises:
+        Refusal: the mechanism was made for another number of units.
+    """
+
+    def __init__(
+        self, buffer: Buffer, units: Sequence[Bundle], mechanism: Mechanism, secret: Secret, *,
+        statistics=None, mesh=None,
+    ):  # fmt: skip
+        if len(units) != mechanism.dataset_size:
+            raise Refusal(
+                f"the privacy of this run is accounted for with {mechanism.dataset_size} units, but {buffer.path} "
+                f"holds {len(units)}: restore the data that it was begun with, or begin another run"
+            )
+        self.records, self.statistics, self.mesh = buffer, statistics, mesh
+        self.units, self.mechanism, self.secret = units, mechanism, secret
+        # A row is as long as the longest unit.
+        self.shape = plan(buffer, units)
+
+    left_out = 0
+
+    def steps(self, epochs: float) -> int:
+        """Updates in which every unit is drawn so many times on average."""
+        return math.ceil(round(epochs * self.mechanism.dataset_size / self.mechanism.expected_batch, 9))
+
+    def __call__(self, step: int) -> Step:
+        """The batch of an update step."""
+        chosen, real = self.mechanism.sample(self.secret.sampling, step)
+        rows = [pack([self.units[number]], self.records, self.statistics, self.shape).batch for number in chosen]
+        batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
+        batch = batch._replace(real=batch.real & real[:, None])
+        places = batch.tokens.size
+        return Step(place(batch, self.mesh), np.full((len(chosen), 1, 1), -1), places, 1.0)

@@ -1,0 +1,74 @@
+"""The private gradient: what an update step takes in the place of the gradient of the mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from shiq_jax.objectives import LossOut, Objective
+from shiq_jax.privacy import Mechanism, clipped_sum, privatise
+from shiq_jax.privacy.clipped_sum import Losses
+from shiq_jax.replay import Batch
+from shiq_jax.training.examples import examples_of
+from shiq_jax.training.placement import data_devices
+from shiq_jax.training.state import Params, State, merge
+
+
+def unit_losses(model, objective: Objective, frozen: Params, targets: Params) -> Losses:
+    """The losses of a batch of which each row holds one unit, as `clipped_sum` takes them.
+
+    A unit's loss is its value over its weight, which no other unit has a part in.
+    """
+
+    def losses(trainable: Params, batch: Batch, acc=None) -> Float[Array, " rows"]:
+        examples = examples_of(model, objective, merge(trainable, frozen), targets, batch, acc=acc)
+        out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
+        value, weight = (jnp.sum(jnp.where(batch.real, each, 0), axis=1) for each in (out.value, out.weight))
+        return value / jnp.maximum(weight, 1)
+
+    return losses
+
+
+def check_private(objective: Objective, name: str = "this objective") -> None:
+    """Raises ValueError for an objective whose examples know of each other."""
+    if objective.couple is not None:
+        raise ValueError(
+            f"{name} couples the examples of a batch, so that none of them can be clipped by itself: choose another "
+            "objective for a private run"
+        )
+
+
+def private_gradient(
+    model, objective: Objective, state: State, slices: Batch, mechanism: Mechanism, root: Array, method: str
+) -> tuple[Any, dict[str, Float[Array, " units"]]]:
+    """The noisy mean of clipped gradients over slices that are run one after the other.
+
+    Returns:
+        what may be released; and by name what may not: `norm` and `loss` of every unit, NaN where there is none.
+    """
+    slots = slices.real.shape[2]
+    if slots != 1 and mechanism.unit != "user":
+        raise ValueError(
+            f"rows have {slots} slots, but a row of a private batch holds one {mechanism.unit}: pack each into its own"
+        )
+    losses, lanes = unit_losses(model, objective, state.frozen, state.targets), data_devices(model.mesh)
+
+    def add(total, piece):
+        real = jnp.any(piece.real, axis=1)
+        more, norms, values = clipped_sum(
+            losses, state.trainable, piece, clip=mechanism.clip, mask=real, method=method, lanes=lanes
+        )
+        secret = {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
+        return jax.tree.map(jnp.add, total, more), secret
+
+    zeros = optax.tree.cast(optax.tree.zeros_like(state.trainable), jnp.float32)
+    if slices.real.shape[0] == 1:
+        total, secret = add(zeros, jax.tree.map(lambda leaf: leaf[0], slices))
+    else:
+        total, secret = jax.lax.scan(add, zeros, slices)
+    released = privatise(total, mechanism, root, state.step)
+    return released, {name: leaf.reshape(-1) for name, leaf in secret.items()}

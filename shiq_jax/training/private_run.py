@@ -1,0 +1,127 @@
+"""What a private run has beside another: its mechanism, its secret, and batches and updates that go with both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from shiq_jax.errors import Refusal
+from shiq_jax.objectives import Objective
+from shiq_jax.privacy import Mechanism
+from shiq_jax.privacy.secret import Secret
+from shiq_jax.replay import Buffer
+from shiq_jax.training.config import Job
+from shiq_jax.training.placement import data_devices
+from shiq_jax.training.private_batches import PrivateBatches, units_of
+from shiq_jax.training.private_options import Privacy
+from shiq_jax.training.run import Run
+from shiq_jax.training.run_directory import read_json, write_json
+from shiq_jax.training.state import State
+from shiq_jax.training.update import make_update
+
+
+class Private(NamedTuple):
+    """The parts of a private run."""
+
+    mechanism: Mechanism
+    secret: Secret
+    batches: PrivateBatches
+
+    options: Privacy
+
+    def make_update(self, model, objective: Objective, rule, **others) -> Callable[[State, Any], tuple[State, dict]]:
+        """A private update as the passes call it, which also says what has been spent."""
+        update = make_update(
+            model, objective, rule, privacy=self.mechanism, method=self.options.method,
+            reveal=self.options.log_private, **others,
+        )  # fmt: skip
+
+        def step(state: State, batch) -> tuple[State, dict]:
+            done = int(state.step) + 1
+            state, metrics = update(state, batch, self.secret.noise)
+            # One number of what belongs to units, where it was asked for.
+            metrics = {name: jnp.nanmedian(value) if value.ndim else value for name, value in metrics.items()}
+            return state, metrics | {"epsilon": self.mechanism.epsilon(done)}
+
+        return step
+
+    def metadata(self) -> dict[str, Any]:
+        """What checkpoints say: whose secret, and by what mechanism; not the secret."""
+        return {"privacy": described(self.mechanism), "secret": self.secret.fingerprint}
+
+
+def check_private_job(job: Job, objective: Objective) -> None:
+    """Raises Refusal for options that would release what nobody accounts for, or that a private run cannot keep to."""
+    if objective.couple is not None:
+        raise Refusal(
+            f"the loss {job.loss.name} couples the examples of a batch, so that none can be clipped by itself: choose "
+            "another for a private run"
+        )
+    if job.data is None:
+        raise Refusal("a private run learns from --data: samples of its own are no data of anybody")
+    if job.evaluation.data is None:
+        raise Refusal("an evaluation releases what it looks at: give public prompts with --evaluation.data")
+    if job.baseline != "none":
+        raise Refusal("a baseline of a prompt's other answers is a release of those: leave --baseline out")
+    if job.seed and not job.privacy.insecure_deterministic:
+        raise Refusal(
+            "a seed that is known takes the noise off again: leave --seed out, or add --privacy.insecure-deterministic "
+            "to a test"
+        )
+
+
+def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics) -> Private:
+    """The parts of a run, those of before where it goes on.
+
+    Raises:
+        Refusal: options or data do not go with a private run, or its secret is gone.
+    """
+    job, options = run.job, run.job.privacy
+    units = units_of(buffer, objective.unit, options.unit)
+    if job.batch_size > len(units):
+        raise Refusal(f"a batch of {job.batch_size} is larger than the data of {len(units)} units: lower --batch-size")
+    mechanism = options.mechanism(
+        trainable, dataset_size=len(units), expected_batch=job.batch_size, example=objective.unit,
+        steps=math.ceil(round(job.epochs * len(units) / job.batch_size, 9)),
+        multiple=data_devices(run.mesh) * job.microbatches,
+    )  # fmt: skip
+    if mechanism.delta >= 1 / len(units):
+        print(
+            f"warning: delta {mechanism.delta:g} is not below 1 / {len(units)} units of data: publishing one of them "
+            "would be as private",
+            file=sys.stderr,
+        )
+    secret = _secret(run)
+    batches = PrivateBatches(buffer, units, mechanism, secret, statistics=statistics, mesh=run.mesh)
+    file, about = run.directory.privacy, described(mechanism) | {"secret": secret.fingerprint}
+    if not file.exists():
+        write_json(file, about | {"epsilon": mechanism.epsilon()})
+    for name, there in read_json(file).items():
+        if name != "epsilon" and there != about.get(name):
+            raise Refusal(
+                f"{file} accounts for {name} {there!r}, but this run would have {about.get(name)!r}: restore the data "
+                "and the secret that it was begun with, or begin another run"
+            )
+    return Private(mechanism, secret, batches, options)
+
+
+def described(mechanism: Mechanism) -> dict[str, Any]:
+    """A mechanism as JSON values."""
+    return dataclasses.asdict(mechanism) | {"clip": repr(mechanism.clip)}
+
+
+def _secret(run: Run) -> Secret:
+    options, path = run.job.privacy, run.job.privacy.secret or run.directory.secret
+    if options.insecure_deterministic:
+        return Secret.insecure(run.job.seed)
+    if run.directory.privacy.exists():
+        return Secret.read(path)
+    if jax.process_count() > 1:
+        raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
+    return Secret.create(path)

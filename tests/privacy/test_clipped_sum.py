@@ -1,0 +1,265 @@
+"""Every method of clipping against the gradients of all units at once."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, clipped_sum, count_groups, per_example
+
+TOLERANCE = 1e-5
+NEVER = Abadi(1e9)
+
+
+def run(losses, params, batch, **options):
+    return jax.jit(functools.partial(clipped_sum, losses, **options))(params, batch)
+
+
+def reference(losses, params, batch, clip, mask=None):
+    """One gradient after the other, each scaled and added in float64: nothing of the code under test."""
+    units = len(jax.tree.leaves(batch)[0])
+    gradient = jax.jit(jax.value_and_grad(lambda params, unit: losses(params, unit, None)[0]))
+    total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), params)
+    norms, values = [], []
+    for unit in range(units):
+        value, grads = jax.device_get(gradient(params, jax.tree.map(lambda leaf: leaf[unit : unit + 1], batch)))
+        grads = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), grads)
+        norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+        factor = float(clip(jnp.float32(norm))) if mask is None or mask[unit] else 0.0
+        total = jax.tree.map(lambda sums, leaf: sums + factor * leaf, total, grads)
+        norms.append(norm)
+        values.append(value)
+    return total, np.array(norms), np.array(values)
+
+
+@pytest.fixture(scope="module")
+def expected(decoder, batch_of, losses_of):
+    @functools.cache
+    def make(variant, unit, clip):
+        model, params = decoder(variant)
+        return reference(losses_of(model, unit), params, batch_of(unit), clip)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost"])
+@pytest.mark.parametrize(
+    ("variant", "unit", "part"),
+    [
+        ("tied", "trajectory", 1.0), ("untied", "pair", 1.0), ("biases", "group", 1.0), ("tied", "pair", 0.05),
+        ("tied", "pair", None),
+    ],
+)  # fmt: skip
+def test_all_methods_give_the_sum_of_clipped_gradients(
+    method, variant, unit, part, decoder, batch_of, losses_of, expected, relative
+):
+    """Where all are clipped, half of them, and none."""
+    norms = expected(variant, unit, NEVER)[1]
+    clip = NEVER if part is None else Abadi(float(part * np.median(norms)))
+    model, params = decoder(variant)
+    total, found, values = run(losses_of(model, unit), params, batch_of(unit), clip=clip, method=method)
+    wanted, norms, losses = expected(variant, unit, clip)
+    np.testing.assert_allclose(found, norms, rtol=TOLERANCE)
+    np.testing.assert_allclose(values, losses, rtol=TOLERANCE)
+    assert relative(total, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", [AutoS(0.3), AutoS(2.0, 5.0), AutoV(0.3), Global(30.0)], ids=str)
+def test_rules(rule, decoder, batch_of, losses_of, expected, relative):
+    model, params = decoder("tied")
+    total, *_ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=rule, method="ghost")
+    assert relative(total, expected("tied", "pair", rule)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(remat, decoder, batch_of, losses_of, expected, relative):
+    model, params = decoder("biases")
+    model = dataclasses.replace(model, remat=remat)
+    total, norms, _ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=Abadi(1.0), method="ghost")
+    wanted, expected_norms, _ = expected("biases", "pair", Abadi(1.0))
+    np.testing.assert_allclose(norms, expected_norms, rtol=TOLERANCE)
+    assert relative(total, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["ghost", "scan"])
+def test_a_bfloat16_forward_pass(method, decoder, batch_of, losses_of, relative):
+    # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
+    jax.config.update("jax_disable_most_optimizations", False)
+    model, params = decoder("tied")
+    half = dataclasses.replace(model, compute_dtype=jnp.dtype(jnp.bfloat16))
+    losses = losses_of(half, "trajectory")
+    wanted, norms, _ = run(losses, params, batch_of("trajectory"), clip=Abadi(1.0), method="vmap")
+    total, found, _ = run(losses, params, batch_of("trajectory"), clip=Abadi(1.0), method=method)
+    np.testing.assert_allclose(found, norms, rtol=2e-2)
+    assert relative(total, wanted) < 2e-2
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(total))
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 8])
+def test_a_scan_over_microbatches(microbatch, decoder, batch_of, losses_of, expected, relative):
+    model, params = decoder("tied")
+    batch = batch_of("trajectory")
+    assert len(batch.tokens) == 16
+    losses = losses_of(model, "trajectory")
+    total, *_ = run(losses, params, batch, clip=Abadi(1.0), method="scan", microbatch=microbatch)
+    assert relative(total, expected("tied", "trajectory", Abadi(1.0))[0]) < TOLERANCE
+    with pytest.raises(ValueError, match="microbatch is 3"):
+        run(losses, params, batch, clip=Abadi(1.0), method="scan", microbatch=3)
+
+
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "group"])
+def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses_of):
+    model, params = decoder("tied")
+    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    clip = Groupwise(Abadi(1.0), 4) if method == "group" else Abadi(1.0)
+    mask = np.arange(16) % 3 > 0
+    other = jax.tree.map(lambda leaf: np.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[::-1]), batch)
+    assert np.any(other.tokens != batch.tokens)
+    totals = [run(losses, params, each, clip=clip, mask=mask, method=method)[0] for each in (batch, other)]
+    jax.tree.map(np.testing.assert_array_equal, *totals)
+    nothing, *_ = run(losses, params, batch, clip=clip, mask=np.zeros(16, bool), method=method)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "group"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e19, 1e30])
+def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, decoder, batch_of, losses_of, relative):
+    model, params = decoder("tied")
+    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    clip = Groupwise(Abadi(1.0), 4) if method == "group" else Abadi(1.0)
+    rewards = np.array(batch.example.rewards)
+    rewards[2][rewards[2] != 0] = bad
+    poisoned = batch._replace(example=batch.example._replace(rewards=rewards))
+    total, *_ = run(losses, params, poisoned, clip=clip, method=method)
+    without, *_ = run(losses, params, batch, clip=clip, mask=np.arange(16) != 2, method=method)
+    if bad > 1e20 or np.isnan(bad):
+        assert relative(total, without) < TOLERANCE
+    distance = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (total, without)))))
+    assert distance <= clip.sensitivity * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("method", ["vmap", "ghost", "group"])
+def test_a_unit_moves_the_sum_by_its_clipped_gradient_and_no_further(method, decoder, batch_of, losses_of):
+    model, params = decoder("tied")
+    batch, losses = batch_of("pair"), losses_of(model, "pair")
+    clip = Groupwise(Abadi(0.7), count_groups(params)) if method == "group" else Abadi(0.7)
+    whole, norms, _ = run(losses, params, batch, clip=clip, method=method)
+    assert np.median(norms) > 0.7
+    for unit in range(len(batch.tokens)):
+        rest, *_ = run(losses, params, batch, clip=clip, mask=np.arange(len(batch.tokens)) != unit, method=method)
+        moved = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (whole, rest)))))
+        assert moved <= clip.sensitivity * (1 + 1e-4)
+        if method != "group":
+            np.testing.assert_allclose(moved, min(0.7, norms[unit]), rtol=1e-3)
+
+
+def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, losses_of, relative):
+    model, params = decoder("biases")
+    batch, losses = batch_of("pair"), losses_of(model, "pair")
+    clip = Groupwise(AutoS(2.0), count_groups(params))
+    # Per layer two norms, and four projections of attention and three of the MLP with kernel and bias; table and norm.
+    assert clip.groups == 2 * (2 + 7 * 2) + 2
+    total, *_ = run(losses, params, batch, clip=clip, method="auto")
+    grads = jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0))(
+        params, jax.tree.map(lambda leaf: leaf[:, None], batch)
+    )
+    rule = clip.of_a_group
+
+    def clipped(path, leaf):
+        """[units, ...] -> the sum; a leaf of the layers is clipped layer by layer."""
+        lead = 2 if path[0].key == "layers" else 1
+        norms = jnp.sqrt(jnp.sum(jnp.square(leaf), axis=tuple(range(lead, leaf.ndim)), keepdims=True))
+        return jnp.sum(rule(norms) * leaf, axis=0)
+
+    wanted = jax.tree_util.tree_map_with_path(clipped, grads)
+    # The tied table's two uses are clipped apart, which the bound of its group still holds for.
+    table, wanted_table = total["embed"].pop("table"), wanted["embed"].pop("table")
+    assert relative(total, wanted) < TOLERANCE
+    assert table.shape == wanted_table.shape
+    assert np.linalg.norm(table) <= len(batch.tokens) * rule.clip_norm
+
+
+def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, losses_of, relative):
+    model, params = decoder("untied")
+    batch, losses = batch_of("pair"), losses_of(model, "pair")
+    clip = Groupwise(AutoV(1.0), count_groups(params))
+    total, *_ = run(losses, params, batch, clip=clip, method="group")
+    grads = jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0))(
+        params, jax.tree.map(lambda leaf: leaf[:, None], batch)
+    )
+    for name, part in (("embed", "table"), ("head", "kernel")):
+        norms = jnp.sqrt(jnp.sum(jnp.square(grads[name][part]), axis=(1, 2), keepdims=True))
+        wanted = jnp.sum(clip.of_a_group(norms) * grads[name][part], axis=0)
+        assert relative(total[name][part], wanted) < TOLERANCE
+
+
+def test_frozen_parameters_are_no_part_of_the_norm(decoder, batch_of, relative, losses_of):
+    model, params = decoder("tied")
+    frozen = jax.tree.map(jnp.asarray, {"embed": params["embed"], "norm": params["norm"]})
+    trainable = {"layers": params["layers"]}
+    losses = losses_of(model, "trajectory", frozen)
+    wanted, norms, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method="vmap")
+    total, found, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method="ghost")
+    np.testing.assert_allclose(found, norms, rtol=TOLERANCE)
+    assert relative(total, wanted) < TOLERANCE
+
+
+def test_losses_of_anybody(relative):
+    """A linear model whose gradient is known: the clipped sum of residual times input."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(6, 3)), rng.normal(size=6), rng.normal(size=3)
+
+    def loss(w, unit):
+        return 0.5 * (unit["x"] @ w - unit["y"]) ** 2
+
+    grads = (x @ w - y)[:, None] * x
+    factors = np.minimum(1, 0.5 / np.linalg.norm(grads, axis=1))
+    for method in ("auto", "vmap", "scan"):
+        total, norms, _ = clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=Abadi(0.5), method=method)
+        np.testing.assert_allclose(total, factors @ grads, rtol=1e-4)
+        np.testing.assert_allclose(norms, np.linalg.norm(grads, axis=1), rtol=1e-4)
+    with pytest.raises(ValueError, match="hands no accumulator on"):
+        clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=Abadi(0.5), method="ghost")
+
+
+def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of):
+    model, params = decoder("tied")
+    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    more = dict(params) | {"extra": np.ones(3, np.float32)}
+
+    def with_another(params, batch, acc):
+        own = {name: part for name, part in params.items() if name != "extra"}
+        return losses(own, batch, acc) * jnp.sum(params["extra"])
+
+    def used_twice(params, batch, acc):
+        return losses(params, batch, acc) + losses(params, batch, acc)
+
+    def not_handed_on(params, batch, acc):
+        return losses(params, batch, None)
+
+    for bad, given, name in (
+        (with_another, more, "extra"), (used_twice, params, "embed/table"), (not_handed_on, params, "embed/table"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"would miscount {name}"):
+            run(bad, given, batch, clip=Abadi(1.0), method="ghost")
+        # And what chooses by itself takes the method that cannot miscount.
+        total, *_ = run(bad, given, batch, clip=Abadi(1.0), method="auto")
+        wanted, *_ = run(bad, given, batch, clip=Abadi(1.0), method="vmap")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), total, wanted)
+
+
+def test_a_method_never_changes_the_rule(decoder, batch_of, losses_of):
+    model, params = decoder("tied")
+    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    for clip, method in (
+        (Abadi(1.0), "group"),
+        (Groupwise(Abadi(1.0), 3), "ghost"),
+        (Groupwise(Abadi(1.0), 3), "vmap"),
+    ):
+        with pytest.raises(ValueError, match=f"method '{method}' does not implement the rule {type(clip).__name__}"):
+            run(losses, params, batch, clip=clip, method=method)
+    with pytest.raises(ValueError, match="method 'spooky' is unknown"):
+        run(losses, params, batch, clip=Abadi(1.0), method="spooky")

@@ -1,0 +1,67 @@
+"""The noise that is added: its distribution, what it does not depend on, and what the sum is divided by."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy import stats
+
+from shiq_jax.privacy import Abadi, Mechanism, privatise
+from shiq_jax.sharding import make_mesh
+
+MECHANISM = Mechanism(
+    dataset_size=1000, expected_batch=50, steps=10, noise_multiplier=1.3, delta=1e-5, largest_batch=100, clip=Abadi(0.7)
+)
+ROOT = jax.random.key(11)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """Of two steps: the noise of two leaves with a million numbers in all, in units of its standard deviation."""
+    nothing = {"a": jnp.zeros((500, 1000)), "b": jnp.zeros(500_000)}
+
+    def draw(step):
+        return jax.tree.map(lambda leaf: np.asarray(leaf) * 50 / (1.3 * 0.7), privatise(nothing, MECHANISM, ROOT, step))
+
+    return draw(0), draw(1)
+
+
+def test_it_is_normal_with_the_deviation_of_the_mechanism(noise):
+    values = np.concatenate([leaf.ravel() for leaf in noise[0].values()])
+    size = len(values)
+    assert abs(values.mean()) < 4 / np.sqrt(size)
+    assert abs(values.std() - 1) < 4 / np.sqrt(2 * size)
+    assert stats.kstest(values, "norm").pvalue > 1e-3
+
+
+def test_no_two_numbers_know_of_each_other(noise):
+    (first, second), bound = noise, 4 / np.sqrt(500_000)
+    a, b = first["a"].ravel(), first["b"]
+    pairs = {
+        "next": (a[:-1], a[1:]),
+        "leaves": (a, b),
+        "steps": (a, second["a"].ravel()),
+        "rows": (a[:-1000], a[1000:]),
+    }
+    for name, (one, other) in pairs.items():
+        assert abs(np.corrcoef(one, other)[0, 1]) < bound, name
+
+
+def test_the_divisor_is_the_expected_batch():
+    silent = dataclasses.replace(MECHANISM, noise_multiplier=0.0)
+    np.testing.assert_allclose(privatise({"a": jnp.full(3, 7.0)}, silent, ROOT, 0)["a"], 7 / 50)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"), PartitionSpec()])
+def test_it_is_the_same_however_the_parameters_are_cut(spec):
+    mesh = make_mesh("fsdp=8")
+    total = {"a": jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24)}
+    alone = jax.jit(lambda total: privatise(total, MECHANISM, ROOT, 3))(total)
+    where = {"a": NamedSharding(mesh, spec)}
+    cut = jax.jit(lambda total: privatise(total, MECHANISM, ROOT, 3), in_shardings=(where,), out_shardings=where)(total)
+    np.testing.assert_array_equal(alone["a"], cut["a"])
+    for shard in cut["a"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.asarray(alone["a"])[shard.index])
