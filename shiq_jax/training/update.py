@@ -45,7 +45,9 @@ def objective_sums(
 
 def _examples(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled) -> Example:
     predicting = _predicting(model, params, batch)
-    policy = model.token_stats(params, predicting, batch.targets) if objective.policy else None
+    policy = None
+    if objective.policy:
+        policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics)
     values = None
     if objective.heads:
         # To the heads the hidden states are data: what they learn does not move the policy.
