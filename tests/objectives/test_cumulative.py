@@ -18,7 +18,7 @@ def test_sums_of_integers_and_their_gradients_are_exact(length):
 
 
 def test_rounding_does_not_grow_with_the_length():
-    """Relative to the sum of magnitudes, which is what one rounding of a partial sum can cost; both ways, in batches."""
+    """Relative to the sum of magnitudes, what one rounding of a partial sum can cost; both ways, in batches."""
     x = np.random.default_rng(0).normal(size=(3, 20_000)).astype(np.float32)
     scale = np.cumsum(np.abs(x[:, ::-1]).astype(np.float64), axis=1)[:, ::-1]
     exact = np.cumsum(x[:, ::-1].astype(np.float64), axis=1)[:, ::-1]
