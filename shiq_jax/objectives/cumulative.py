@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# A product costs as many operations per token, and a third of what reading and writing an array between steps does.
+# Larger blocks are fewer steps and more operations per token; from 16 to 64 the times on CPUs hardly differ.
 _BLOCK = 32
 
 
 def reverse_cumsum(x: Float[Array, " T"]) -> Float[Array, " T"]:
     """y_t = x_t + ... + x_T: a triangle of ones sums within blocks, and what follows a block is summed the same way.
 
-    It replaces `lax.cumsum(reverse=True)`, which XLA makes windows of, two to three times as slow on CPUs, forward and
+    The same as `lax.cumsum(reverse=True)`, which XLA computes by overlapping windows: slower on CPUs, forward and
     backward. An infinity or NaN spoils its block, and whatever comes before.
     """
     length = x.shape[0]
