@@ -239,10 +239,21 @@ def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys
     )
     assert RewardLoss(horizon="n_step", n=3).configured().loss.keywords == {"beta": 0.1, "horizon": "n_step", "n": 3}
     assert PairLoss(name="dpop", penalty=2.0).configured().loss.keywords == {"beta": 0.1, "penalty": 2.0}
+    shared = {"rpo_alpha": 1.0, "ld_alpha": 0.5, "use_weighting": True, "f_divergence": "js_divergence"}
+    assert PairLoss(**shared).configured().loss.keywords == {"beta": 0.1} | shared
     for arguments, words in (
         (["--loss.name", "ipo", "--loss.margin", "1"], "margin is no option of the loss ipo, which takes beta"),
         (["--loss.name", "exo", "--loss.label-smoothing", "0"], "label_smoothing must be positive with the loss exo"),
         (["--loss.name", "discopop", "--loss.tau", "-1"], "tau must be positive and finite, not -1.0"),
+        (["--loss.name", "cpo", "--loss.rpo-alpha", "1"], "rpo_alpha is no option of the loss cpo, which takes beta"),
+        (["--loss.name", "ipo", "--loss.ld-alpha", "0"], "ld_alpha is no option of the loss ipo, which takes beta"),
+        (["--loss.name", "aot", "--loss.use-weighting"], "use_weighting is no option of the loss aot, which takes"),
+        (
+            ["--loss.name", "simpo", "--loss.f-divergence", "forward_kl"],
+            "f_divergence is no option of the loss simpo, which takes",
+        ),
+        (["--loss.f-alpha", "0.5"], "f_alpha is 0.5 with f_divergence='reverse_kl'"),
+        (["--loss.ld-alpha", "2"], "ld_alpha is 2.0 but must lie in [0, 1]"),
         (["--loss.name", "vargrad", "--loss.gamma", "0.9"], "gamma is no option of the loss vargrad, which takes beta"),
         (["--loss.horizon", "n_step"], "n is None with horizon='n_step'"),
         (["--loss.horizon", "trajectory", "--loss.gradient", "semi"], "would train the first token only"),

@@ -14,6 +14,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from shiq_jax.objectives.inputs import check_choice, check_positive, same_shape, widened
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
 # exp of more overflows float32.
 _LARGEST_EXPONENT = 80.0
 
@@ -233,7 +235,7 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
 
     Source: f-DPO (arXiv 2309.16240).
     """
-    check_choice("kind", kind, ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"))
+    check_choice("kind", kind, DIVERGENCES)
     u = widened(logratio)
     if kind == "js_divergence":
         return jax.nn.log_sigmoid(u)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from shiq_jax.objectives.cumulative import reverse_cumsum
 from shiq_jax.objectives.inputs import (
     as_mask,
     check_choice,
@@ -192,7 +193,7 @@ def suffix_sum(
 ) -> Float[Array, " T"]:
     """S_t = x_t + gamma S_{t+1} over actions, from `beyond` after the last; carried unchanged over the rest."""
     if isinstance(gamma, Real) and gamma == 1:
-        return lax.cumsum(x, reverse=True) + beyond
+        return reverse_cumsum(x) + beyond
     return _reverse_affine(jnp.where(mask, gamma, 1).astype(x.dtype), x, beyond)
 
 

@@ -94,6 +94,8 @@ class Objective(NamedTuple):
       polyak: how much of the way to what they follow these go in one update.
       policy: whether it reads `Example.policy`. What does not leaves the model's own weights as they are, and its heads
         steer what is sampled.
+      extra: what it reads of the policy's statistics beside `logp` and `lse`, with the name of the option that asks for
+        it, or None when it is always read.
     """
 
     loss: Callable[..., LossOut]
@@ -104,6 +106,13 @@ class Objective(NamedTuple):
     slow: tuple[str, ...] = ()
     polyak: float = 0.005
     policy: bool = True
+    extra: Mapping[str, str | None] = MappingProxyType({})
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Statistics of the policy beside `logp` and `lse` that it reads with the options that are bound."""
+        bound = getattr(self.loss, "keywords", {})
+        return tuple(name for name, option in self.extra.items() if option is None or bound.get(option))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -119,5 +128,8 @@ class Objective(NamedTuple):
         known = self.options
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ValueError(f"option {unknown[0]!r} is unknown; this objective takes {', '.join(known) or 'none'}.")
+            name = getattr(getattr(self.loss, "func", self.loss), "__name__", "?")
+            raise ValueError(
+                f"option {unknown[0]!r} is none of the objective {name!r}, which takes {', '.join(known) or 'none'}."
+            )
         return self._replace(loss=partial(self.loss, **options))

@@ -51,7 +51,9 @@ def examples_of(
     hidden, after = hidden if acc is not None else (hidden, None)
     predicting = _at_actions(hidden, batch)
     tracked = {} if after is None else {"acc": after}
-    policy = model.token_stats(params, predicting, batch.targets, **tracked) if objective.policy else None
+    policy = None
+    if objective.policy:
+        policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics, **tracked)
     values = None
     if objective.heads:
         # To the heads the hidden states are data: what they learn does not move the policy.

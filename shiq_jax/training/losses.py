@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from shiq_jax.objectives import OBJECTIVES, Objective
+from shiq_jax.objectives.pair_options import PairOptions, check_options
+from shiq_jax.objectives.preference import DIVERGENCES
 from shiq_jax.objectives.residuals import check_axes
 
 PAIR_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.unit == "pair")
@@ -95,11 +97,7 @@ class RewardLoss:
         return objective.configure(**given)
 
     def _given(self) -> dict[str, Any]:
-        return {
-            field.name: value
-            for field in dataclasses.fields(self)
-            if field.name not in ("name", "beta", "polyak") and (value := getattr(self, field.name)) != field.default
-        }
+        return _changed(self, "name", "beta", "polyak")
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,16 @@ class PairLoss:
     """cpo: weight of the chosen answer's likelihood."""
     margin: Annotated[float | None, given_as("GAMMA", "the loss's own")] = None
     """simpo: how far the chosen answer should lead."""
+    rpo_alpha: Annotated[float | None, given_as("ALPHA", "none")] = None
+    """all but cpo and orpo, which have such a term: weight of the chosen answer's negative log-likelihood per token."""
+    ld_alpha: Annotated[float | None, given_as("ALPHA", "1")] = None
+    """losses of summed log-ratios alone: what a token beyond the shorter answer's length counts, from 0 to 1."""
+    use_weighting: bool = False
+    """all but aot and aot_unpaired: weighs pairs by how likely the policy is to write both answers."""
+    f_divergence: Literal[DIVERGENCES] = "reverse_kl"
+    """dpo, robust, hinge, exo, discopop: the divergence that keeps the policy near the reference."""
+    f_alpha: Annotated[float | None, given_as("ALPHA", "none")] = None
+    """Which one, of the family alpha_divergence."""
 
     def __post_init__(self):
         _positive(self.beta)
@@ -132,20 +140,25 @@ class PairLoss:
             raise ValueError("label_smoothing must be positive with the loss exo")
         if self.tau is not None and not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be positive and finite, not {self.tau}")
+        check_options(PairOptions(*(getattr(self, option) for option in PairOptions._fields)))
 
     def configured(self) -> Objective:
         """The objective with these options."""
         return OBJECTIVES[self.name].configure(**self._given())
 
-    def _given(self) -> dict[str, float]:
-        values = dataclasses.asdict(self)
-        del values["name"]
-        return {name: value for name, value in values.items() if value is not None}
+    def _given(self) -> dict[str, Any]:
+        return {"beta": self.beta} | _changed(self, "name", "beta")
 
 
 def steering(loss: str, beta: float) -> float:
     """What the Q-heads of a loss are multiplied with before they are added to the logits; 0 where the policy learns."""
     return 0.0 if OBJECTIVES[loss].policy else 1 / beta
+
+
+def _changed(options: RewardLoss | PairLoss, *apart: str) -> dict[str, Any]:
+    """What is not as it is by default, but for some."""
+    fields = (field for field in dataclasses.fields(options) if field.name not in apart)
+    return {field.name: value for field in fields if (value := getattr(options, field.name)) != field.default}
 
 
 def _refuse_others(loss: str, given: Iterable[str]) -> None:

@@ -29,36 +29,6 @@ def example(seed, sequences, length=6, actions=None, objective=None) -> Example:
     )
 
 
-def stack(examples):
-    return jax.tree.map(lambda *x: np.stack(x), *examples)
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_a_batch_is_the_sum_of_its_examples(name):
-    objective = OBJECTIVES[name]
-    examples = [example(seed, SEQUENCES[objective.unit], objective=objective) for seed in range(4)]
-    batched = jax.jit(jax.vmap(objective.loss))(stack(examples))
-    each = [objective.loss(e) for e in examples]
-    for found, expected in zip(jax.tree.leaves(batched), jax.tree.leaves(stack(each)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert all(x.shape == () and x.dtype == jnp.float32 for x in jax.tree.leaves(each[0]))
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_padding_has_no_weight_no_value_and_no_gradient(name):
-    objective = OBJECTIVES[name]
-    sequences = SEQUENCES[objective.unit]
-    padding = example(0, sequences, actions=[0] * sequences, objective=objective)
-    padding = jax.tree.map(lambda x: x if x.dtype == bool else np.full_like(x, np.nan), padding)
-
-    def loss(policy, values):
-        out = objective.loss(padding._replace(policy=policy, values=values))
-        return out.value, out
-
-    gradient, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(padding.policy, padding.values)
-    assert not any(np.asarray(x).any() for x in jax.tree.leaves((out, gradient)))
-
-
 @pytest.mark.parametrize("name", ALONE)
 def test_reads_no_more_than_it_declares(name):
     """An example with the declared fields alone is enough, and each of them is needed."""

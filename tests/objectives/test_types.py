@@ -26,12 +26,20 @@ def test_configure_may_be_repeated_and_the_last_word_stands():
 
 
 def test_configure_refuses_unknown_names_and_lists_the_known():
-    with pytest.raises(ValueError, match="option 'alpha' is unknown; this objective takes beta, gamma"):
+    with pytest.raises(ValueError, match="option 'alpha' is none of the objective 'loss', which takes beta, gamma"):
         OBJECTIVE.configure(beta=1.0, alpha=2.0)
-    with pytest.raises(ValueError, match="this objective takes beta, gamma"):
+    with pytest.raises(ValueError, match="'loss', which takes beta, gamma"):
         OBJECTIVE.configure(beta=1.0).configure(example=0)
-    with pytest.raises(ValueError, match="takes none"):
+    with pytest.raises(ValueError, match="'sft', which takes none"):
         OBJECTIVES["sft"].configure(beta=1.0)
+
+
+def test_statistics_are_asked_for_with_the_option_that_reads_them():
+    asking = OBJECTIVE._replace(extra={"lse2": "gamma", "other": None})
+    assert asking.statistics == ("other",)
+    assert asking.configure(gamma=True).statistics == ("lse2", "other")
+    assert asking.configure(gamma=True).configure(gamma=False, beta=2.0).statistics == ("other",)
+    assert not any(objective.statistics for objective in OBJECTIVES.values())
 
 
 def test_an_example_holds_nothing_by_default():

@@ -69,8 +69,10 @@ class Dense:
         return out
 
     def statistics(self, model, params) -> TokenStats:
-        """Of every token of every record, from whole logits."""
-        return jax.vmap(token_stats_from_logits)(model.logits(params, self.tokens)[:, :-1], self.tokens[:, 1:])
+        """Of every token of every record, `lse2` with them, from whole logits."""
+        logits = model.logits(params, self.tokens)[:, :-1]
+        stats = jax.vmap(token_stats_from_logits)(logits, self.tokens[:, 1:])
+        return stats._replace(lse2=jax.nn.logsumexp(2 * logits, axis=-1))
 
 
 def relative_error(found, expected) -> float:

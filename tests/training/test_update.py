@@ -47,6 +47,7 @@ OURS = {
     "sft": OBJECTIVES["sft"],
     "dpo": OBJECTIVES["dpo"].configure(beta=0.7, label_smoothing=0.1),
     "aot_unpaired": OBJECTIVES["aot_unpaired"].configure(beta=0.7, label_smoothing=0.1),
+    "weighted": OBJECTIVES["dpo"].configure(beta=0.7, rpo_alpha=0.5, use_weighting=True),
     "group": Objective(group_loss, frozenset({"rewards"}), "group"),
     "coupled": Objective(coupled_loss, frozenset({"rewards"}), "trajectory", Couple(summary, combine)),
 }
@@ -61,20 +62,33 @@ def naive_sft(stats, data, buffer):
     return jnp.sum(jax.vmap(sft_loss)(stats, data.mask)) / data.mask.sum()
 
 
-def pair_logratios(stats, data, buffer):
-    """Log-ratios of the best and the worst record of every group."""
-    sums = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
+def pairs_of(data, buffer):
+    """Places of the best and the worst record of every group, [2, pairs]."""
     groups, returns = np.array(buffer.group_ids()), data.rewards.sum(1)
     pairs = []
     for name in np.unique(groups):
         (members,) = np.nonzero(groups == name)
         if len(members) > 1:
             pairs.append((members[np.argmax(returns[members])], members[np.argmin(returns[members])]))
-    return sums[np.array(pairs).T]
+    return np.array(pairs).T
+
+
+def pair_logratios(stats, data, buffer):
+    sums = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
+    return sums[pairs_of(data, buffer)]
 
 
 def naive_dpo(stats, data, buffer):
     return jnp.mean(dpo_loss(*pair_logratios(stats, data, buffer), beta=0.7, label_smoothing=0.1))
+
+
+def naive_weighted(stats, data, buffer):
+    """Likelihood per action of the chosen record, and the weight of either, which is a constant."""
+    logp, collision = (jnp.mean(x, axis=1, where=data.mask) for x in (stats.logp, stats.lse2 - 2 * stats.lse))
+    pairs = pairs_of(data, buffer)
+    weights = jax.lax.stop_gradient(jnp.prod(jnp.exp(logp - collision)[pairs], axis=0))
+    contrast = dpo_loss(*pair_logratios(stats, data, buffer), beta=0.7)
+    return jnp.mean(weights * (contrast - 0.5 * logp[pairs[0]]))
 
 
 def naive_aot_unpaired(stats, data, buffer):
@@ -96,7 +110,7 @@ def naive_coupled(stats, data, buffer):
 
 NAIVE = {
     "shiq": naive_shiq, "sft": naive_sft, "dpo": naive_dpo, "group": naive_group, "coupled": naive_coupled,
-    "aot_unpaired": naive_aot_unpaired,
+    "aot_unpaired": naive_aot_unpaired, "weighted": naive_weighted,
 }  # fmt: skip
 
 
@@ -222,7 +236,7 @@ def test_packing_changes_nothing(packing, packed, descend, expected, relative):
         ("shiq", "fsdp=8", 1),
         ("shiq", "fsdp=2,tensor=2", 1),
         ("shiq", "replica=2,fsdp=2", 1),
-        ("dpo", "fsdp=2,tensor=2", 1),
+        ("weighted", "fsdp=2,tensor=2", 1),
         ("coupled", "replica=2,fsdp=2", 2),
     ],
 )
@@ -240,7 +254,7 @@ def test_a_mesh_changes_nothing(name, mesh, microbatches, packed, descend, expec
 
 @pytest.fixture(scope="module", params=[None, "replica=2,fsdp=2,tensor=2"], ids=["one device", "mesh"])
 def trained(request, on_mesh, packed, mesh_of):
-    """An update by adamw of a model with frozen embeddings and slow copies, which also leaves the gradient in the state.
+    """An update by adamw of a model with frozen embeddings and slow copies; it leaves the gradient in the state, too.
 
     (update, a maker of fresh states, batch, programs compiled so far after each of three updates)
     """
