@@ -64,6 +64,7 @@ __all__ = [
     "orpo_loss",
     "pcl_loss",
     "rebel_loss",
+    "reinforce_loss",
     "robust_loss",
     "sft_loss",
     "shiq_loss",
@@ -73,7 +74,6 @@ __all__ = [
     "squared_residuals",
     "token_stats",
     "token_stats_from_logits",
-    "reinforce_loss",
     "vargrad_loss",
     "wpo_weight",
 ]
