@@ -13,6 +13,7 @@ import tyro
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.objectives.residuals import check_axes
 
+LABEL_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if "labels" in objective.needs)
 PAIR_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.unit == "pair")
 REWARD_LOSSES = tuple(
     name for name, objective in OBJECTIVES.items() if "rewards" in objective.needs and objective.unit != "pair"
@@ -141,6 +142,31 @@ class PairLoss:
         values = dataclasses.asdict(self)
         del values["name"]
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Options of a loss on single answers that are good or bad."""
+
+    name: Literal[LABEL_LOSSES] = "kto"
+    """Which loss; docs/losses.md has their formulas."""
+    beta: float = 0.1
+    """Temperature of the KL regularisation."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of good answers."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of bad answers; where one kind is rarer, give it more."""
+
+    def __post_init__(self):
+        _positive(self.beta)
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+
+    def configured(self) -> Objective:
+        """The objective with these options."""
+        options = dataclasses.asdict(self)
+        return OBJECTIVES[options.pop("name")].configure(**options)
 
 
 def steering(loss: str, beta: float) -> float:

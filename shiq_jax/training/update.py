@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from shiq_jax.models.heads import HEADS
-from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
+from shiq_jax.objectives import Couple, Example, LossOut, Objective, TokenStats
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
 from shiq_jax.training.state import Params, State, follow, merge
@@ -41,6 +42,22 @@ def objective_sums(
     examples = _examples(model, objective, params, targets, batch, coupled)
     out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
     return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+
+
+def summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = MappingProxyType({})) -> Any:
+    """What an objective that couples examples has to know of each, leading axes [rows, slots]."""
+    return jax.vmap(jax.vmap(objective.couple.summary))(_examples(model, objective, params, targets, batch, None))
+
+
+def combined(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
+    """What comes of the summaries of all examples of a batch, for each of them, without gradient.
+
+    found: summaries with the leading axes of `real`, whatever these are; so has the result.
+    """
+    lead = real.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), found)
+    out = couple.combine(flat, real.reshape(-1).astype(jnp.float32))
+    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out))
 
 
 def _examples(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled) -> Example:
@@ -97,16 +114,8 @@ def make_update(
 
     def couple(state: State, slices: Batch):
         """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
-
-        def summarise(batch):
-            examples = _examples(model, objective, state.params(), state.targets, batch, None)
-            return jax.vmap(jax.vmap(objective.couple.summary))(examples)
-
-        summaries = jax.lax.map(summarise, slices)
-        lead = slices.real.shape
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), summaries)
-        combined = objective.couple.combine(flat, slices.real.reshape(-1).astype(jnp.float32))
-        return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), combined))
+        found = jax.lax.map(lambda batch: summaries(model, objective, state.params(), batch, state.targets), slices)
+        return combined(objective.couple, found, slices.real)
 
     def update(state: State, batch: Batch):
         slices = _slices(batch, microbatches, mesh)
