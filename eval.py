@@ -18,6 +18,8 @@ import tyro
 from shiq_jax.errors import Refusal
 from shiq_jax.training.config import given_as
 
+Objectives = Literal["shiq", "dpo", "kto", "sft"]
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -45,7 +47,7 @@ class Evaluate:
     """Also decode greedily."""
     seed: int = 0
     """Of the samples."""
-    objective: Annotated[Literal["shiq", "dpo", "sft"] | None, given_as("{shiq,dpo,sft}", "by the rows")] = None
+    objective: Annotated[Objectives | None, given_as("{shiq,dpo,kto,sft}", "by the rows")] = None
     """Whose metrics to measure, on the rows if they are its examples, or on the fresh samples."""
     beta: float = 0.1
     """Temperature of that objective."""

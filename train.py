@@ -1,4 +1,4 @@
-"""Fine-tune a language model offline: ShiQ, DPO or supervised.
+"""Fine-tune a language model offline: ShiQ, DPO, KTO or supervised.
 
 examples:
   python train.py                                    the embedded toy, minutes
@@ -6,6 +6,7 @@ examples:
   python train.py shiq --model DIR --prompts FILE --reward MODULE:FUNCTION
                                                      on answers that it samples
   python train.py dpo --model DIR --data FILE        on preference pairs
+  python train.py kto --model DIR --data FILE        on good and bad answers
   python train.py shiq --output-dir DIR --resume     go on after a stop
   python train.py inspect DIR                        look at a run or a buffer
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import signal
 import sys
@@ -32,7 +34,7 @@ from shiq_jax.errors import Refusal
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training import stopping
 from shiq_jax.training.config import Collection, Evaluation, Job, Precision, WarmStart
-from shiq_jax.training.losses import PairLoss, RewardLoss, SftLoss
+from shiq_jax.training.losses import LabelLoss, PairLoss, RewardLoss, SftLoss, given_as
 from shiq_jax.training.optimizers import Optimizer
 
 
@@ -52,6 +54,22 @@ class Dpo(Job):
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
     loss: PairLoss = PairLoss()
+
+
+@dataclass(frozen=True)
+class Kto(Job):
+    """KTO, or another loss on single answers that are good or bad."""
+
+    command: ClassVar[str] = "kto"
+    objective: ClassVar[str] = "kto"
+    loss: LabelLoss = LabelLoss()
+    threshold: Annotated[float | None, given_as("REWARD", "the mean of its prompt's answers")] = None
+    """Where answers have rewards and no labels: good are those above it, bad those below it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, not {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ def embedded(job: Job) -> Job:
     optimizers = {
         "shiq": Optimizer(learning_rate=3e-4),
         "dpo": Optimizer(learning_rate=1e-4),
+        "kto": Optimizer(learning_rate=3e-4),
         "sft": Optimizer(learning_rate=2e-3, schedule="cosine"),
     }
     return replace(
@@ -154,7 +173,7 @@ def command_line(arguments: Sequence[str]):
         defaults = own_data
     elif re.search(r"--task[= ]bfcl\b", given):
         defaults = function_calling
-    jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Sft())]
+    jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Kto()), defaults(Sft())]
     jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
     jobs += [ultrafeedback(ShiqUltraFeedback()), ultrafeedback(DpoUltraFeedback())]
     kinds = [

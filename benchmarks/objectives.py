@@ -72,7 +72,8 @@ def statistics_step(vocabulary: int):
 
 def objective_step(objective: Objective):
     """Loss and gradient with respect to statistics of as many tokens in one example."""
-    members = {"trajectory": 1, "pair": 2, "group": 8}[objective.unit]
+    # What couples examples has two sequences in each.
+    members = 2 if objective.couple else {"trajectory": 1, "pair": 2, "group": 8}[objective.unit]
     given = example(objective, members, TOKENS // members)
     if objective.couple is not None:
         given = given._replace(coupled=coupled(objective, given))
@@ -102,6 +103,7 @@ def example(objective: Objective, members: int, length: int) -> Example:
     return Example(
         policy=policy if objective.policy else None, references={"reference": reference},
         action_mask=jnp.ones(shape, bool), rewards=jax.random.normal(next(keys), shape), values=values or None,
+        labels=jnp.arange(members) == 0,
     )  # fmt: skip
 
 

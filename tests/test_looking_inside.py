@@ -195,8 +195,11 @@ def options_of(text):
 
 @pytest.mark.parametrize(
     "door, arguments",
-    [("train.py", ["shiq"]), ("train.py", ["dpo", "--data", "x"]), ("train.py", ["inspect"]), ("eval.py", [])],
-)
+    [
+        ("train.py", ["shiq"]), ("train.py", ["dpo", "--data", "x"]), ("train.py", ["kto"]), ("train.py", ["inspect"]),
+        ("eval.py", []),
+    ],
+)  # fmt: skip
 def test_help_explains_every_option_within_80_columns(door, arguments):
     text = help_of(door, *arguments)
     assert max(map(len, text.splitlines())) <= 80
@@ -213,7 +216,7 @@ def test_help_explains_every_option_within_80_columns(door, arguments):
 
 def test_help_without_a_command_lists_the_commands_with_examples():
     text = help_of("train.py")
-    for name in ("shiq", "dpo", "sft", "shiq-bfcl", "inspect"):
+    for name in ("shiq", "dpo", "kto", "sft", "shiq-bfcl", "inspect"):
         assert re.search(rf"• {name}\s+\w+", text), name
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("usage:"))
     assert "python train.py shiq --model DIR --data FILE" in text

@@ -3,6 +3,7 @@
     trajectories    {"prompt", "completion", "reward"}           reward: a number, or a list with one per assistant turn
                     {"tokens", "action_mask", "rewards"}         one entry per token; optional logp, lse, behaviour_logp
     preferences     {"prompt", "chosen", "rejected"}             answers, or whole conversations, as in TRL
+    labelled        {"prompt", "completion", "label"}            label: true or false, as in TRL; also the rows above
     demonstrations  {"prompt", "completion"} or {"messages"} or {"text"}
     prompts         {"prompt", ...}                              other fields are for the reward
 
@@ -33,8 +34,19 @@ from shiq_jax.replay.export import record_from_json
 from shiq_jax.replay.records import STATISTICS, Record, validate
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
+_LABEL = "true for a desirable answer, false for an undesirable one"
 
-__all__ = ["Reading", "demonstrations", "preferences", "prompts", "read_jsonl", "rows", "trajectories"]
+__all__ = [
+    "Reading",
+    "demonstrations",
+    "holds_labels",
+    "labelled",
+    "preferences",
+    "prompts",
+    "read_jsonl",
+    "rows",
+    "trajectories",
+]
 
 
 def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
@@ -47,13 +59,7 @@ def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) 
     reading = reading or Reading()
     for place, row in located_rows(source):
         with at(place):
-            if "tokens" in row:
-                found = [_from_tokens(row, reading)]
-            elif "completion" not in row and holds_answers(row):
-                found = _from_answers(row, tokenizer, reading, ranked=False)
-            else:
-                found = [_from_scored_text(row, tokenizer, reading)]
-            found = [record for record in found if reading.accept(record)]
+            found = [record for record in _scored(row, tokenizer, reading) if reading.accept(record)]
         yield from found
 
 
@@ -76,6 +82,34 @@ def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -
                 found = filter(reading.accept, _from_answers(row, tokenizer, reading, ranked=True))
                 found = _extremes(list(found), _digest([number, row]), reading)
         yield from found
+
+
+def labelled(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+    """Records of single answers that are good or bad, or have scores from which that will be told.
+
+    A `label` is true or 1 for a desirable answer, false or 0 for an undesirable one. Of `chosen` and `rejected`, the
+    one is desirable and the other is not. Either way the reward is 1 or 0. Other rows, and with `reading.score` all,
+    are read as `trajectories` reads them. Rows of one source all have labels or all have scores.
+    """
+    reading = reading or Reading()
+    for number, (place, row) in enumerate(located_rows(source)):
+        with at(place):
+            if holds_labels(row, reading.score):
+                reading.settle("label", "")
+                found = _from_labels(row, tokenizer, number) if holds_pair(row) else [_from_label(row, tokenizer)]
+            else:
+                if "completion" in row and "reward" not in row and (reading.score or reading.reward) is None:
+                    _field(row, "label", _LABEL)
+                if "tokens" in row:
+                    reading.settle("rewards", "")
+                found = _scored(row, tokenizer, reading)
+            found = [record for record in found if reading.accept(record)]
+        yield from found
+
+
+def holds_labels(row: Mapping[str, Any], score: str | None = None) -> bool:
+    """Whether `labelled` takes the row's answers for good or bad as they are, and not by their scores."""
+    return score is None and ("label" in row or holds_pair(row))
 
 
 def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
@@ -125,6 +159,15 @@ def at(place: str) -> Iterator[None]:
         raise Refusal(f"{place}: {error}") from error
 
 
+def _scored(row: Mapping[str, Any], tokenizer, reading: Reading) -> list[Record]:
+    """The answers of a row with their rewards."""
+    if "tokens" in row:
+        return [_from_tokens(row, reading)]
+    if "completion" not in row and holds_answers(row):
+        return _from_answers(row, tokenizer, reading, ranked=False)
+    return [_from_scored_text(row, tokenizer, reading)]
+
+
 def _from_tokens(row: Mapping[str, Any], reading: Reading) -> Record:
     if reading.score not in (None, "rewards"):
         raise Refusal("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
@@ -165,6 +208,16 @@ def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Re
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_REWARD:
             raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
     return _record(row, encoded, values, _group(row))
+
+
+def _from_label(row: Mapping[str, Any], tokenizer) -> Record:
+    """An answer with reward 1 or 0, as its label is true or false."""
+    _check_prompt(row)
+    _check_text("completion", _field(row, "completion", "the answer that the label is about"))
+    label = row["label"]
+    if not isinstance(label, int | float) or label not in (0, 1):
+        raise Refusal(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL}")
+    return _record(row, _encode(tokenizer, row, row["completion"]), [float(label)], _group(row))
 
 
 def _from_labels(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
@@ -239,7 +292,7 @@ def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], grou
     """A record with rewards on the ends of the last `len(rewards)` turns; it keeps the row without its answers."""
     per_token = np.zeros(len(encoded.tokens), np.float32)
     per_token[encoded.turn_ends[-len(rewards) :]] = rewards
-    dropped = ("completion", "reward", "chosen", "rejected", "messages", "group_id", "user_id", "text")
+    dropped = ("completion", "reward", "label", "chosen", "rejected", "messages", "group_id", "user_id", "text")
     kept = {name: value for name, value in row.items() if name not in dropped}
     record = Record(
         tokens=encoded.tokens,

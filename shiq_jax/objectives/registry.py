@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from shiq_jax.objectives import learned_values, policy_gradient, preference, reference_free, regressions, transport
+from shiq_jax.objectives import (
+    learned_values,
+    policy_gradient,
+    preference,
+    reference_free,
+    regressions,
+    transport,
+    unpaired,
+)
 from shiq_jax.objectives.groups import groupwise
 from shiq_jax.objectives.inputs import as_mask, check_choice, logratios, masked
 from shiq_jax.objectives.pairs import fields, pairwise, reference_of
@@ -144,6 +152,10 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "cpo": pairwise(reference_free.cpo_loss, supervised=True),
         "simpo": pairwise(reference_free.simpo_loss),
         "orpo": pairwise(reference_free.orpo_loss, supervised=True),
+        "kto": Objective(unpaired.kto, frozenset({"references", "labels"}), "group", unpaired.MISMATCHED),
+        "apo_zero_unpaired": Objective(
+            unpaired.apo_zero_unpaired, frozenset({"references", "labels"}), "trajectory"
+        ),
         "copg": pairwise(regressions.copg_loss),
         "rebel": pairwise(regressions.rebel_loss),
     }

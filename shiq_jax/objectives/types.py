@@ -37,7 +37,7 @@ class Example(NamedTuple):
       rewards: float[K, T], the reward for emitting each token; read at actions only.
       values: float[K, T] of value heads or TokenStats of Q heads, by name.
       bootstrap: float[K], the value of the state in which a truncated sequence was cut; None when all are complete.
-      labels: [K], what an unpaired objective knows of each sequence.
+      labels: bool[K], whether each sequence is desirable, to objectives that take no pairs.
       prompt_policy: statistics of the trained model on the prompt's own tokens.
       coupled: what `Couple.combine` computed for this example from the whole batch.
     """

@@ -33,7 +33,8 @@ class Batch(NamedTuple):
         targets: int32[rows, A], the token id of that action; 0 at padding.
         gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
         example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
-            references {"reference": TokenStats float32[rows, slots, K, T]} or None; 0 at padding.
+            references {"reference": TokenStats float32[rows, slots, K, T]} or None; 0 at padding;
+            labels bool[rows, slots, K], whether the rewards of a sequence sum to more than 0.
         real: bool[rows, slots], the slots that hold an example.
     """
 
@@ -207,6 +208,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
             action_mask=zeros(*dense, dtype=np.bool_),
             rewards=zeros(*dense, dtype=np.float32),
             references={"reference": stats} if references else None,
+            labels=zeros(*dense[:2], dtype=np.bool_),
         ),
         real=zeros(shape.slots, dtype=np.bool_),
     )
@@ -245,6 +247,7 @@ def _fill_sequence(
     batch.gather[place][:count] = actions
     batch.example.action_mask[place][:count] = True
     batch.example.rewards[place][:count] = record.rewards
+    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0
     if reference is not None:
         if any(len(values) != count for values in reference):
             raise ValueError(

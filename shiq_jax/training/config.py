@@ -121,7 +121,7 @@ class Job:
     epochs: float = 2.0
     """Passes over the buffer."""
     batch_size: int = 32
-    """Prompts (with all their answers), pairs or demonstrations of one update."""
+    """Prompts (with all their answers), pairs, kto's answers, or demonstrations of one update."""
     seed: int = 0
     """Of data order, sampling and the embedded model."""
     output_dir: Annotated[Path | None, given_as("DIR", "runs/COMMAND")] = None

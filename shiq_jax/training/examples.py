@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from shiq_jax.models.heads import HEADS
-from shiq_jax.objectives import Example, LossOut, Objective, TokenStats
+from shiq_jax.objectives import Couple, Example, LossOut, Objective, TokenStats
 from shiq_jax.replay import Batch
 from shiq_jax.training.state import Params
 
@@ -40,6 +41,22 @@ def objective_sums(
     examples = examples_of(model, objective, params, targets, batch, coupled, sums=sums)
     out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
     return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+
+
+def summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = NOTHING) -> Any:
+    """What an objective that couples examples has to know of each, leading axes [rows, slots]."""
+    return jax.vmap(jax.vmap(objective.couple.summary))(examples_of(model, objective, params, targets, batch))
+
+
+def combined(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
+    """What comes of the summaries of all examples of a batch, for each of them, without gradient.
+
+    found: summaries with the leading axes of `real`, whatever these are; so has the result.
+    """
+    lead = real.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), found)
+    out = couple.combine(flat, real.reshape(-1).astype(jnp.float32))
+    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out))
 
 
 def examples_of(

@@ -19,7 +19,12 @@ from shiq_jax.training import stopping
 from shiq_jax.training.run import Run, Use
 
 # How somebody's rows become records, by the objective that learns from them.
-READERS = {"shiq": formats.trajectories, "dpo": formats.preferences, "sft": formats.demonstrations}
+READERS = {
+    "shiq": formats.trajectories,
+    "dpo": formats.preferences,
+    "kto": formats.labelled,
+    "sft": formats.demonstrations,
+}
 
 
 def fill_buffer(run: Run, model, params) -> Buffer:
@@ -33,7 +38,7 @@ def fill_buffer(run: Run, model, params) -> Buffer:
         )  # fmt: skip
     if job.objective == "sft":
         return demonstrations(run, path, model)
-    buffer = _open_or_create(path)
+    buffer = open_or_create(path)
     options = job.collection
     done, rows = len(buffer) // options.samples_per_prompt, run.task.train
     sampler = Sampler(
@@ -90,7 +95,7 @@ def import_records(
         Refusal: a record does not fit into the model's context or vocabulary, or none is left; the buffer is then left
             as it was.
     """
-    buffer = _open_or_create(path)
+    buffer = open_or_create(path)
     if not len(buffer):
         reading = Reading(score=score, reward=reward)
         reading.accept = _fits(reading, model.config, drop_longer_than)
@@ -141,7 +146,8 @@ def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Calla
     return accept
 
 
-def _open_or_create(path: Path) -> Buffer:
+def open_or_create(path: Path) -> Buffer:
+    """The buffer of a run that goes on, held against its checksums, or an empty one."""
     if is_buffer(path):
         buffer = Buffer.open(path)
         # What a run goes on with is read once as a whole: a damaged number would only be learned from.

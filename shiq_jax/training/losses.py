@@ -15,6 +15,7 @@ from shiq_jax.objectives.pair_options import PairOptions, check_options
 from shiq_jax.objectives.preference import DIVERGENCES
 from shiq_jax.objectives.residuals import check_axes
 
+LABEL_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if "labels" in objective.needs)
 PAIR_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.unit == "pair")
 REWARD_LOSSES = tuple(
     name for name, objective in OBJECTIVES.items() if "rewards" in objective.needs and objective.unit != "pair"
@@ -148,6 +149,31 @@ class PairLoss:
 
     def _given(self) -> dict[str, Any]:
         return {"beta": self.beta} | _changed(self, "name", "beta")
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Options of a loss on single answers that are good or bad."""
+
+    name: Literal[LABEL_LOSSES] = "kto"
+    """Which loss; docs/losses.md has their formulas."""
+    beta: float = 0.1
+    """Temperature of the KL regularisation."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of good answers."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of bad answers; where one kind is rarer, give it more."""
+
+    def __post_init__(self):
+        _positive(self.beta)
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+
+    def configured(self) -> Objective:
+        """The objective with these options."""
+        options = dataclasses.asdict(self)
+        return OBJECTIVES[options.pop("name")].configure(**options)
 
 
 def steering(loss: str, beta: float) -> float:

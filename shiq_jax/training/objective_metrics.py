@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -10,8 +12,8 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
-from shiq_jax.replay import Buffer, bundles, pack, plan
-from shiq_jax.training.examples import objective_sums
+from shiq_jax.replay import Batch, Buffer, bundles, pack, plan
+from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.placement import data_devices, place
 
 
@@ -27,9 +29,11 @@ def objective_metrics(
 ) -> dict[str, float]:
     """`loss` and the objective's metrics as means over a whole buffer, each example once.
 
+    Examples that know of each other know of all in the buffer: it counts as one batch.
+
     Args:
         model, params: the policy.
-        objective: one that does not couple examples.
+        objective: any that has no heads with slow copies.
         buffer: the records.
         statistics: reader of the reference's statistics, where the objective needs them.
         prompts_per_batch: bundles in one compiled call.
@@ -37,22 +41,44 @@ def objective_metrics(
 
     Raises:
         Refusal: the buffer has no example of the objective's unit.
-        ValueError: the objective couples examples.
     """
-    if objective.couple is not None:
-        raise ValueError(
-            "an objective that couples examples has no value on a part of them: measure it in the update step"
-        )
     chosen = bundles(buffer, objective.unit, row_length=row_length)
     if not chosen:
         raise Refusal(f"{buffer.path} holds no {objective.unit} to measure")
     shape = plan(buffer, chosen)
-    sums = jax.jit(functools.partial(objective_sums, model, objective))
-    totals = []
     starts = range(0, len(chosen), prompts_per_batch)
-    for start in track(starts, "objective's metrics", len(starts), "batches"):
-        piece = chosen[start : start + prompts_per_batch]
-        packed = pack(piece, buffer, statistics, shape, rows_multiple=data_devices(model.mesh))
-        totals.append(jax.device_get(sums(params, place(packed.batch, model.mesh))))
+
+    def batches(purpose: str) -> Iterator[Batch]:
+        for start in track(starts, purpose, len(starts), "batches"):
+            piece = chosen[start : start + prompts_per_batch]
+            yield pack(piece, buffer, statistics, shape, rows_multiple=data_devices(model.mesh)).batch
+
+    coupled = itertools.repeat(None)
+    if objective.couple is not None:
+        coupled = _coupled(model, params, objective, batches("what examples know of each other"))
+    sums = jax.jit(functools.partial(objective_sums, model, objective))
+    totals = [
+        jax.device_get(sums(params, place(batch, model.mesh), place(known, model.mesh)))
+        for batch, known in zip(batches("objective's metrics"), coupled, strict=False)
+    ]
     value, weight, metrics = jax.tree.map(lambda *parts: float(np.sum(parts)), *totals)
     return {"loss": value / weight} | {name: total / weight for name, total in metrics.items()}
+
+
+def _coupled(model, params, objective: Objective, batches: Iterable[Batch]) -> list:
+    """For each batch what its examples know of those of all batches."""
+    summarise = jax.jit(functools.partial(summaries, model, objective))
+    found, reals = [], []
+    for batch in batches:
+        found.append(jax.device_get(summarise(params, place(batch, model.mesh))))
+        reals.append(batch.real)
+
+    def flat(*leaves):
+        return np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])
+
+    known = jax.device_get(combined(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
+    ends = np.cumsum([real.size for real in reals])
+    return [
+        jax.tree.map(lambda leaf: leaf[end - real.size : end].reshape(*real.shape, *leaf.shape[1:]), known)
+        for real, end in zip(reals, ends, strict=True)
+    ]

@@ -30,6 +30,7 @@ from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.config import Job
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
 from shiq_jax.training.filling import demonstrations, fill_buffer
+from shiq_jax.training.labelling import label, threshold_of
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
@@ -75,8 +76,9 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
             reference = Reference(warm_start(run), run.load)
             model, params = reference.open()
             stopping.check("before the buffer")
-            buffer = fill_buffer(run, model, params)
+            answers = fill_buffer(run, model, params)
             objective = job.loss.configured()
+            buffer = _labelled(run, model, answers, objective) if "labels" in objective.needs else answers
             statistics, probe = None, None
             if "references" in objective.needs:
                 identity = reference_identity(model, params)
@@ -95,7 +97,7 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
         raise
     stopping.check("before the export")
     export(run, model, state.params(), directory.export)
-    summary = summarise(run, buffer, probe, time.monotonic() - began)
+    summary = summarise(run, answers, probe, time.monotonic() - began)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")
     write_json(directory.summary, summary)
     report.print_table(f"{job.command}: {directory.path}", report.summary_rows(summary))
@@ -122,6 +124,13 @@ def warm_start(run: Run) -> str | Path:
         )  # fmt: skip
         export(run, model, state.params(), done)
     return done
+
+
+def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
+    """The answers as good and bad ones, for an objective that reads labels."""
+    job, context = run.job, model.config.max_positions
+    threshold = threshold_of(job.data, job.score, job.threshold)
+    return label(run.directory.labelled, answers, objective, threshold, min(context, job.drop_longer_than or context))
 
 
 def passes(run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics) -> State:

@@ -32,6 +32,7 @@ class RunDirectory:
         self.warm_start = self.path / "warm_start"
         self.reference = self.path / "reference"
         self.buffer = self.path / "buffer"
+        self.labelled = self.path / "labelled"
         self.checkpoints = self.path / "checkpoints"
         self.privacy = self.path / "privacy.json"
         self.secret = self.path / "secret.key"

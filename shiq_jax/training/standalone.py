@@ -15,13 +15,14 @@ from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import Headed, load_hf, locate
-from shiq_jax.objectives import OBJECTIVES
+from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.rollout import rewards
 from shiq_jax.training import report
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.filling import READERS, import_records
+from shiq_jax.training.labelling import label, threshold_of
 from shiq_jax.training.losses import steering
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
@@ -121,11 +122,20 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         examples = Buffer.create(out.path / "fresh")
         examples.append(found.records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
+    if examples is not None and "labels" in OBJECTIVES[name or "shiq"].needs:
+        examples = _labelled(OBJECTIVES[name], options, model, examples, out)
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     return (
         numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
         evaluator.shown(found),
     )
+
+
+def _labelled(objective: Objective, options, model, examples: Buffer, out: RunDirectory) -> Buffer:
+    """The examples as good and bad answers: by the labels of the rows, or by the mean of a prompt's answers."""
+    rows = options.data if examples.path == out.buffer else None
+    shutil.rmtree(out.labelled, ignore_errors=True)
+    return label(out.labelled, examples, objective, threshold_of(rows, options.score, None), model.config.max_positions)
 
 
 def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):
@@ -170,13 +180,15 @@ def _rows(options) -> list[dict]:
 
 
 def _objective_of(row: Mapping, score: str | None) -> str | None:
-    return next((name for name in ("dpo", "shiq", "sft") if _is_example(row, name, score)), None)
+    return next((name for name in ("dpo", "shiq", "kto", "sft") if _is_example(row, name, score)), None)
 
 
 def _is_example(row: Mapping, objective: str, score: str | None) -> bool:
+    scored = [{"completion", score or "reward"}, {"tokens", "rewards"}]
     fields = {
         "dpo": [{"chosen", "rejected"}],
-        "shiq": [{"completion", score or "reward"}, {"tokens", "rewards"}],
+        "shiq": scored,
+        "kto": [{"completion", "label"}, {"chosen", "rejected"}, *scored],
         "sft": [{"completion"}, {"messages"}, {"text"}],
     }
     if any(wanted <= row.keys() for wanted in fields[objective]):

@@ -15,7 +15,7 @@ from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
-from shiq_jax.training.examples import examples_of, objective_sums
+from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.private_gradient import check_private, private_gradient
 from shiq_jax.training.state import Params, State, follow, merge
 
@@ -132,16 +132,8 @@ def _continuing(trainable: Params, before: Params) -> tuple[Params, Params | Non
 
 def _coupled(model, objective: Objective, state: State, slices: Batch):
     """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
-
-    def summarise(batch):
-        examples = examples_of(model, objective, state.params(), state.targets, batch)
-        return jax.vmap(jax.vmap(objective.couple.summary))(examples)
-
-    summaries = jax.lax.map(summarise, slices)
-    lead = slices.real.shape
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), summaries)
-    combined = objective.couple.combine(flat, slices.real.reshape(-1).astype(jnp.float32))
-    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), combined))
+    found = jax.lax.map(lambda batch: summaries(model, objective, state.params(), batch, state.targets), slices)
+    return combined(objective.couple, found, slices.real)
 
 
 def _count(weight):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_completion
-from shiq_jax.data.formats import demonstrations, preferences, prompts, trajectories
+from shiq_jax.data.formats import demonstrations, labelled, preferences, prompts, trajectories
+from shiq_jax.data.reading import Reading
 from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.buffer import Buffer
@@ -104,6 +105,37 @@ def test_plain_preferences_share_the_tokens_of_their_prompt(write):
         assert _said(record) == text
 
 
+def test_labels_are_rewards_of_one_and_zero(write):
+    rows = [
+        {"prompt": "Q:", "completion": " yes", "label": True},
+        {"prompt": "Q:", "completion": " no", "label": 0},
+        {"prompt": [USER], "completion": [ANSWER], "label": 1, "user_id": "ann"},
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, CALL]},
+    ]
+    found = list(labelled(write(*rows), TOKENIZER))
+    assert [_said(record) for record in found] == [
+        " yes<eos>", " no<eos>", "4<|im_end|>", "4<|im_end|>", "add(2, 2)<|im_end|>",
+    ]  # fmt: skip
+    assert [float(record.rewards.sum()) for record in found] == [1, 0, 1, 1, 0]
+    assert found[0].group == found[1].group != found[2].group and json.loads(found[0].prompt) == {"prompt": "Q:"}
+
+
+def test_scores_are_labels_to_be(write):
+    rows = [{"prompt": "a", "completions": ["x", "y", ""], "scores": [3, 4, 5]}, {"prompt": "b", "completion": "z"}]
+    scored = list(labelled(write(rows[0], name="scored.jsonl"), TOKENIZER))
+    assert [float(record.rewards.sum()) for record in scored] == [3, 4]
+    (record,) = labelled(write(rows[1] | {"label": True, "grade": -2}), TOKENIZER, Reading(score="grade"))
+    assert float(record.rewards.sum()) == -2
+
+
+def test_labels_and_scores_are_not_mixed(write):
+    labels, scores = ({"prompt": "a", "completion": "b", name: 1} for name in ("label", "reward"))
+    tokens = {"tokens": [1, 2], "action_mask": [0, 1], "rewards": [0, 3]}
+    for other, said in ((scores, "'reward'"), (tokens, "'rewards'")):
+        with pytest.raises(Refusal, match=f"line 2: the scores of rows before this one stand in 'label', .*in {said}"):
+            list(labelled(write(labels, other), TOKENIZER))
+
+
 def test_demonstrations_in_three_forms(write):
     rows = [
         {"prompt": "Q:", "completion": "A"},
@@ -164,6 +196,13 @@ def test_a_bad_row_is_named_with_its_line_and_field(write, change, said):
     [
         (preferences, {"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
         (preferences, {"prompt": [USER], "chosen": [USER], "rejected": [USER]}, "'chosen' is an empty list"),
+        (labelled, {"prompt": "a", "completion": "b"}, "'label' is missing.*true for a desirable answer"),
+        (labelled, {"prompt": "a", "completion": "b", "label": "good"}, "'label' holds \"good\": expected true"),
+        (labelled, {"prompt": "a", "completion": "b", "label": None}, "'label' is missing"),
+        (labelled, {"prompt": "a", "completion": "b", "label": 2}, "'label' holds 2: expected true"),
+        (labelled, {"prompt": "a", "completion": "", "label": True}, "'completion' is empty"),
+        (labelled, {"prompt": "a", "label": True}, "'completion' is missing"),
+        (labelled, {"completion": "a", "label": True}, "'prompt' is missing"),
         (demonstrations, {"prompt": "a"}, "'completion' is missing"),
         (demonstrations, {"messages": [ANSWER]}, "'messages' has the roles assistant"),
         (demonstrations, {"text": ""}, "'text' is empty"),

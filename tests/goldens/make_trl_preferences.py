@@ -113,7 +113,7 @@ def dpo(name: str, options: dict) -> tuple[torch.Tensor, torch.nn.Module]:
     return trl.DPOTrainer._compute_loss(self, model, inputs, False), model
 
 
-def kto(loss_type: str) -> tuple[torch.Tensor, torch.nn.Module]:
+def kto(loss_type: str) -> tuple[torch.Tensor, torch.nn.Module, dict]:
     """KTOTrainer's loss of all completions, the chosen ones desirable; the other half's log-ratios make the KL."""
     model = Given(POLICY)
     batch = {
@@ -125,9 +125,12 @@ def kto(loss_type: str) -> tuple[torch.Tensor, torch.nn.Module]:
         model, loss_type=loss_type, calculate_KL=loss_type == "kto", desirable_weight=1.3, undesirable_weight=0.7,
         _compute_kl_logps=lambda *_: KL,
     )  # fmt: skip
-    return trl.KTOTrainer._compute_loss(self, model, batch, False), model
+    loss = trl.KTOTrainer._compute_loss(self, model, batch, False)
+    (metrics,) = self._metrics.values()
+    return loss, model, {name: metrics[name] for name in KTO_METRICS}
 
 
+KTO_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl")
 KL = torch.linspace(-0.2, 0.8, PAIRS, dtype=torch.float64)
 
 
@@ -145,11 +148,12 @@ def reference_free(kind: str) -> tuple[torch.Tensor, torch.nn.Module]:
     return losses.mean(), model
 
 
-def entry(options: dict, found: tuple[torch.Tensor, torch.nn.Module]) -> dict:
-    """Loss and gradient as JSON values."""
-    loss, model = found
+def entry(options: dict, found: tuple[torch.Tensor, torch.nn.Module, dict]) -> dict:
+    """Loss, gradient and metrics, if they were asked for, as JSON values."""
+    loss, model, *metrics = found
     loss.backward()
-    return {"options": options, "loss": loss.item(), "gradient": model.logps.grad.tolist()}
+    more = {"metrics": {name: values[-1] for name, values in metrics[0].items()}} if metrics else {}
+    return {"options": options, "loss": loss.item(), "gradient": model.logps.grad.tolist()} | more
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from shiq_jax.objectives import OBJECTIVES, Example, Objective, TokenStats
+from shiq_jax.objectives.unpaired import MISMATCHED
 
 MEMBERS = {"trajectory": 1, "pair": 2, "group": 4}
 LENGTH, BATCH = 8, 3
@@ -43,10 +44,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def members_of(objective: Objective) -> int:
+    """Sequences of an example; KTO's groups are an answer and a mismatched one."""
+    return 2 if objective.couple is MISMATCHED else MEMBERS[objective.unit]
+
+
 def random_example(objective: Objective, seed: int) -> Example:
     """An example with all fields; every sequence has actions and masked tokens before, between and after them."""
     random = np.random.default_rng(seed)
-    members = MEMBERS[objective.unit]
+    members = members_of(objective)
     shape = (members, LENGTH)
 
     def statistics():
@@ -204,7 +210,7 @@ def test_sequences_without_actions_contribute_nothing(name, empty, x64):
     if empty == "all" or objective.unit != "group":
         assert not any(np.any(leaf) for leaf in jax.tree.leaves((found, out)))
     else:
-        assert out.weight == MEMBERS["group"] - 1 and np.isfinite(out.value)
+        assert out.weight == members_of(objective) - 1 and np.isfinite(out.value)
 
 
 @every

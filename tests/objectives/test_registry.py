@@ -25,8 +25,9 @@ def example(seed, sequences, length=6, actions=None, objective=None) -> Example:
     values = {name: draw() if kind == "value" else TokenStats(*draw(2)) for name, kind in heads.items()}
     values |= {f"target_{name}": TokenStats(*draw(2)) for name in slow}
     return Example(
-        policy=policy, references={"reference": reference}, action_mask=mask, rewards=rewards, values=values or None
-    )
+        policy=policy, references={"reference": reference}, action_mask=mask, rewards=rewards, values=values or None,
+        labels=random.random(sequences) < 0.5,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALONE)

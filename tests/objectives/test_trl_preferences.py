@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, reference_free, transport, unpaired
+from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, reference_free, transport
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "goldens" / "trl_preferences.json").read_text())
 MASK = np.array(GOLDEN["mask"], bool)
@@ -47,17 +47,32 @@ def registered(name, policy, options):
     return out.value.sum() / out.weight.sum()
 
 
-def kto(policy):
-    desirable = np.arange(len(MASK)) < PAIRS
-    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
-    kl = max(0.0, np.mean(GOLDEN["kl"]))
-    return unpaired.kto_loss(logratios(policy), desirable, kl=kl, beta=BETA, **weights).mean()
+def labelled(name, policy):
+    """The batch's sums of an objective on single answers; mismatched ones of one action say what TRL was told."""
+    sequences = [policy, REFERENCE]
+    if mismatched := name == "kto":
+        first = np.eye(MASK.shape[1])[0]
+        others = np.tile(GOLDEN["kl"], 2)[:, None] * first
+        sequences = [jnp.stack(both, axis=1) for both in ((policy, others), (REFERENCE, 0 * others))]
+        masks = np.stack((MASK, np.tile(first > 0, (len(MASK), 1))), axis=1)
+    else:
+        sequences, masks = [jnp.asarray(x)[:, None] for x in sequences], MASK[:, None]
+    labels = np.tile(np.arange(len(MASK)) < PAIRS, (2 if mismatched else 1, 1)).T
+    stats, reference = (TokenStats(x, x) for x in sequences)
+    example = Example(policy=stats, references={"reference": reference}, action_mask=jnp.asarray(masks), labels=labels)
+    objective = OBJECTIVES[name].configure(beta=BETA, **GOLDEN["variants"][name]["options"])
+    if mismatched:
+        known = objective.couple.combine(jax.vmap(objective.couple.summary)(example), jnp.ones(len(MASK)))
+        example = example._replace(coupled=jax.lax.stop_gradient(known))
+    return jax.tree.map(jnp.sum, jax.vmap(objective.loss)(example))
 
 
-def apo_zero_unpaired(policy):
-    # TRL weighs these, too.
-    weights = np.where(np.arange(len(MASK)) < PAIRS, 1.3, 0.7)
-    return (weights * unpaired.apo_zero_unpaired_loss(logratios(policy), weights > 1, beta=BETA)).mean()
+def by_label(name):
+    def loss(policy):
+        out = labelled(name, policy)
+        return out.value / out.weight
+
+    return loss
 
 
 def on_sums(loss, averaged=False):
@@ -74,8 +89,8 @@ def orpo_contrast(*arguments):
 
 
 OTHERS = {
-    "kto": kto,
-    "apo_zero_unpaired": apo_zero_unpaired,
+    "kto": by_label("kto"),
+    "apo_zero_unpaired": by_label("apo_zero_unpaired"),
     "cpo": on_sums(lambda w, l: reference_free.cpo_loss(w, l, beta=BETA, alpha=0.0, label_smoothing=0.15)),
     "simpo": on_sums(lambda *x: reference_free.simpo_loss(*x, beta=BETA, margin=0.3), averaged=True),
     "orpo": on_sums(orpo_contrast, averaged=True),
@@ -95,6 +110,20 @@ def test_loss_and_gradient_are_those_of_trl(name, x64):
     distance = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
     assert distance < (1e-5 if name in ROUGH else 1e-7)
     assert np.count_nonzero(expected) > 10
+
+
+def test_metrics_of_labelled_answers_are_those_of_trl(x64):
+    found, theirs = labelled("kto", jnp.asarray(POLICY)), GOLDEN["variants"]["kto"]["metrics"]
+    assert found.weight == 2 * PAIRS and found.metrics["desirable"] == PAIRS
+    for name, value in theirs.items():
+        np.testing.assert_allclose(found.metrics[name] / found.weight, value, rtol=1e-6, err_msg=name)
+    alone, theirs = (
+        labelled("apo_zero_unpaired", jnp.asarray(POLICY)),
+        GOLDEN["variants"]["apo_zero_unpaired"]["metrics"],
+    )
+    # As many are good as bad.
+    signed = (theirs["rewards/chosen"] - theirs["rewards/rejected"]) / 2
+    np.testing.assert_allclose(alone.metrics["rewards/signed"] / alone.weight, signed, rtol=1e-6)
 
 
 def test_partners_have_the_same_rank_among_those_that_count():

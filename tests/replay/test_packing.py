@@ -149,7 +149,7 @@ def test_equal_sequences_and_mixed_masks_share_their_tokens():
 def test_batches_are_pytrees_of_arrays():
     packed = pack([((0,),)], [record([1, 2], 1)], [(np.zeros(1), np.zeros(1))], Shape(2, 1, 1, 1, 1))
     leaves = jax.tree.leaves(packed.batch)
-    assert len(leaves) == 11 and {leaf.dtype.name for leaf in leaves} == {"int32", "float32", "bool"}
+    assert len(leaves) == 12 and {leaf.dtype.name for leaf in leaves} == {"int32", "float32", "bool"}
     assert {leaf.shape[0] for leaf in leaves} == {1}
 
 
