@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 from typing import Literal
 
@@ -16,9 +17,11 @@ from shiq_jax.privacy.rules import AutoS, ClipRule, Groupwise
 Adjacency = Literal["zero_out", "replace_one"]
 # Standard deviations above the mean size at which batches are cut; what is cut costs no epsilon to speak of.
 HEADROOM = 6
-_DISCRETISATION = 1e-4
-# Noise multipliers between which epsilon is looked for.
-_LEAST, _FIRST = 0.05, 1.0
+# Steps of the privacy loss, always rounded up: the finer, the less is added to epsilon. Calibration looks many times.
+_FINE, _COARSE = 1e-4, 1e-3
+# Where calibration begins: least noise multipliers, of which the second takes an accountant minutes and is seldom
+# needed, a first guess, and how near to the answer it ends.
+_LEAST, _FIRST, _TOLERANCE = (0.3, 0.05), 1.0, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Mechanism:
 
     @classmethod
     def calibrated(cls, *, epsilon: float, **fields) -> Mechanism:
-        """As `sized`, with the least noise with which all steps are (epsilon, delta)-private.
+        """As `sized`, with (within half a percent) the least noise with which all steps are (epsilon, delta)-private.
 
         Raises Refusal when no noise gives this epsilon, or one of the numbers makes no sense.
         """
@@ -98,8 +101,7 @@ class Mechanism:
 
     def event(self, steps: int | None = None):
         """What so many steps, by default all, are to an accountant of `dp_accounting`."""
-        import dp_accounting
-
+        dp_accounting = _needed("dp_accounting")
         one = dp_accounting.TruncatedSubsampledGaussianDpEvent(
             self.dataset_size, self.sampling_probability, self.largest_batch, self.noise_multiplier
         )
@@ -107,18 +109,16 @@ class Mechanism:
 
     def epsilon(self, steps: int | None = None) -> float:
         """What so many steps, by default all, cost at `delta`; infinite without noise."""
-        if steps == 0:
-            return 0.0
-        return float(_accountant(self.adjacency).compose(self.event(steps)).get_epsilon(self.delta))
+        return _epsilon(self, self.steps if steps is None else steps)
 
     def sample(self, key: bytes, step: int) -> tuple[Int64[np.ndarray, " B"], Bool[np.ndarray, " B"]]:
         """The units of a step's batch and which places hold one; a function of the secret key and the step alone.
 
         Places without a unit read number 0. See docs/privacy.md for what the generator is good for.
         """
-        from jax_privacy import batch_selection
-
-        strategy = batch_selection.CyclicPoissonSampling(self.sampling_probability, 1, self.largest_batch)
+        strategy = _needed("jax_privacy.batch_selection").CyclicPoissonSampling(
+            self.sampling_probability, 1, self.largest_batch
+        )
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, 0, step])))
         (chosen,) = strategy.batch_iterator(self.dataset_size, generator)
         units, real = np.zeros(self.largest_batch, np.int64), np.arange(self.largest_batch) < len(chosen)
@@ -126,23 +126,24 @@ class Mechanism:
         return units, real
 
     def _calibrate(self, epsilon: float) -> float:
-        import dp_accounting
+        dp_accounting = _needed("dp_accounting")
 
         def event(noise_multiplier: float):
             return dataclasses.replace(self, noise_multiplier=noise_multiplier).event()
 
-        try:
-            return float(
-                dp_accounting.calibrate_dp_mechanism(
-                    functools.partial(_accountant, self.adjacency), event, epsilon, self.delta,
-                    dp_accounting.LowerEndpointAndGuess(_LEAST, _FIRST),
+        fresh, reason = functools.partial(_accountant, self.adjacency, _COARSE), None
+        for least in _LEAST:
+            bracket = dp_accounting.LowerEndpointAndGuess(least, _FIRST)
+            try:
+                return float(
+                    dp_accounting.calibrate_dp_mechanism(fresh, event, epsilon, self.delta, bracket, tol=_TOLERANCE)
                 )
-            )  # fmt: skip
-        except Exception as error:
-            raise Refusal(
-                f"no noise was found that makes {self.steps} steps ({epsilon}, {self.delta})-private: ask for a larger "
-                "epsilon or delta, fewer steps or smaller batches"
-            ) from error
+            except Exception as error:
+                reason = error
+        raise Refusal(
+            f"no noise was found that makes {self.steps} steps ({epsilon}, {self.delta})-private: ask for a larger "
+            "epsilon or delta, fewer steps or smaller batches"
+        ) from reason
 
 
 def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -> int:
@@ -152,12 +153,27 @@ def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -
     return max(-(-places // multiple), 1) * multiple
 
 
-def _accountant(adjacency: Adjacency):
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
+@functools.lru_cache(maxsize=1024)
+def _epsilon(mechanism: Mechanism, steps: int) -> float:
+    if steps == 0:
+        return 0.0
+    return float(_accountant(mechanism.adjacency).compose(mechanism.event(steps)).get_epsilon(mechanism.delta))
 
+
+def _accountant(adjacency: Adjacency, discretisation: float = _FINE):
+    dp_accounting, pld = _needed("dp_accounting"), _needed("dp_accounting.pld")
     relation = {
         "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
         "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
     }
-    return PLDAccountant(relation[adjacency], _DISCRETISATION)
+    return pld.PLDAccountant(relation[adjacency], discretisation)
+
+
+def _needed(module: str):
+    """A module that private training alone needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Refusal(
+            f"private training needs {module.partition('.')[0]}, which is not installed: pip install 'shiq_jax[privacy]'"
+        ) from error

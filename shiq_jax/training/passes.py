@@ -40,7 +40,7 @@ def run_passes(
     stage: str,
     log: MetricsLog,
     checkpoints: Checkpoints,
-    metadata: dict[str, Any],
+    metadata: Callable[[int], dict[str, Any]],
     learning_rate: Callable,
     marks: Marks = Marks(),
     evaluate: Callable[[State, int], dict[str, float]] | None = None,
@@ -73,7 +73,7 @@ def run_passes(
                     show(state, done)
         # What was evaluated is saved, so that the best policy of the evaluations is one that can be had.
         if last or values or stopping.requested() or (marks.save and done % marks.save == 0):
-            checkpoints.save(state, metadata, values)
+            checkpoints.save(state, metadata(done), values)
         if stopping.requested():
             checkpoints.wait()
             raise stopping.Stopped(f"at {stage} {done} of {steps}")

@@ -244,14 +244,13 @@ def _fit(
             state, metadata = checkpoints.restore(state)
             refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.settings())
         run.log.rewind((stage, "evaluation", "samples") if evaluate else (stage,), int(state.step))
-        metadata = {"stage": stage, "settings": run.job.settings()}
-        options = {"mesh": run.mesh, "microbatches": microbatches}
-        if private is not None:
-            update = private.make_update(model, objective, rule, **options)
-            metadata |= private.metadata()
-        else:
-            update = make_update(model, objective, rule, **options)
+        about, options = (
+            {"stage": stage, "settings": run.job.settings()},
+            {"mesh": run.mesh, "microbatches": microbatches},
+        )
+        make = make_update if private is None else private.make_update
         return run_passes(
-            update, state, batches, steps, stage=stage, log=run.log, metadata=metadata, marks=marks,
+            make(model, objective, rule, **options), state, batches, steps, stage=stage, log=run.log, marks=marks,
+            metadata=lambda done: about | (private.metadata(done) if private else {}),
             checkpoints=checkpoints, learning_rate=optimizer.learning_rate_at(steps), evaluate=evaluate, show=show,
         )  # fmt: skip

@@ -76,8 +76,8 @@ class PrivateBatches(Ahead):
             )
         self.records, self.statistics, self.mesh = buffer, statistics, mesh
         self.units, self.mechanism, self.secret = units, mechanism, secret
-        # A row is as long as the longest unit.
-        self.shape = plan(buffer, units)
+        # A row has room for one unit, the longest, and for no more examples than a unit has.
+        self.shape = plan(buffer, units)._replace(slots=max(map(len, units)))
 
     left_out = 0
 

@@ -25,6 +25,9 @@ from shiq_jax.training.run_directory import read_json, write_json
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
+# In how many of the updates the log says what has been spent.
+SHOWN = 100
+
 
 class Private(NamedTuple):
     """The parts of a private run."""
@@ -42,18 +45,26 @@ class Private(NamedTuple):
             reveal=self.options.log_private, **others,
         )  # fmt: skip
 
+        # An accountant takes a second: often enough to draw a curve.
+        every = max(self.mechanism.steps // SHOWN, 1)
+
         def step(state: State, batch) -> tuple[State, dict]:
             done = int(state.step) + 1
             state, metrics = update(state, batch, self.secret.noise)
             # One number of what belongs to units, where it was asked for.
             metrics = {name: jnp.nanmedian(value) if value.ndim else value for name, value in metrics.items()}
-            return state, metrics | {"epsilon": self.mechanism.epsilon(done)}
+            if done % every == 0 or done == self.mechanism.steps:
+                metrics["epsilon"] = self.mechanism.epsilon(done)
+            return state, metrics
 
         return step
 
-    def metadata(self) -> dict[str, Any]:
-        """What checkpoints say: whose secret, and by what mechanism; not the secret."""
-        return {"privacy": described(self.mechanism), "secret": self.secret.fingerprint}
+    def metadata(self, done: int) -> dict[str, Any]:
+        """What checkpoints say: whose secret, by what mechanism, and what is spent; not the secret."""
+        return {
+            "privacy": described(self.mechanism), "epsilon": self.mechanism.epsilon(done),
+            "secret": self.secret.fingerprint,
+        }  # fmt: skip
 
 
 def check_private_job(job: Job, objective: Objective) -> None:

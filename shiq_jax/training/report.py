@@ -74,8 +74,9 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
     axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
     # A private run says nothing of its loss, but what it has spent.
-    last = "epsilon" if updates and "epsilon" in updates[0] else "loss"
-    axes[2].plot([row["step"] for row in updates], [row[last] for row in updates], color="tab:blue", linewidth=1)
+    last = "epsilon" if any("epsilon" in row for row in updates) else "loss"
+    shown = [row for row in updates if last in row]
+    axes[2].plot([row["step"] for row in shown], [row[last] for row in shown], color="tab:blue", linewidth=1)
     axes[2].set(title=last, xlabel="update")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -4,7 +4,6 @@ White box, q = 1, one step: a canary's gradient lies in a coordinate of its own,
 longer than the clip norm. Half of the canaries are in the batch; what is released along each is its score.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -61,14 +61,14 @@ def test_replacing_a_unit_costs_more_than_leaving_it_out():
 @pytest.mark.parametrize(("epsilon", "sigma"), [(2, 1.224), (3, 0.968)])
 def test_calibration(epsilon, sigma):
     found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
-    np.testing.assert_allclose(found.noise_multiplier, sigma, rtol=3e-3)
-    assert found.epsilon() <= epsilon * (1 + 1e-4)
+    np.testing.assert_allclose(found.noise_multiplier, sigma, rtol=5e-3)
+    assert 0.99 * epsilon < found.epsilon() <= epsilon
     assert found.largest_batch == 352
 
 
 def test_epsilon_grows_with_steps_and_sampling_and_falls_with_noise():
-    small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50, largest_batch=100, steps=100)
-    costs = [small.epsilon(steps) for steps in (0, 1, 10, 100)]
+    small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50, largest_batch=100, steps=10)
+    costs = [small.epsilon(steps) for steps in (0, 1, 10)]
     assert costs[0] == 0 and costs == sorted(set(costs))
     assert dataclasses.replace(small, expected_batch=80).epsilon() > small.epsilon()
     assert dataclasses.replace(small, noise_multiplier=1.5).epsilon() < small.epsilon()
@@ -152,4 +152,4 @@ def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
 
 def test_an_epsilon_that_no_noise_gives_is_refused():
     with pytest.raises(Refusal, match="no noise was found that makes 1000 steps"):
-        Mechanism.calibrated(epsilon=1e-9, delta=1e-30, dataset_size=100, expected_batch=100, steps=1000)
+        Mechanism.calibrated(epsilon=1e-9, delta=1e-30, dataset_size=10, expected_batch=10, steps=1000)

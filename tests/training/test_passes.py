@@ -83,7 +83,7 @@ def run(tmp_path, batches):
 
     def go(update, state, steps, *, checkpoints, batches=batches, **options):
         log = MetricsLog(tmp_path / "metrics.jsonl")
-        options = {"stage": "update", "metadata": {}, "learning_rate": RATE.learning_rate_at(20)} | options
+        options = {"stage": "update", "metadata": lambda done: {}, "learning_rate": RATE.learning_rate_at(20)} | options
         return run_passes(update, state, batches, steps, log=log, checkpoints=checkpoints, **options), log
 
     return go
@@ -136,7 +136,7 @@ def test_evaluations_and_saves_come_at_their_marks_and_at_the_end(run, marks, ev
         calls.append(step)
         return {"reward": float(step)}
 
-    run(Stub(), counting(), 7, checkpoints=shelf, marks=marks, evaluate=evaluate, metadata={"run": 1})
+    run(Stub(), counting(), 7, checkpoints=shelf, marks=marks, evaluate=evaluate, metadata=lambda done: {"run": 1})
     assert calls == evaluated and [step for step, _, _ in shelf.saved] == saved and shelf.waited
     for step, metadata, metrics in shelf.saved:
         assert metadata == {"run": 1}
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(run, update, fresh, tmp_pa
             return update(state, batch)
 
     with pytest.raises(Stopped):
-        run(Stopping(), fresh(), 5, checkpoints=checkpoints, marks=Marks(save=2), metadata={"seed": 5})
+        run(Stopping(), fresh(), 5, checkpoints=checkpoints, marks=Marks(save=2), metadata=lambda done: {"seed": 5})
     assert checkpoints.latest() == 2
     checkpoints.close()
 
