@@ -175,5 +175,5 @@ def _needed(module: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise Refusal(
-            f"private training needs {module.partition('.')[0]}, which is not installed: pip install 'shiq_jax[privacy]'"
+            f"private training needs {module.partition('.')[0]}, which is not there: pip install 'shiq_jax[privacy]'"
         ) from error
