@@ -161,8 +161,8 @@ every method learns for {scale["updates"][-1]} updates of {scale["batch"]} promp
 REINFORCE (with the KL in its reward, and a prompt's other answers as baseline) on all answers, DPO and CoPG on the best
 and the worst of each prompt, supervised training on the best. Regularised methods run at beta {betas}; policies are
 evaluated after {", ".join(map(str, scale["updates"]))} updates on {scale["held_out"]} held-out prompts, four samples
-each. {len(seeds)} seeds; the learning rate of each method is the best of
-{", ".join(f"{rate:g}" for rate in scale["rates"])} on another seed.
+each; {len(seeds)} seeds. The learning rate of each method is the best of
+{", ".join(f"{rate:g}" for rate in scale["rates"])} on another seed{_at_the_end(numbers)}.
 
 ![Reward against KL](frontier.png)
 
@@ -180,6 +180,13 @@ and the largest):
 what wins here need not win elsewhere: on [function calling](bfcl.md) supervised training gained most. All numbers:
 [frontier.json](frontier.json).
 """
+
+
+def _at_the_end(numbers: Mapping) -> str:
+    """Which methods might have done better at a rate that was not tried."""
+    ends = (min(numbers["scale"]["rates"]), max(numbers["scale"]["rates"]))
+    methods = [method for method, tuned in numbers["tuning"].items() if tuned["rate"] in ends]
+    return f"; for {_list(methods)} it lies at the end of what was tried" if methods else ""
 
 
 def _cell(rewards: Sequence[float | None]) -> str:

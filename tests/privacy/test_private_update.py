@@ -106,7 +106,7 @@ def test_the_divisor_does_not_know_how_many_there_are(released, relative):
     """Absent units take their own part away and leave that of the others."""
     all_of_them, some = released()[0], released(absent=2)[0]
     double = dataclasses.replace(SILENT, expected_batch=8)
-    assert relative(released(double, absent=2)[0], jax.tree.map(lambda leaf: 2 * leaf, some)) < 1e-5
+    assert relative(released(double, absent=2)[0], jax.tree.map(lambda leaf: 2 * leaf, some)) < 1e-4
     assert relative(all_of_them, some) > 1e-2
 
 
