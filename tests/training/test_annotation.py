@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.errors import Refusal
+from shiq_jax.replay import Record
 from shiq_jax.training import annotation
 from shiq_jax.training.annotation import PROBE_TOLERANCE, annotate, probe, reference_identity, statistics_of
 
@@ -159,3 +160,20 @@ def test_the_identity_knows_weights_and_arithmetic_but_not_the_mesh(model, param
     identity = reference_identity(model, params)
     assert reference_identity(*on_mesh("fsdp=2,tensor=2")) == identity
     assert reference_identity(dataclasses.replace(model, compute_dtype="bfloat16"), params) != identity
+
+
+def test_a_prompt_is_run_once_for_all_answers_that_fit_beside_it():
+    """Sixteen answers of a long prompt are longer than a row when each brings its own, and fit where they share it."""
+    prompt, rng = np.arange(40) % 50, np.random.default_rng(0)
+    group = [
+        Record(
+            tokens=np.concatenate([prompt, rng.integers(50, size=3)]), action_mask=np.arange(43) >= 40,
+            rewards=np.ones(3, np.float32), group="long",
+        )
+        for _ in range(16)
+    ]  # fmt: skip
+    assert annotation._bundles(group, 128) == [tuple((number,) for number in range(16))]
+    parts = annotation._bundles(group, 64)
+    assert len(parts) == 2 and sorted(number for part in parts for (number,) in part) == list(range(16))
+    # A group with a sequence that is too long by itself is not lost, but left to be refused by name.
+    assert len(annotation._bundles(group, 20)) == 16
