@@ -130,6 +130,10 @@ def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
     """The answers as good and bad ones, for an objective that reads labels."""
     job, context = run.job, model.config.max_positions
     threshold = threshold_of(job.data, job.score, job.threshold)
+    if job.privacy.on and threshold is None:
+        raise Refusal(
+            "good or bad by the mean of a prompt's answers is what other units say: give labels, or a --threshold"
+        )
     return label(run.directory.labelled, answers, objective, threshold, min(context, job.drop_longer_than or context))
 
 

@@ -154,6 +154,17 @@ def test_refusals(more, complaint, tiny, files, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_by_the_mean_of_other_answers_are_refused(tiny, files, tmp_path, capsys):
+    rows = [{"prompt": "p", "completion": text, "reward": len(text)} for text in ("a", "bb", "ccc")]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = arguments(tiny, files, tmp_path / "run", "--loss.name", "apo_zero_unpaired")
+    given = ["kto", *given[1:3], "--data", str(tmp_path / "scored.jsonl"), *given[5:]]
+    assert "is what other units say" in refusal(given, capsys)
+    given[given.index("--batch-size") + 1] = "2"
+    train.main([*given, "--threshold", "1.5"])
+    assert json.loads((tmp_path / "run" / "privacy.json").read_text())["dataset_size"] == 3
+
+
 def test_an_evaluation_takes_public_data_only(tiny, files, tmp_path, capsys):
     given = ["dpo", "--model", tiny, "--data", str(files / "data.jsonl"), "--output-dir", str(tmp_path / "run")]
     assert "give public prompts with --evaluation.data" in refusal([*given, *OPTIONS, *PRIVATE], capsys)
