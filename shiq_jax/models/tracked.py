@@ -149,7 +149,7 @@ def product(contracted: int) -> Operation:
     return Operation(
         apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), contracted),
         to_input=lambda x, kernel, s: to_input(kernel.astype(s.dtype), s, contracted),
-        to_weights=lambda x, s, shape: to_kernel(x, s, contracted, _precise(s)),
+        to_weights=lambda x, s, shape: to_kernel(*_operands(x, s), contracted, _precise(s)),
         squared_norm=squared_norm,
     )
 
@@ -161,14 +161,13 @@ def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T out
     T * inputs * outputs, a part of its lines at a time.
     """
     length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
-    whole = functools.partial(jnp.einsum, preferred_element_type=_precise(s))
     if length * (inputs + outputs) <= inputs * outputs:
-        return jnp.sum(whole("bti,bui->btu", x, x) * whole("bto,buo->btu", s, s), axis=(1, 2))
+        return jnp.sum(accumulated("bti,bui->btu", x, x) * accumulated("bto,buo->btu", s, s), axis=(1, 2))
     parts = -(-len(x) * inputs * outputs // BUDGET)
     lines = -(-inputs // parts)
 
     def add(total, part):
-        return total + jnp.sum(jnp.square(whole("bti,bto->bio", part, s)), axis=(1, 2)), None
+        return total + jnp.sum(jnp.square(accumulated("bti,bto->bio", part, s)), axis=(1, 2)), None
 
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -inputs % lines)))
     x = jnp.moveaxis(x.reshape(len(x), length, -1, lines), 2, 0)
@@ -202,6 +201,18 @@ SCALE = Operation(
     to_weights=lambda x, s, shape: _summed(x, x * s, shape),
     squared_norm=_square_of_scale,
 )
+
+
+def accumulated(subscripts: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays, summed in float32 at least."""
+    return jnp.einsum(subscripts, *_operands(a, b), preferred_element_type=_precise(a))
+
+
+def _operands(a: Array, b: Array) -> tuple[Array, Array]:
+    """The arrays, in float32 where a CPU would have to multiply bfloat16 and sum in float32: not all shapes are had."""
+    if jax.default_backend() == "cpu":
+        return a.astype(_precise(a)), b.astype(_precise(b))
+    return a, b
 
 
 def _precise(x: Array) -> Any:

@@ -17,7 +17,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from shiq_jax.models.tracked import HEAD, LOOKUP, Accumulator, Link, finite, instantiated, only, product_square, scaled
+from shiq_jax.models.tracked import (
+    HEAD,
+    LOOKUP,
+    Accumulator,
+    Link,
+    accumulated,
+    finite,
+    instantiated,
+    only,
+    product_square,
+    scaled,
+)
 from shiq_jax.objectives import TokenStats, token_stats
 
 # Logits of all rows that are computed at once in the head's backward pass.
@@ -51,7 +62,7 @@ def _lookup_backward(rule, uses, kept, cotangents):
         return None, None, None
     precise = jnp.promote_types(s.dtype, jnp.float32)
     same = tokens[:, :, None] == tokens[:, None, :]
-    gram = jnp.einsum("btd,bud->btu", s, s, preferred_element_type=precise)
+    gram = accumulated("btd,bud->btu", s, s)
     square = jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)) + 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
     s = scaled(only(finite(s), s), rule, square, uses).astype(precise)
     gradient = jnp.zeros(table.shape, precise).at[tokens].add(s)
@@ -132,7 +143,6 @@ class _Head(NamedTuple):
         parts = -(-words * rows // BUDGET)
         size = -(-words // parts)
         precise = self.lse.dtype
-        product = functools.partial(jnp.einsum, preferred_element_type=precise)
 
         def add(sums, part):
             # The last part begins earlier, so that all are of one size, and leaves out what the one before it had.
@@ -141,13 +151,13 @@ class _Head(NamedTuple):
             ids = start + jnp.arange(size)
             slopes = jnp.where(ids >= part * size, self._slopes(columns, ids), 0).astype(self.hidden.dtype)
             to_hidden, square, to_weights = sums
-            to_hidden = to_hidden + product("bav,dv->bad", slopes, columns)
+            to_hidden = to_hidden + accumulated("bav,dv->bad", slopes, columns)
             if squares:
                 square = square + product_square(self.hidden, slopes)
             if weights:
                 place = (jnp.zeros_like(start), start)
                 before = jax.lax.dynamic_slice(to_weights, place, columns.shape)
-                own = product("bad,bav->dv", self.hidden, slopes)
+                own = accumulated("bad,bav->dv", self.hidden, slopes)
                 to_weights = jax.lax.dynamic_update_slice(to_weights, before + own, place)
             return (to_hidden, square, to_weights), None
 
@@ -162,12 +172,12 @@ class _Head(NamedTuple):
     def lines(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length features"]:
         """Of the transposed gradient of the matrix, row by row, the lines of some tokens."""
         columns = self.unembedding.T[tokens]
-        logits = jnp.einsum("bad,btd->bat", self.hidden, columns, preferred_element_type=self.lse.dtype)
+        logits = accumulated("bad,btd->bat", self.hidden, columns)
         slopes = self._from_logits(logits, tokens[:, None, :])
         return jnp.einsum("bat,bad->btd", slopes.astype(self.hidden.dtype), self.hidden)
 
     def _slopes(self, columns, ids):
-        logits = jnp.einsum("bad,dv->bav", self.hidden, columns, preferred_element_type=self.lse.dtype)
+        logits = accumulated("bad,dv->bav", self.hidden, columns)
         return self._from_logits(logits, ids)
 
     def _from_logits(self, logits, ids):
