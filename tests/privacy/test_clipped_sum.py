@@ -14,8 +14,15 @@ TOLERANCE = 1e-5
 NEVER = Abadi(1e9)
 
 
-def run(losses, params, batch, **options):
-    return jax.jit(functools.partial(clipped_sum, losses, **options))(params, batch)
+@functools.cache
+def compiled(losses, options):
+    return jax.jit(lambda params, batch, mask: clipped_sum(losses, params, batch, mask=mask, **dict(options)))
+
+
+def run(losses, params, batch, mask=None, **options):
+    """The clipped sum, by a program that is compiled once for all batches and masks."""
+    mask = np.ones(len(jax.tree.leaves(batch)[0]), bool) if mask is None else mask
+    return compiled(losses, tuple(sorted(options.items())))(params, batch, mask)
 
 
 def reference(losses, params, batch, clip, mask=None):
