@@ -1,6 +1,8 @@
 """Eight virtual devices on the CPU, set before jax starts, so that every sharding test runs on any machine."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,22 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Every test compiles its own programs, whatever another run has left in the home directory.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
+
+# Linux lets a process have 65,530 mappings, of which every compiled program holds several; one more aborts it.
+MAPPINGS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Lets go of all compiled programs between two files of tests when they have become many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
