@@ -6,6 +6,7 @@ from shiq_jax.models.config import DecoderConfig, RopeScaling
 from shiq_jax.models.heads import Headed
 from shiq_jax.models.huggingface import load_hf, locate, save_hf
 from shiq_jax.models.identity import fingerprint
+from shiq_jax.models.lora import Lora, is_adapter
 from shiq_jax.models.model import Model, init_params
 from shiq_jax.models.visibility import Visibility
 
@@ -13,12 +14,14 @@ __all__ = [
     "Cache",
     "DecoderConfig",
     "Headed",
+    "Lora",
     "Model",
     "RopeScaling",
     "Visibility",
     "attention",
     "fingerprint",
     "init_params",
+    "is_adapter",
     "load_hf",
     "locate",
     "save_hf",

@@ -16,6 +16,7 @@ from shiq_jax.models.attention import attention, branching
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.layers import PROJECTED, Declaring, Embedding, Layer, Norm, Projection, Settings
+from shiq_jax.models.lora import Lora
 from shiq_jax.models.tracked import Accumulator
 from shiq_jax.models.visibility import NEVER, Visibility, cached
 
@@ -32,11 +33,11 @@ REMAT: Mapping[str, Callable | None] = {
 class Decoder(nnx.Module):
     """A Llama-family decoder; its layers are stacked along a leading axis, so its program does not grow with depth."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None = None):
         single = Declaring(rngs, dtype)
         self.config = config
         self.embed = Embedding(single, config.vocab_size, config.hidden_size, config.initializer_range)
-        self.layers = Layer(Declaring(rngs, dtype, config.num_layers), config)
+        self.layers = Layer(Declaring(rngs, dtype, config.num_layers, lora), config)
         self.norm = Norm(single, config.hidden_size, config.rms_norm_eps)
         if config.tie_word_embeddings:
             self.head = None

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from shiq_jax.errors import Refusal, refuse_pointer
 from shiq_jax.models.config import DecoderConfig, read_json
+from shiq_jax.models.lora import A, B, merged
 from shiq_jax.models.model import Model
 from shiq_jax.models.naming import Entry, entries
 from shiq_jax.progress import track
@@ -70,22 +71,23 @@ def load_hf(
 def save_hf(model: Model, params: Mapping[str, Any], path: str | Path) -> Path:
     """Writes what transformers and vLLM load: safetensors (in the parameters' dtypes) and the two configs in JSON.
 
-    Above 5 GB the tensors go to numbered shards with an index. Files are written to temporary names and renamed, the
-    weights first; tokenizer files are the caller's to copy. With several processes every one calls this, and process 0
-    writes.
+    Adapters are merged into the kernels. Above 5 GB the tensors go to numbered shards with an index. Files are written
+    to temporary names and renamed, the weights first; tokenizer files are the caller's to copy. With several processes
+    every one calls this, and process 0 writes.
     Returns the directory. Raises ValueError, naming the parameter, when `params` are not those of `model`.
     """
     directory = Path(path)
-    plan = entries(model.abstract_params(), model.config.num_layers)
-    _check_params(plan, params)
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    _check_params(model.abstract_params(), params)
+    base, kept = model.switched_off(params)
+    plan = entries(base.abstract_params(), model.config.num_layers)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
     writing = jax.process_index() == 0
     if writing:
         directory.mkdir(parents=True, exist_ok=True)
     writer = _Writer(directory, SHARD_BYTES, total, writing)
     amount = ("MB", lambda entry: _at(params, entry.path).nbytes / 1e6)
     for entry in track(plan, f"writing {directory.name}", len(plan), "parameters", amount=amount):
-        _save(entry, _at(params, entry.path), writer)
+        _save(entry, _whole(model, params, entry), writer)
     written = writer.finish()
     if writing:
         dtype = str(_at(params, plan[0].path).dtype)
@@ -294,9 +296,19 @@ class _Writer:
         return {*names, INDEX}
 
 
-def _check_params(plan: list[Entry], params: Mapping[str, Any]) -> None:
-    given = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    expected = {entry.path: entry.shape for entry in plan}
+def _whole(model: Model, params: Mapping[str, Any], entry: Entry) -> jax.Array:
+    """A parameter as the decoder uses it: a kernel with its adapter."""
+    beside, leaf = _at(params, entry.path[:-1]), _at(params, entry.path)
+    if entry.path[-1] != "kernel" or A not in beside:
+        return leaf
+    return merged(leaf, beside[A], beside[B], model.lora.scale)
+
+
+def _check_params(abstract: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    given, expected = (
+        {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, abstract)
+    )
     for path in given.keys() | expected.keys():
         if given.get(path) != expected.get(path):
             raise ValueError(

@@ -4,6 +4,7 @@ Every parameter is declared in one place, by `_parameter`: shape, dtype, initial
 initialisation, abstract shapes, shardings, loading and saving; nothing else repeats them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import rope, tracked
 from shiq_jax.models.config import DecoderConfig
+from shiq_jax.models.lora import Lora
 from shiq_jax.models.tracked import Accumulator
 from shiq_jax.models.tracked_vocabulary import lookup
 from shiq_jax.sharding import constrain
@@ -36,11 +38,12 @@ class Settings(NamedTuple):
 
 
 class Declaring(NamedTuple):
-    """What the parameters of one stack have in common: random keys, dtype, and how many layers there are."""
+    """What the parameters of one stack have in common: random keys, dtype, how many layers there are, adapters."""
 
     rngs: nnx.Rngs
     dtype: jnp.dtype
     stack: int | None = None
+    lora: Lora | None = None
 
 
 def _parameter(declaring: Declaring, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -52,19 +55,36 @@ def _parameter(declaring: Declaring, init: Callable, shape: tuple[int, ...], axe
 class Projection(nnx.Module):
     """A linear map from all `inputs` dimensions to all `outputs` dimensions: `x @ kernel + bias`.
 
-    inputs, outputs: logical axis -> size. kernel [*inputs, *outputs]; bias [*outputs], when asked for.
+    inputs, outputs: logical axis -> size. name: in a checkpoint, by which adapters are asked for. kernel [*inputs,
+    *outputs]; bias [*outputs], when asked for; of an adapter lora_a [*inputs, rank] and lora_b [rank, *outputs].
     """
 
-    def __init__(self, declaring: Declaring, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float):
+    def __init__(
+        self, declaring: Declaring, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float,
+        name: str = "",
+    ):  # fmt: skip
         shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
         self.kernel = _parameter(declaring, nnx.initializers.normal(std), shape, axes)
         self.bias = (
             _parameter(declaring, nnx.initializers.zeros, tuple(outputs.values()), tuple(outputs)) if bias else None
         )
         self.contracted = len(inputs)
+        self.lora = declaring.lora if declaring.lora and name in declaring.lora.targets else None
+        if self.lora is not None:
+            rank, bound = self.lora.rank, math.prod(inputs.values()) ** -0.5
+
+            def uniform(key, shape, dtype):
+                return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+            self.lora_a = _parameter(declaring, uniform, (*inputs.values(), rank), (*inputs, "rank"))
+            self.lora_b = _parameter(declaring, nnx.initializers.zeros, (rank, *outputs.values()), ("rank", *outputs))
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype, acc: Accumulator | None = None) -> jax.Array:
-        out = tracked.apply(tracked.product(self.contracted), x.astype(dtype), self.kernel[...], acc)
+        x, product = x.astype(dtype), tracked.product(self.contracted)
+        out = tracked.apply(product, x, self.kernel[...], acc)
+        if self.lora is not None:
+            inner = tracked.apply(product, x, self.lora_a[...], acc)
+            out = out + self.lora.scale * tracked.apply(tracked.product(1), inner, self.lora_b[...], acc)
         out = checkpoint_name(out, PROJECTED)
         return out if self.bias is None else tracked.apply(tracked.SHIFT, out, self.bias[...], acc)
 
@@ -108,10 +128,10 @@ class Attention(nnx.Module):
         std, bias, embed = config.initializer_range, config.attention_bias, {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        self.query = Projection(declaring, embed, heads, bias, std)
-        self.key = Projection(declaring, embed, kv_heads, bias, std)
-        self.value = Projection(declaring, embed, kv_heads, bias, std)
-        self.output = Projection(declaring, heads, embed, bias, std)
+        self.query = Projection(declaring, embed, heads, bias, std, "q_proj")
+        self.key = Projection(declaring, embed, kv_heads, bias, std, "k_proj")
+        self.value = Projection(declaring, embed, kv_heads, bias, std, "v_proj")
+        self.output = Projection(declaring, heads, embed, bias, std, "o_proj")
 
     def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
         q = rope.rotate(self.query(x, settings.dtype, acc), *rotation)
@@ -129,9 +149,9 @@ class GatedMlp(nnx.Module):
     def __init__(self, declaring: Declaring, config: DecoderConfig):
         std, bias = config.initializer_range, config.mlp_bias
         embed, hidden = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = Projection(declaring, embed, hidden, bias, std)
-        self.up = Projection(declaring, embed, hidden, bias, std)
-        self.down = Projection(declaring, hidden, embed, bias, std)
+        self.gate = Projection(declaring, embed, hidden, bias, std, "gate_proj")
+        self.up = Projection(declaring, embed, hidden, bias, std, "up_proj")
+        self.down = Projection(declaring, hidden, embed, bias, std, "down_proj")
 
     def __call__(self, x, settings: Settings, acc=None):
         inner = jax.nn.silu(self.gate(x, settings.dtype, acc)) * self.up(x, settings.dtype, acc)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +19,7 @@ from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.layers import Settings
+from shiq_jax.models.lora import Lora, only_adapters, without_adapters
 from shiq_jax.models.statistics import sharded_token_stats
 from shiq_jax.models.tracked import Accumulator
 from shiq_jax.models.tracked_vocabulary import statistics as tracked_statistics
@@ -35,8 +36,9 @@ class Model:
 
     config: sizes and constants. mesh: where arrays live (None: on one device). dtype: of the parameters. compute_dtype:
     of activations and matrix products; None takes `dtype`. remat: what the backward pass keeps, one of "none", "dots",
-    "full" (`decoder.REMAT`). engine: of attention (`attention.ENGINES`). generation_config: the source's
-    generation_config.json, when there was one; it takes no part in comparison. Change a copy with
+    "full" (`decoder.REMAT`). engine: of attention (`attention.ENGINES`). lora: the adapters that its parameters hold,
+    see `with_adapters`. generation_config: the source's generation_config.json, when there was one; it takes no part in
+    comparison. Change a copy with
     `dataclasses.replace(model, remat="full")`. Raises ValueError for an unknown remat or engine.
     """
 
@@ -46,6 +48,7 @@ class Model:
     compute_dtype: Any = None
     remat: str = "none"
     engine: str = "xla"
+    lora: Lora | None = None
     generation_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -68,9 +71,10 @@ class Model:
         compute_dtype: Any = None,
         remat: str = "none",
         engine: str = "xla",
+        lora: Lora | None = None,
     ) -> "Model":
         """The model of a config; the arguments are the fields of the class."""
-        return cls(config, mesh, dtype, compute_dtype, remat, engine)
+        return cls(config, mesh, dtype, compute_dtype, remat, engine, lora)
 
     def hidden(
         self,
@@ -189,9 +193,23 @@ class Model:
         """
         return self._decoder(params).branch(cache, branches, tokens, positions, count, slot, self._settings)
 
+    def with_adapters(self, params: Params, key: Array) -> dict[str, Any]:
+        """The parameters of the model without adapters, and fresh adapters that change nothing yet: B is 0, A uniform.
+
+        key: a jax random key. Raises ValueError for a model without `lora`.
+        """
+        if self.lora is None:
+            raise ValueError("the model has no lora: give it one, dataclasses.replace(model, lora=Lora(rank, alpha))")
+        fresh = flatten_dict(_fresh(self, key, only_adapters))
+        return unflatten_dict(flatten_dict(dict(params)) | fresh)
+
+    def switched_off(self, params: Params) -> tuple["Model", dict[str, Any]]:
+        """The model as it was before its adapters, and its parameters; no array is copied."""
+        return dataclasses.replace(self, lora=None), without_adapters(params)
+
     def abstract_params(self) -> dict[str, Any]:
         """Shape, dtype and (with a mesh) sharding of every parameter, as a nested dict of `jax.ShapeDtypeStruct`."""
-        _, shapes, axes = _declared(self.config, self.dtype)
+        _, shapes, axes = _declared(self.config, self.dtype, self.lora)
         if self.mesh is None:
             return jax.tree.map(lambda leaf: leaf, shapes)
         return jax.tree.map(
@@ -204,7 +222,7 @@ class Model:
 
     def logical_axes(self) -> dict[str, Any]:
         """The logical axes of every parameter, as a nested dict of tuples of names (`sharding.RULES`)."""
-        axes = _declared(self.config, self.dtype)[2]
+        axes = _declared(self.config, self.dtype, self.lora)[2]
         return jax.tree.map(lambda names: names, axes, is_leaf=lambda node: isinstance(node, tuple))
 
     def _statistics(self, hidden, unembedding, tokens, extra: tuple[str, ...] = ()) -> TokenStats:
@@ -217,7 +235,7 @@ class Model:
         return Settings(self.compute_dtype, self.mesh, self.remat, self.engine)
 
     def _decoder(self, params: Params) -> Decoder:
-        definition, _, axes = _declared(self.config, self.dtype)
+        definition, _, axes = _declared(self.config, self.dtype, self.lora)
         if self.mesh is not None:
             # Says nothing new of the parameters, but pins their gradients, which are born in the same shardings.
             params = jax.tree.map(lambda leaf, names: constrain(leaf, names, self.mesh), dict(params), axes)
@@ -229,9 +247,9 @@ class Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _declared(config: DecoderConfig, dtype: np.dtype) -> tuple[nnx.GraphDef, dict, dict]:
+def _declared(config: DecoderConfig, dtype: np.dtype, lora: Lora | None) -> tuple[nnx.GraphDef, dict, dict]:
     """The decoder's structure, and its parameters' shapes and logical axes as nested dicts; nothing is allocated."""
-    definition, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype)))
+    definition, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype, lora)))
     axes = jax.tree.map(
         lambda variable: variable.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
@@ -244,9 +262,14 @@ def init_params(model: Model, key: Array) -> dict[str, Any]:
     key: a jax random key. Kernels and the embedding are normal with the config's `initializer_range`, norms 1, biases
     0.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params())
+    return _fresh(model, key, lambda params: params)
+
+
+def _fresh(model: Model, key: Array, pick) -> dict[str, Any]:
+    """What `pick` chooses of fresh parameters, of which the others are never made."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, pick(Model.abstract_params(model)))
 
     def make(key):
-        return nnx.to_pure_dict(nnx.state(Decoder(model.config, nnx.Rngs(key), model.dtype)))
+        return pick(nnx.to_pure_dict(nnx.state(Decoder(model.config, nnx.Rngs(key), model.dtype, model.lora))))
 
     return jax.jit(make, out_shardings=None if model.mesh is None else shardings)(key)

@@ -23,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
     # both
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

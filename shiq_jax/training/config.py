@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from shiq_jax.data.files import matching_files
+from shiq_jax.models.lora import TARGETS, Lora
 from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training.losses import SftLoss, given_as
@@ -87,6 +88,30 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """LoRA: a low-rank addition to the layers' linear maps learns, and the model stays as it is."""
+
+    rank: Annotated[int | None, given_as("RANK", "none: all parameters learn")] = None
+    """Rank of the additions; adapters learn where this is given."""
+    alpha: Annotated[float | None, given_as("ALPHA", "twice the rank")] = None
+    """The additions are multiplied by alpha / rank."""
+    targets: tuple[Literal[TARGETS], ...] = TARGETS
+    """Which linear maps have one."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank is None and (self.alpha is not None or self.targets != TARGETS):
+            raise ValueError("alpha and targets say how adapters are: give their rank, or leave both out")
+        self.configured()
+
+    def configured(self) -> Lora | None:
+        """The adapters, None where there are none."""
+        if self.rank is None:
+            return None
+        return Lora(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha, self.targets)
+
+
+@dataclass(frozen=True)
 class Precision:
     """Numbers and memory of the forward pass."""
 
@@ -146,6 +171,7 @@ class Job:
     evaluation: Evaluation = Evaluation()
     warm_start: WarmStart = WarmStart()
     precision: Precision = Precision()
+    lora: Adapters = Adapters()
     privacy: Privacy = Privacy()
 
     command: ClassVar[str] = ""
@@ -161,6 +187,8 @@ class Job:
             raise ValueError("sft imitates and reads no scores: leave score out")
         if self.drop_longer_than is not None:
             _at_least(self, drop_longer_than=2)
+        if self.lora.rank is not None and not self.loss.configured().policy:
+            raise ValueError(f"the loss {self.loss.name} leaves the policy as it is: leave lora out")
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
             raise ValueError(
                 "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"

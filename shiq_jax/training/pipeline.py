@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from shiq_jax.errors import Refusal, disk_refusals
-from shiq_jax.models import Headed, save_hf
-from shiq_jax.models.heads import HEADS
+from shiq_jax.models import save_hf
+from shiq_jax.models.heads import HEADS, Headed
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.training import private_run, report, stopping
@@ -31,6 +31,7 @@ from shiq_jax.training.config import Job
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
 from shiq_jax.training.filling import demonstrations, fill_buffer
 from shiq_jax.training.labelling import label, threshold_of
+from shiq_jax.training.learner import learner, learns
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
@@ -38,7 +39,7 @@ from shiq_jax.training.private_run import Private
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run import Run, Use, set_up
 from shiq_jax.training.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
-from shiq_jax.training.state import State, init_state
+from shiq_jax.training.state import State, init_state, split
 from shiq_jax.training.tasks import prompts_of
 from shiq_jax.training.trackers import require, trackers
 from shiq_jax.training.update import make_update
@@ -87,9 +88,10 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
                 print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
                 statistics = buffer.statistics(identity)
             stopping.check("before the updates")
-            if objective.heads:
-                model = Headed.of(model, objective.heads, job.loss.steering)
-                params = model.with_heads(params, run.key(Use.HEADS))
+            model, params = learner(
+                model, params, objective, lora=job.lora.configured(), steering=getattr(job.loss, "steering", 0.0),
+                keys=(run.key(Use.ADAPTERS), run.key(Use.HEADS)),
+            )  # fmt: skip
             state = passes(run, model, params, reference, buffer, objective, statistics)
     except Refusal:
         if not job.resume:
@@ -140,7 +142,8 @@ def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
 def passes(run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics) -> State:
     """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0."""
     job, options = run.job, run.job.evaluation
-    private = private_run.begin(run, params, buffer, objective, statistics) if job.privacy.on else None
+    learned = split(params, learns(model, objective))[0]
+    private = private_run.begin(run, learned, buffer, objective, statistics) if job.privacy.on else None
     if private is not None:
         batches = private.batches
     else:
@@ -162,7 +165,9 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
 
     def evaluate(weights, step: int, stage: str = "evaluation", prompts: int | None = None) -> dict[str, float]:
         key = jax.random.fold_in(run.key(Use.EVALUATION), step)
-        found = evaluator(weights, reference if step else None, key, prompts)
+        # What adapters were added to is the reference, and is there already.
+        known = reference if model.lora is None else Reference(run.task.model, lambda _: model.switched_off(weights))
+        found = evaluator(weights, known if step else None, key, prompts)
         # An evaluation that was written down, but not saved with the policy, is made again.
         run.log.rewind([stage], step - 1)
         where = {"step": step, "pass": round(step / max(batches.steps(1), 1), 3)}
@@ -240,7 +245,7 @@ def _fit(
     slow = {name: params[HEADS][name] for name in objective.slow}
     state = init_state(
         model, params, rule, key=key, mesh=run.mesh, targets=lambda _: {HEADS: slow} if slow else {},
-        trainable=None if objective.policy else lambda path: path[0] == HEADS,
+        trainable=learns(model, objective),
     )  # fmt: skip
     # Closed also when the passes end early: a save under way is finished before anything else opens the directory.
     with contextlib.closing(checkpoints):

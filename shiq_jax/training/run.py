@@ -30,6 +30,7 @@ class Use(enum.IntEnum):
     UPDATES = 2
     WARM_START = 3
     HEADS = 4
+    ADAPTERS = 5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,11 @@ from shiq_jax.replay import Buffer
 from shiq_jax.rollout import rewards
 from shiq_jax.training import report
 from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.config import Adapters
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.filling import READERS, import_records
 from shiq_jax.training.labelling import label, threshold_of
+from shiq_jax.training.learner import learner
 from shiq_jax.training.losses import steering
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
@@ -66,13 +68,12 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
     return numbers
 
 
-def _with_heads(model, params, options: Mapping[str, Any]):
-    """The model with heads for those of a run's checkpoint to come to, where the run's loss has any."""
-    loss = options.get("name", "sft")
-    if not OBJECTIVES[loss].heads:
-        return model, params
-    model = Headed.of(model, OBJECTIVES[loss].heads, steering(loss, options["beta"]))
-    return model, model.with_heads(params, jax.random.key(0))
+def _learner(model, params, settings: Mapping[str, Any]):
+    """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
+    loss = settings["loss"].get("name", "sft")
+    heads = steering(loss, settings["loss"]["beta"]) if OBJECTIVES[loss].heads else 0.0
+    lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
+    return learner(model, params, OBJECTIVES[loss], lora=lora, steering=heads, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
@@ -86,7 +87,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     if run is None:
         model, params = Headed.load(model, params, locate(source))
     else:
-        model, params = _with_heads(model, params, read_json(run.config)["loss"])
+        model, params = _learner(model, params, read_json(run.config))
         params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     origin = options.reference or (source if run is not None else None)

@@ -1,0 +1,42 @@
+"""What learns, made out of the reference: its adapters or all of it, and the heads that a loss wants beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+from shiq_jax.models import Headed, Lora, is_adapter
+from shiq_jax.models.heads import HEADS
+from shiq_jax.objectives import Objective
+from shiq_jax.training.state import Params, Path
+
+
+def learner(
+    model, params: Params, objective: Objective, *, lora: Lora | None, steering: float, keys: tuple[Array, Array]
+) -> tuple[Any, Params]:
+    """The model and its parameters with fresh adapters and heads, with which it is the policy that it was.
+
+    Args:
+        model, params: the reference; no array of it is copied.
+        objective: says which heads there are.
+        lora: the adapters, None for none.
+        steering: see `Headed`.
+        keys: jax random keys of adapters and heads.
+    """
+    if lora is not None:
+        model = dataclasses.replace(model, lora=lora)
+        params = model.with_adapters(params, keys[0])
+    if objective.heads:
+        model = Headed.of(model, objective.heads, steering)
+        params = model.with_heads(params, keys[1])
+    return model, params
+
+
+def learns(model, objective: Objective) -> Callable[[Path], bool] | None:
+    """Which parameters of a `learner` are updated, as `init_state` is told; None for all."""
+    if not objective.policy:
+        return lambda path: path[0] == HEADS
+    return None if model.lora is None else lambda path: path[0] == HEADS or is_adapter(path)
