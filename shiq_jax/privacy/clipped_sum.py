@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked import BUDGET, Accumulator
 from shiq_jax.privacy.coverage import uncovered
 from shiq_jax.privacy.rules import ClipRule, Groupwise
 
 Losses = Callable[[Any, Any, Accumulator | None], Float[Array, " units"]]
 METHODS = ("auto", "vmap", "scan", "ghost", "group")
 # Tokens of a unit from which one unit alone keeps a device busy, so that units may as well come one after the other.
-LONG = 1024
+LONG = {"cpu": 128, "otherwise": 1024}
 
 
 def clipped_sum(
@@ -46,7 +46,8 @@ def clipped_sum(
         method: "vmap": the gradients of all units at once; the reference, for any losses. "scan": `microbatch` units at
             a time, for any losses. "ghost": norms in one backward pass, the sum in a second one, no gradient of a
             single unit. "group": one backward pass in which every operation clips its own. "auto": "group" for
-            `Groupwise`; "ghost" for short units, where the losses hand their accumulator on; else "scan".
+            `Groupwise`; "scan" for long units; of short ones "vmap" where so few parameters learn that the gradients of
+            all units are small, as with adapters; else "ghost", where the losses hand their accumulator on.
         microbatch: units of a lane at a time, with "scan"; divides their number.
         lanes: equal parts of the units that go side by side, as many as there are devices along their axis.
 
@@ -98,8 +99,13 @@ def _chosen(method: str, clip, losses: Losses, params, batch) -> str:
     if isinstance(clip, Groupwise):
         return "group"
     longest = max((leaf.shape[1] for leaf in jax.tree.leaves(batch) if leaf.ndim > 1), default=1)
+    if longest >= LONG.get(jax.default_backend(), LONG["otherwise"]):
+        return "scan"
+    units = len(jax.tree.leaves(batch)[0])
+    if units * sum(leaf.size for leaf in jax.tree.leaves(params)) <= BUDGET:
+        return "vmap"
     try:
-        return "ghost" if longest < LONG and not uncovered(losses, params, batch) else "scan"
+        return "scan" if uncovered(losses, params, batch) else "ghost"
     except ValueError:
         return "scan"
 
