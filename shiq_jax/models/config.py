@@ -9,7 +9,12 @@ from typing import Any
 
 from shiq_jax.errors import Refusal, refuse_pointer
 
-SUPPORTED_MODELS = ("llama",)
+# Model type -> whether queries and keys are normalised, and what its files mean by leaving a field out.
+SUPPORTED_MODELS: Mapping[str, tuple[bool, Mapping[str, int]]] = {
+    "llama": (False, {}),
+    "qwen3": (True, {"num_key_value_heads": 32, "head_dim": 128}),
+}
+_ARCHITECTURES = {False: ("llama", "LlamaForCausalLM"), True: ("qwen3", "Qwen3ForCausalLM")}
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 
 # Our field -> the name in config.json. Fields without a default here are required of the file.
@@ -52,8 +57,9 @@ class RopeScaling:
 class DecoderConfig:
     """Sizes and constants of a Llama-family decoder; hashable, so a jitted function may close over it.
 
-    `num_kv_heads` and `head_dim` default to `num_heads` and `hidden_size // num_heads`. `source` is the config.json
-    that it was read from (kept so that what we do not interpret survives an export); it takes no part in comparison.
+    `num_kv_heads` and `head_dim` default to `num_heads` and `hidden_size // num_heads`. `qk_norm`: queries and keys are
+    normalised over head_dim before they are rotated (arXiv 2010.04245), as in Qwen3. `source` is the config.json that
+    it was read from (kept so that what we do not interpret survives an export); it takes no part in comparison.
     Raises ValueError when the sizes contradict each other.
     """
 
@@ -71,6 +77,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     initializer_range: float = 0.02
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -104,7 +111,7 @@ class DecoderConfig:
         field.
         """
         model_type = raw.get("model_type")
-        if model_type not in SUPPORTED_MODELS:
+        if not isinstance(model_type, str) or model_type not in SUPPORTED_MODELS:
             raise Refusal(f"{name}: model_type is {model_type!r}; supported: {', '.join(SUPPORTED_MODELS)}")
         if raw.get("hidden_act", "silu") != "silu":
             raise Refusal(f"{name}: hidden_act is {raw['hidden_act']!r}; supported: silu")
@@ -117,9 +124,15 @@ class DecoderConfig:
             raise Refusal(
                 f"{name}: field {missing[0]} is missing; the file must be the config.json of a {model_type} model"
             )
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+            raise Refusal(
+                f"{name}: attention is limited to a sliding window; supported: layers that see all before them"
+            )
         _check_types(raw, name)
-        values = {ours: raw[theirs] for ours, theirs in _REQUIRED.items()}
-        values |= {ours: raw[theirs] for ours, theirs in _OPTIONAL.items() if raw.get(theirs) is not None}
+        qk_norm, usual = SUPPORTED_MODELS[model_type]
+        given = {theirs: raw[theirs] for theirs in _OPTIONAL.values() if raw.get(theirs) is not None}
+        values = {ours: raw[theirs] for ours, theirs in _REQUIRED.items()} | {"qk_norm": qk_norm}
+        values |= {ours: (usual | given)[theirs] for ours, theirs in _OPTIONAL.items() if theirs in usual | given}
         theta, scaling = _read_rope(raw, values.get("max_positions", cls.max_positions), name)
         try:
             return cls(**values, rope_theta=theta, rope_scaling=scaling, source=dict(raw))
@@ -134,9 +147,10 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What transformers reads as config.json: everything that `source` held, under the values of this config."""
-        out = dict(self.source) or {"hidden_act": "silu", "model_type": "llama"}
+        model_type, architecture = _ARCHITECTURES[self.qk_norm]
+        out = dict(self.source) or {"hidden_act": "silu"}
         out |= {theirs: getattr(self, ours) for ours, theirs in (_REQUIRED | _OPTIONAL).items()}
-        out["architectures"] = ["LlamaForCausalLM"]
+        out |= {"model_type": model_type, "architectures": [architecture]}
         return _write_rope(out, self)
 
 

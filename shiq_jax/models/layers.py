@@ -122,7 +122,10 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what is attended to is the caller's to say."""
+    """Grouped-query attention with rotary positions; what is attended to is the caller's to say.
+
+    Queries and keys are normalised over head_dim, by one scale for all heads, where the config has it so.
+    """
 
     def __init__(self, declaring: Declaring, config: DecoderConfig):
         std, bias, embed = config.initializer_range, config.attention_bias, {"embed": config.hidden_size}
@@ -132,11 +135,15 @@ class Attention(nnx.Module):
         self.key = Projection(declaring, embed, kv_heads, bias, std, "k_proj")
         self.value = Projection(declaring, embed, kv_heads, bias, std, "v_proj")
         self.output = Projection(declaring, heads, embed, bias, std, "o_proj")
+        self.query_norm, self.key_norm = (
+            Norm(declaring, config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
 
     def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
-        q = rope.rotate(self.query(x, settings.dtype, acc), *rotation)
-        k = rope.rotate(self.key(x, settings.dtype, acc), *rotation)
-        v = self.value(x, settings.dtype, acc)
+        q, k, v = (project(x, settings.dtype, acc) for project in (self.query, self.key, self.value))
+        if self.query_norm is not None:
+            q, k = self.query_norm(q, acc), self.key_norm(k, acc)
+        q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         q = constrain(q, ("rows", "length", "heads", "head_dim"), settings.mesh)
         k, v = (constrain(each, ("rows", None, "kv_heads", "head_dim"), settings.mesh) for each in (k, v))
         mixed, memory = attend(q, k, v)

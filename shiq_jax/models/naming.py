@@ -13,6 +13,8 @@ _NAMES = {
     "norm.scale": "model.norm.weight",
     "head.kernel": "lm_head.weight",
     "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+    "layers.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
     "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
 }
 _PROJECTIONS = {

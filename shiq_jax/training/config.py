@@ -128,7 +128,7 @@ class Job:
     """What every training command takes."""
 
     model: Annotated[str | None, given_as("DIR|HUB_ID", "the task's own")] = None
-    """What learns: a directory in Hugging Face format, or a hub id, of the Llama family."""
+    """What learns: a directory in Hugging Face format, or a hub id, of the Llama family or Qwen3."""
     data: Annotated[str | None, given_as("FILE|HUB_ID", "none: sample answers and score them")] = None
     """Learn from these rows (.jsonl, .json, .parquet, hub id) or replay buffer, sample nothing; see docs/data.md."""
     prompts: Annotated[str | None, given_as("FILE|HUB_ID", "the task's own")] = None

@@ -72,7 +72,8 @@ def test_equal_configs_are_one_key():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: llama"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: llama, qwen3"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "attention is limited to a sliding window"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
         ({"num_hidden_layers": None}, "field num_hidden_layers is missing"),
         ({"num_hidden_layers": 2.5}, "num_layers is 2.5"),

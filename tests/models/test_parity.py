@@ -1,4 +1,4 @@
-"""Llama models of random small shapes: logits, gradients, files and greedy answers are those of transformers."""
+"""Llamas and Qwen3s of random small shapes: logits, gradients, files and greedy answers are those of transformers."""
 
 import dataclasses
 import json
@@ -19,6 +19,9 @@ LOGITS, GRADIENTS = 1e-4, 1e-3  # absolute; relative, per tensor
 LENGTH, NEW = 40, 8
 SEEDS = range(2, 26)
 QUICK = SEEDS[:6]
+# Of models that normalise queries and keys.
+NORMED = range(26, 34)
+NORMED_QUICK = NORMED[:2]
 
 
 def random_config(seed: int) -> dict:
@@ -67,7 +70,7 @@ def quick_compilation():
 class Case:
     """A model of transformers, the directory that holds it, the same loaded by us, and tokens to read."""
 
-    theirs: transformers.LlamaForCausalLM
+    theirs: transformers.PreTrainedModel
     directory: object
     model: object
     params: dict
@@ -76,12 +79,19 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(seed, marks=[] if seed in QUICK else [pytest.mark.slow]) for seed in SEEDS],
+    params=[
+        pytest.param(seed, marks=[] if seed in (*QUICK, *NORMED_QUICK) else [pytest.mark.slow])
+        for seed in (*SEEDS, *NORMED)
+    ],
 )
 def case(request, tmp_path_factory):
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(**random_config(request.param), attn_implementation="eager")
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    sizes = random_config(request.param)
+    if request.param in NORMED:
+        sizes.pop("mlp_bias")
+        theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, attn_implementation="eager")).eval()
+    else:
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(request.param)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -90,7 +100,7 @@ def case(request, tmp_path_factory):
             parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
     directory = tmp_path_factory.mktemp("llama")
     theirs.save_pretrained(directory)
-    tokens = np.random.default_rng(request.param).integers(0, config.vocab_size, (2, LENGTH))
+    tokens = np.random.default_rng(request.param).integers(0, sizes["vocab_size"], (2, LENGTH))
     return Case(theirs, directory, *load_hf(directory), tokens)
 
 

@@ -16,6 +16,7 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {},
     "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "query and key norms": {"qk_norm": True, "head_dim": 6},
 }
 UNITS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
 

@@ -58,7 +58,7 @@ def expected(decoder, batch_of, losses_of):
     ("variant", "unit", "part"),
     [
         ("tied", "trajectory", 1.0), ("untied", "pair", 1.0), ("biases", "group", 1.0), ("tied", "pair", 0.05),
-        ("tied", "pair", None),
+        ("tied", "pair", None), ("query and key norms", "pair", 1.0),
     ],
 )  # fmt: skip
 def test_all_methods_give_the_sum_of_clipped_gradients(
