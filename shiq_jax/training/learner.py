@@ -35,8 +35,8 @@ def learner(
     return model, params
 
 
-def learns(model, objective: Objective) -> Callable[[Path], bool] | None:
-    """Which parameters of a `learner` are updated, as `init_state` is told; None for all."""
+def learns(model, objective: Objective) -> Callable[[Path], bool]:
+    """Which parameters of a `learner` are updated, as `init_state` is told."""
     if not objective.policy:
         return lambda path: path[0] == HEADS
-    return None if model.lora is None else lambda path: path[0] == HEADS or is_adapter(path)
+    return lambda path: model.lora is None or path[0] == HEADS or is_adapter(path)
