@@ -88,6 +88,8 @@ TUNIX = Peer(
     "defaults",
 )  # fmt: skip
 
+OPACUS = Peer("opacus", ("opacus==1.6.0", *_TORCH), "benchmarks.peer_opacus", {"ghost": ("ghost",)}, "ghost")
+
 TRANSFORMERS = Peer("transformers", _TORCH, "benchmarks.peer_generate", {"defaults": ()}, "defaults")
 
 
