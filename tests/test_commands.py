@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -163,10 +164,16 @@ def test_inspect_shows_the_buffer(finished, capsys):
 
 def test_the_python_example_of_the_docs_learns_from_the_run(finished):
     text = (ROOT / "docs" / "training.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("runs/shiq", str(finished))
+    whole, adapters = (
+        code.replace("runs/shiq", str(finished)).replace("batch_size=8", "batch_size=4")
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    )
     scope: dict = {}
-    exec(code.replace("batch_size=8", "batch_size=4"), scope)
+    exec(whole, scope)
     assert int(scope["state"].step) == 10 and np.isfinite(float(scope["metrics"]["loss"]))
+    exec(adapters, scope)
+    assert int(scope["state"].step) == 1 and np.isfinite(float(scope["metrics"]["loss"]))
+    assert scope["reference"].lora is None and "lora" not in str(jax.tree.structure(scope["base"]))
 
 
 OFFLINE = [

@@ -1,8 +1,10 @@
 """Differential privacy: per-unit clipping, noise, sampling and what they cost. docs/privacy.md says what is covered."""
 
 from shiq_jax.privacy.clipped_sum import clipped_sum, per_example
+from shiq_jax.privacy.loss_improvement import Improvement, Landscape, adam_preconditioner, improvement, landscape
 from shiq_jax.privacy.mechanism import Mechanism
 from shiq_jax.privacy.noise import privatise
+from shiq_jax.privacy.phases import adam_memory, change_over, mixing_weight
 from shiq_jax.privacy.rules import Abadi, AutoS, AutoV, ClipRule, Global, Groupwise, count_groups
 
 __all__ = [
@@ -12,9 +14,17 @@ __all__ = [
     "ClipRule",
     "Global",
     "Groupwise",
+    "Improvement",
+    "Landscape",
     "Mechanism",
+    "adam_memory",
+    "adam_preconditioner",
+    "change_over",
     "clipped_sum",
     "count_groups",
+    "improvement",
+    "landscape",
+    "mixing_weight",
     "per_example",
     "privatise",
 ]

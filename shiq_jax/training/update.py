@@ -45,7 +45,9 @@ def make_update(
         objective: per-example loss; see `shiq_jax.objectives.OBJECTIVES`.
         optimizer: any optax transformation; it sees the gradient of the global mean.
         privacy: clips the gradient of every example by itself and adds noise; the update is then called with the secret
-            root key as well, `update(state, batch, private_key=key)`, and each row of the batch holds one example.
+            root key as well, `update(state, batch, private_key=key)`, and each row of the batch holds one example. With
+            `public=batch, public_weight=alpha` it takes alpha times the gradient of that batch, which is not private,
+            and 1 - alpha times the private one.
         microbatches: number of equal slices of the rows that are run one after the other; divides the rows.
         donate: give the old state's memory to the new one.
         method: of clipping, see `shiq_jax.privacy.clipped_sum`.
@@ -71,22 +73,29 @@ def make_update(
         state = state._replace(trainable=trainable, targets=targets, opt_state=opt_state, step=state.step + 1)
         return state, norms | metrics
 
-    def private_update(state: State, batch: Batch, private_key: Array):
+    def private_update(
+        state: State, batch: Batch, private_key: Array, public: Batch | None = None, public_weight: Array | float = 0
+    ):
         slices = _slices(batch, microbatches, mesh)
         grads, secret = private_gradient(model, objective, state, slices, privacy, private_key, method)
+        if public is not None:
+            *_, known = _gradient(model, objective, state, _slices(public, 1, mesh))
+            grads = jax.tree.map(lambda ours, own: public_weight * ours + (1 - public_weight) * own, known, grads)
         return step(state, grads, {f"private/{name}": leaf for name, leaf in secret.items()} if reveal else {})
 
     def update(state: State, batch: Batch):
-        slices = _slices(batch, microbatches, mesh)
-        pieces = slices, _coupled(model, objective, state, slices) if objective.couple else None
-        if microbatches == 1:
-            only = jax.tree.map(lambda leaf: leaf[0], pieces)
-            loss, weight, metrics, grads = _mean(model, objective, state, only)
-        else:
-            loss, weight, metrics, grads = _accumulated_mean(model, objective, state, pieces)
+        loss, weight, metrics, grads = _gradient(model, objective, state, _slices(batch, microbatches, mesh))
         return step(state, grads, {"loss": loss, "weight": weight} | metrics)
 
     return jax.jit(update if privacy is None else private_update, donate_argnums=0 if donate else ())
+
+
+def _gradient(model, objective: Objective, state: State, slices: Batch):
+    """Loss, weight, metrics and gradient of the mean over slices that are run one after the other."""
+    pieces = slices, _coupled(model, objective, state, slices) if objective.couple else None
+    if len(slices.tokens) > 1:
+        return _accumulated_mean(model, objective, state, pieces)
+    return _mean(model, objective, state, jax.tree.map(lambda leaf: leaf[0], pieces))
 
 
 def _mean(model, objective: Objective, state: State, piece):
