@@ -1,6 +1,6 @@
 """Update steps on units of one length, private by every method and not, whole with the optimiser; see `privacy`.
 
-    python -m benchmarks.private_steps '{"length": 512, "units": 4}' ghost     peak memory of a process that takes two
+python -m benchmarks.private_steps '{"length": 512, "units": 4}' ghost     peak memory of a process that takes two
 """
 
 from __future__ import annotations

@@ -135,4 +135,7 @@ def _secret(run: Run) -> Secret:
         return Secret.read(path)
     if jax.process_count() > 1:
         raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
+    if run.job.resume and path == run.directory.secret:
+        # Without a privacy.json nothing was released with it: the run stopped between the two files.
+        path.unlink(missing_ok=True)
     return Secret.create(path)

@@ -58,9 +58,9 @@ def test_a_quadratic_where_all_is_known(preconditioned, point, batches):
 
 def test_a_decoder_against_its_whole_hessian(decoder, batch_of, losses_of):
     """Through the model's own backward passes, which are differentiated once more."""
-    model, params = decoder("tied")
+    model, params = decoder("biases")
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * leaf), params)
-    learned, rest = split(params, lambda path: path[-2:] in (("value", "kernel"), ("norm", "scale")))
+    learned, rest = split(params, lambda path: path[-2:] in (("query", "bias"), ("mlp_norm", "scale")))
     losses, batch = losses_of(model, "trajectory"), batch_of("trajectory")
     halves = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:16].reshape(2, 8, *leaf.shape[1:]), batch)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import train
-from shiq_jax.training import passes
+from shiq_jax.training import passes, private_run
 
 PRIVATE = ["--privacy.noise-multiplier", "2", "--privacy.delta", "1e-2"]
 OPTIONS = [
@@ -126,6 +126,19 @@ def test_two_runs_are_unlike(tiny, files, finished, tmp_path):
     )
     first, second = (load_file(run / "export" / "model.safetensors") for run in (finished, tmp_path / "again"))
     assert all(np.any(leaf != second[name]) for name, leaf in first.items())
+
+
+def test_a_run_that_was_stopped_before_it_had_both_files_goes_on(tiny, files, tmp_path, monkeypatch):
+    def stopped(path, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_run, "write_json", stopped)
+        with pytest.raises(SystemExit):
+            train.main(arguments(tiny, files, tmp_path / "run"))
+    assert (tmp_path / "run" / "secret.key").exists() and not (tmp_path / "run" / "privacy.json").exists()
+    train.main(arguments(tiny, files, tmp_path / "run", "--resume"))
+    assert len(rows_of(tmp_path / "run")) == 6
 
 
 def test_users_are_units_when_they_are_asked_for(tiny, files, tmp_path):
