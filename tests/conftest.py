@@ -30,6 +30,16 @@ def few_mappings():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests whose programs run for milliseconds and compile for seconds."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """Directory of a microscopic random Llama with a byte-level tokenizer, in Hugging Face format."""

@@ -36,12 +36,7 @@ CASES = dict(OBJECTIVES) | {
 every = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs here run for microseconds and compile for tenths of a second."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def members_of(objective: Objective) -> int:

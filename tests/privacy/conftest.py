@@ -22,11 +22,8 @@ UNITS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quickly(quick_compilation):
+    """Every test here compiles quickly."""
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,8 @@ def random_records(seed: int, sizes=GROUP_SIZES) -> list[Record]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs here run for milliseconds and compile for seconds: optimisations would cost more than they gain."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quickly(quick_compilation):
+    """Every test here compiles quickly."""
 
 
 class Dense:
