@@ -20,9 +20,9 @@ from jax_privacy import clipped_grad, noise_addition
 from benchmarks import serving
 from shiq_jax.data import fetch
 from shiq_jax.models import DecoderConfig, Lora, Model, init_params, is_adapter, load_hf
-from shiq_jax.objectives import OBJECTIVES, Example
+from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Groupwise, Mechanism, count_groups
-from shiq_jax.replay import Batch
+from shiq_jax.replay import Batch, full_rows
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.private_gradient import unit_losses
 from shiq_jax.training.state import State, init_state
@@ -77,7 +77,8 @@ class Steps:
         if work.rank:
             self.model = dataclasses.replace(self.model, lora=Lora(work.rank, 2.0 * work.rank))
             params, trainable = self.model.with_adapters(params, jax.random.key(1)), is_adapter
-        self.batch = jax.tree.map(jnp.asarray, units(work, self.model.config.vocab_size))
+        drawn = np.random.default_rng(0).integers(self.model.config.vocab_size, size=(work.units, work.length))
+        self.batch = jax.tree.map(jnp.asarray, full_rows(drawn))
         self.state = init_state(self.model, params, self._rule, key=jax.random.key(0), trainable=trainable)
         self.numbers = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
         self._updates: dict[tuple[str, int], Callable] = {}
@@ -127,21 +128,6 @@ class Steps:
             return state._replace(trainable=trainable, opt_state=memory, step=state.step + 1)
 
         return jax.jit(step, donate_argnums=0)
-
-
-def units(work: Work, words: int) -> Batch:
-    """Random sequences, a row each, of which all tokens but the first are learned."""
-    rows, length = work.units, work.length
-    tokens = np.random.default_rng(0).integers(words, size=(rows, length)).astype(np.int32)
-    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    # One sequence that nothing branches off: all later tokens see each token.
-    intervals = np.stack([np.zeros_like(places), np.ones_like(places)], axis=-1)
-    gather = np.tile(np.arange(length - 1, dtype=np.int32), (rows, 1))[:, None, None]
-    return Batch(
-        tokens=tokens, positions=places, intervals=intervals, predictors=places[:, :-1], targets=tokens[:, 1:],
-        gather=gather, real=np.ones((rows, 1), bool),
-        example=Example(action_mask=np.ones(gather.shape, bool), rewards=np.zeros(gather.shape, np.float32)),
-    )  # fmt: skip
 
 
 def _loaded(work: Work) -> tuple[Model, dict]:

@@ -4,7 +4,7 @@ from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.concatenation import concatenate
 from shiq_jax.replay.export import from_dataset, record_from_json, record_to_json, to_dataset, to_jsonl
 from shiq_jax.replay.manifest import is_buffer
-from shiq_jax.replay.packing import Batch, Packed, Shape, pack, row_count
+from shiq_jax.replay.packing import Batch, Packed, Shape, full_rows, pack, row_count
 from shiq_jax.replay.planning import plan
 from shiq_jax.replay.records import Record, validate
 from shiq_jax.replay.report import estimate_bytes
@@ -26,6 +26,7 @@ __all__ = [
     "concatenate",
     "estimate_bytes",
     "from_dataset",
+    "full_rows",
     "is_buffer",
     "pack",
     "plan",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives.types import Example, TokenStats
@@ -124,6 +124,20 @@ def pack(
         _fill_row(out, row, [trees[number] for number in contents], statistics)
     tokens = sum(len(tree.trie.tokens) for tree in trees)
     return Packed(out.batch, out.members, tokens / (rows * shape.length))
+
+
+def full_rows(tokens: Int[np.ndarray, "rows length"]) -> Batch:
+    """A batch of sequences of one length, each a row and an example, of which all tokens but the first are actions."""
+    rows, length = tokens.shape
+    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    gather = places[:, None, None, :-1]
+    return Batch(
+        tokens=tokens.astype(np.int32), positions=places, predictors=places[:, :-1],
+        # Nothing branches off: all later tokens see each token.
+        intervals=np.stack([np.zeros_like(places), np.ones_like(places)], axis=-1),
+        targets=tokens[:, 1:].astype(np.int32), gather=gather, real=np.ones((rows, 1), bool),
+        example=Example(action_mask=np.ones(gather.shape, bool), rewards=np.zeros(gather.shape, np.float32)),
+    )  # fmt: skip
 
 
 def row_count(rows: int, multiple: int = 1) -> int:

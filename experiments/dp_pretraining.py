@@ -1,0 +1,274 @@
+"""Public, then private pre-training at small scale (arXiv 2402.18752): `python -m experiments.dp_pretraining`.
+
+A small decoder learns source code byte by byte: that of the standard library is public, that of installed packages
+private, and other files of those packages are what it is measured on. Whatever was stopped goes on, and what has been
+measured is kept in docs/results/dp_pretraining.json.
+
+    python -m experiments.dp_pretraining            half an hour on two idle CPU cores
+    python -m experiments.dp_pretraining --quick    a minute: tries the script, says nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments import dp_pretraining_page, source_code
+from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.objectives import OBJECTIVES
+from shiq_jax.privacy import (
+    AutoS,
+    Mechanism,
+    adam_memory,
+    adam_preconditioner,
+    change_over,
+    clipped_sum,
+    improvement,
+    landscape,
+    mixing_weight,
+)
+from shiq_jax.privacy.phases import Reset
+from shiq_jax.privacy.secret import Secret
+from shiq_jax.progress import track
+from shiq_jax.replay import full_rows
+from shiq_jax.training import report
+from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.state import State, init_state
+from shiq_jax.training.update import make_update
+
+OBJECTIVE, B2, DELTA = OBJECTIVES["sft"], 0.95, 1e-6
+EPSILONS = (2.0, 8.0)
+RATES = (1e-3, 3e-3, 1e-2)
+CONFIG = DecoderConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=172, num_layers=2, num_heads=4, num_kv_heads=2,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of everything: units of a step, steps, private units, held-out ones, steps between two measurements."""
+
+    batch: int = 128
+    steps: int = 200
+    private: int = 100_000
+    held_out: int = 512
+    every: int = 20
+    tried: int = 60
+    probes: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+QUICK = Scale(batch=16, steps=12, private=2000, held_out=32, every=4, tried=2, probes=2, seeds=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    share: of the steps that are public, or of all data where nothing is private. epsilon: of the private steps, None
+    for none. everything: learn from private data as if they were public. reset: what the change-over forgets.
+    """
+
+    share: float
+    epsilon: float | None = None
+    everything: bool = False
+    reset: Reset = "momentum"
+    monitored: bool = False
+
+    @property
+    def private(self) -> bool:
+        """Whether there are private steps."""
+        return self.epsilon is not None
+
+
+ARMS = {"fully public": Arm(1.0, everything=True), "only public": Arm(1.0)}
+for _epsilon in EPSILONS:
+    _at = f"epsilon {_epsilon:g}"
+    ARMS[f"fully private, {_at}"] = Arm(0.0, _epsilon, monitored=_epsilon == 8)
+    ARMS[f"mixed 1%, {_at}"] = Arm(0.01, _epsilon)
+    ARMS[f"mixed 10%, {_at}"] = Arm(0.1, _epsilon, monitored=_epsilon == 8)
+RESETS = {f"mixed 10%, epsilon 8, reset {name}": Arm(0.1, 8.0, reset=name) for name in ("none", "squares", "count")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    quick: bool = False
+    """A few steps; the numbers go to runs/dp_pretraining."""
+    json: Path = Path("docs/results/dp_pretraining.json")
+    """Where the numbers are kept; the page and the figures go beside it."""
+
+
+def main(options: Options) -> None:
+    """Run what is missing, keep its numbers, draw the page."""
+    scale = QUICK if options.quick else Scale()
+    path = Path("runs/dp_pretraining/quick.json") if options.quick else options.json
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() and not options.quick else {}
+    settings = json.loads(json.dumps(dataclasses.asdict(scale)))
+    if found.get("settings") != settings:
+        found = {"settings": settings, "arms": {}}
+    experiment = Experiment(scale)
+
+    def keep() -> None:
+        found["device"] = report.machine()
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+    if "rates" not in found:
+        found["rates"] = experiment.tuned()
+        keep()
+    for seed in scale.seeds:
+        for name, arm in (ARMS | RESETS).items():
+            place = found["arms"].setdefault(name, {})
+            if str(seed) not in place:
+                place[str(seed)] = experiment.run(name, arm, seed, found["rates"])
+                keep()
+    if not options.quick:
+        dp_pretraining_page.write(found, path.with_suffix(".md"))
+
+
+class Experiment:
+    """Data, model and compiled steps, which all arms share."""
+
+    def __init__(self, scale: Scale):
+        self.scale = scale
+        # As many public sequences as the public steps of the largest share read once.
+        self.pool = round(max(arm.share for arm in ARMS.values() if arm.private) * scale.steps) * scale.batch
+        self.text = source_code.load(self.pool, scale.private, scale.held_out)
+        self.model = Model.from_config(CONFIG)
+        self.losses = unit_losses(self.model, OBJECTIVE, {}, {})
+        self._measure = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
+        self._looked = jax.jit(self._look, static_argnames=("batch", "noise"))
+
+    def tuned(self) -> dict[str, Any]:
+        """Learning rates, chosen by public held-out loss: of plain steps, and of private ones that public data stand
+        in for."""
+        tried: dict[str, dict[str, float]] = {"plain": {}, "private": {}}
+        stand_in = dataclasses.replace(self.mechanism(8.0, self.scale.tried), dataset_size=self.pool)
+        for rate in RATES:
+            for kind, mechanism in (("plain", None), ("private", stand_in)):
+                state, update = self._begin(0, rate, mechanism)
+                draw = self._draw(self.text.public, mechanism, 0)
+                for step in range(self.scale.tried):
+                    state = update(state, draw(step), step)
+                tried[kind][f"{rate:g}"] = self.held_out(state, self.text.public_held_out)
+        return {kind: float(min(losses, key=losses.get)) for kind, losses in tried.items()} | {"tried": tried}
+
+    def mechanism(self, epsilon: float, steps: int) -> Mechanism:
+        """Of so many private steps."""
+        return Mechanism.calibrated(
+            epsilon=epsilon, delta=DELTA, dataset_size=self.scale.private, expected_batch=self.scale.batch, steps=steps,
+            clip=AutoS(),
+        )  # fmt: skip
+
+    def run(self, name: str, arm: Arm, seed: int, rates: dict) -> dict[str, Any]:
+        """Train an arm: losses on held-out private data by step, the switch, noise, and what was monitored."""
+        scale, began = self.scale, time.monotonic()
+        first = sum(mixing_weight("switch", step, scale.steps, arm.share) == 1 for step in range(scale.steps))
+        mechanism = self.mechanism(arm.epsilon, scale.steps - first) if arm.private else None
+        state, public = self._begin(seed, rates["plain"], None)
+        known = np.concatenate([self.text.public, self.text.private]) if arm.everything else self.text.public
+        draw = self._draw(known, None, seed)
+        private = self._begin(seed, rates["private"], mechanism)[1] if mechanism else None
+        drawn = self._draw(self.text.private, mechanism, seed) if mechanism else None
+        losses, monitored = [], []
+        for step in track(range(scale.steps), f"{name}, seed {seed}", scale.steps, "steps"):
+            if step % scale.every == 0:
+                losses.append([step, self.held_out(state, self.text.private_held_out)])
+                if arm.monitored:
+                    monitored.append([step, self.look(state, mechanism, seed)])
+            if step < first:
+                state = public(state, draw(step), step)
+                continue
+            if step == first:
+                state = state._replace(opt_state=change_over(state.opt_state, arm.reset))
+            state = private(state, drawn(step), step)
+        losses.append([scale.steps, self.held_out(state, self.text.private_held_out)])
+        return {
+            "losses": losses, "switch": first, "monitored": monitored, "seconds": round(time.monotonic() - began, 1),
+            "noise_multiplier": mechanism and mechanism.noise_multiplier,
+            "epsilon": mechanism and mechanism.epsilon(),
+        }  # fmt: skip
+
+    def held_out(self, state: State, tokens: np.ndarray) -> float:
+        """Mean loss in nats per byte."""
+        return float(self._measure(state.trainable, full_rows(tokens)))
+
+    def look(self, state: State, mechanism: Mechanism, seed: int) -> dict[str, float]:
+        """What a private step could gain here, of public data alone, in the metric of Adam."""
+        tokens = self.text.public[: 8 * 64].reshape(8, 64, -1)
+        batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(full_rows, tokens))
+        found, gain, clipped = self._looked(
+            state, batches, jax.random.key(seed), batch=self.scale.batch, noise=mechanism.noise_stddev
+        )
+        values = found._asdict() | gain._asdict() | {"clipped": clipped}
+        return {name: float(value) for name, value in values.items()}
+
+    def _look(self, state: State, batches, key, batch: int, noise: float):
+        scale = adam_preconditioner(adam_memory(state.opt_state), B2, 1e-8)
+        # Before the first step nothing is known of the squares.
+        scale = jax.tree.map(lambda leaf: jnp.where(adam_memory(state.opt_state).count > 0, leaf, 1.0), scale)
+        found = landscape(
+            lambda params, batch: jnp.mean(self.losses(params, batch, None)), state.trainable, batches, key, units=64,
+            probes=self.scale.probes, preconditioner=scale,
+        )  # fmt: skip
+        one = jax.tree.map(lambda leaf: leaf[0], batches)
+        norms = clipped_sum(self.losses, state.trainable, one, clip=AutoS())[1]
+        clipped = jnp.mean(AutoS()(norms))
+        return found, improvement(found, batch, noise, clipped), clipped
+
+    def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
+        rule = optax.adamw(rate, b2=B2, weight_decay=0.0)
+        params = init_params(self.model, jax.random.key(seed))
+        state = init_state(self.model, params, rule, key=jax.random.key(seed))
+        update = make_update(self.model, OBJECTIVE, rule, privacy=mechanism)
+        key = {} if mechanism is None else {"private_key": Secret.insecure(seed).noise}
+
+        def step(state: State, batch, number: int) -> State:
+            # The noise is a function of the step, which the public phase has counted as well.
+            return update(state, batch, **key)[0]
+
+        return state, step
+
+    def _draw(self, tokens: np.ndarray, mechanism: Mechanism | None, seed: int) -> Callable[[int], Any]:
+        """Batches by step: Poisson samples of a mechanism, or shuffled passes."""
+        if mechanism is not None:
+            sampling = Secret.insecure(seed).sampling
+
+            def sample(step: int):
+                chosen, real = mechanism.sample(sampling, step)
+                return full_rows(tokens[chosen])._replace(real=real[:, None])
+
+            return sample
+        order, size = self._passes(len(tokens), seed), self.scale.batch
+        stream: list[int] = []
+
+        def shuffled(step: int):
+            while len(stream) < size:
+                stream.extend(next(order))
+            chosen = [stream.pop() for _ in range(size)]
+            return full_rows(tokens[chosen])
+
+        return shuffled
+
+    @staticmethod
+    def _passes(count: int, seed: int) -> Iterator[list[int]]:
+        rng = np.random.default_rng(seed)
+        while True:
+            yield rng.permutation(count).tolist()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,165 @@
+"""The page and the figures of `experiments.dp_pretraining`, out of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHARES = ("fully private", "mixed 1%", "mixed 10%")
+
+
+def final(found: Mapping[str, Any], name: str) -> np.ndarray:
+    """The last held-out losses of an arm, a number per seed."""
+    return np.array([run["losses"][-1][1] for run in found["arms"].get(name, {}).values()])
+
+
+def closed(found: Mapping[str, Any], name: str, epsilon: float) -> float:
+    """Which part of the gap between fully private and fully public training an arm closes, in the mean over seeds."""
+    worst, best = final(found, f"fully private, epsilon {epsilon:g}").mean(), final(found, "fully public").mean()
+    return float((worst - final(found, name).mean()) / (worst - best))
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """All arms as a Markdown table."""
+    lines = ["| arm | held-out loss, nats per byte | seeds | switch | noise multiplier |", "|---|---|---|---|---|"]
+    for name, runs in found["arms"].items():
+        losses, run = final(found, name), next(iter(runs.values()), None)
+        if run is None:
+            continue
+        noise = "" if run["noise_multiplier"] is None else f"{run['noise_multiplier']:.3f}"
+        each = ", ".join(f"{loss:.3f}" for loss in losses)
+        switch = run["switch"] if run["noise_multiplier"] else ""
+        lines.append(f"| {name} | {losses.mean():.3f} | {each} | {switch} | {noise} |")
+    return "\n".join(lines)
+
+
+def verdicts(found: Mapping[str, Any]) -> list[str]:
+    """What the numbers say of the paper's orderings, in sentences."""
+    said = []
+    for epsilon in (2.0, 8.0):
+        names = [f"{share}, epsilon {epsilon:g}" for share in SHARES]
+        losses = [final(found, name) for name in names]
+        if not all(map(len, losses)):
+            continue
+        means = [each.mean() for each in losses]
+        order = "do" if means[0] > means[1] > means[2] else "do not"
+        parts = [f"{closed(found, name, epsilon):.0%}" for name in names[1:]]
+        said.append(
+            f"At epsilon {epsilon:g} more public data {order} mean less loss: {means[0]:.3f} without, {means[1]:.3f} with "
+            f"1% and {means[2]:.3f} with 10% of the steps; they close {parts[0]} and {parts[1]} of the gap to training on "
+            "everything without privacy."
+        )
+        only = final(found, "only public")
+        worse = sum(mixed < alone for mixed, alone in zip(losses[2], only))
+        said.append(
+            f"Against the public share alone ({only.mean():.3f}) private data gain something in {worse} of {len(only)} "
+            f"seeds at epsilon {epsilon:g}, with 10%."
+        )
+    base = final(found, "mixed 10%, epsilon 8")
+    resets = {name: final(found, f"mixed 10%, epsilon 8, reset {name}") for name in ("none", "squares", "count")}
+    if len(base) and all(len(each) == len(base) for each in resets.values()):
+        others = ", ".join(f"{name} {losses.mean():.3f}" for name, losses in resets.items())
+        best = "best" if base.mean() < min(each.mean() for each in resets.values()) else "not best"
+        said.append(f"Forgetting the momentum alone ({base.mean():.3f}) is {best} among the resets ({others}).")
+    return said
+
+
+def monitored(found: Mapping[str, Any], name: str) -> list[tuple[int, dict]]:
+    """What was monitored of an arm in its first seed."""
+    runs = found["arms"].get(name, {})
+    return [tuple(each) for each in next(iter(runs.values()))["monitored"]] if runs else []
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Losses by step, and what the loss around the parameters said on the way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    colors = {"fully public": "0.2", "only public": "0.6"} | dict(
+        zip(SHARES, ("tab:red", "tab:orange", "tab:green"), strict=True)
+    )
+    for axis, epsilon in zip(axes, (2.0, 8.0)):
+        for share, color in colors.items():
+            name = share if share.endswith("public") else f"{share}, epsilon {epsilon:g}"
+            runs = list(found["arms"].get(name, {}).values())
+            if not runs:
+                continue
+            steps = [step for step, _ in runs[0]["losses"]]
+            values = np.array([[loss for _, loss in run["losses"]] for run in runs])
+            axis.plot(steps, values.mean(0), color=color, label=share)
+            axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            if 0 < runs[0]["switch"] < steps[-1] and runs[0]["noise_multiplier"]:
+                axis.axvline(runs[0]["switch"], color=color, linestyle=":", linewidth=1)
+        axis.set(title=f"epsilon {epsilon:g}", xlabel="step", ylabel="held-out loss, nats per byte")
+        axis.legend(frameon=False)
+    for name, style in (("fully private, epsilon 8", "--"), ("mixed 10%, epsilon 8", "-")):
+        seen = monitored(found, name)
+        steps = [step for step, _ in seen]
+        for field, color in (("slowdown", "tab:purple"), ("best_batch", "tab:blue")):
+            axes[2].plot(
+                steps, [each[field] for _, each in seen], style, color=color, label=f"{field.replace('_', ' ')}, {name}"
+            )
+    axes[2].set(yscale="log", title="from public data, in Adam's metric", xlabel="step")
+    axes[2].legend(frameon=False, fontsize=7)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The page."""
+    scale, rates = found["settings"], found["rates"]
+    seen = {name: monitored(found, name) for name in ("fully private, epsilon 8", "mixed 10%, epsilon 8")}
+    lines = ["| arm | step | gradient | G'HG | tr(H) | decelerator | slow-down | best batch |", "|---|" + "---|" * 7]
+    for name, each in seen.items():
+        for step, values in each[:: max(len(each) // 5, 1)]:
+            fields = ("gradient", "curvature", "trace", "decelerator", "slowdown", "best_batch")
+            lines.append(f"| {name} | {step} | " + " | ".join(f"{values[field]:.3g}" for field in fields) + " |")
+    said = "\n".join(f"- {sentence}" for sentence in verdicts(found))
+    tried = "; ".join(
+        f"{kind}: " + ", ".join(f"{rate} {loss:.3f}" for rate, loss in losses.items())
+        for kind, losses in rates["tried"].items()
+    )
+    return f"""# Public, then private pre-training
+
+`python -m experiments.dp_pretraining` trains a decoder of 0.1 million parameters, byte by byte, on source code: that of Python's standard
+library is public, that of installed packages private ({scale["private"]:,} sequences of 64 bytes, each a unit), and other files of those packages
+are what the loss is measured on. {scale["steps"]} steps of {scale["batch"]} units; AUTO-S clipping, DP-AdamW, delta 1e-6, adjacency zero-out; the
+public phase is a share of the steps, after which the momentum is forgotten. Recipe and analysis: [privacy](../privacy.md#first-public-then-private),
+[arXiv 2402.18752](https://arxiv.org/abs/2402.18752).
+
+![Held-out loss by step, and what was monitored](dp_pretraining.png)
+
+*Means and ranges over seeds; a dotted line is where an arm goes from public to private data.*
+
+{table(found)}
+
+{said}
+
+A private step's noise has the length sigma / batch * sqrt(parameters), which here is longer than any clipped gradient: that is why training
+from scratch is so far behind, and why neither share of public data brings it near. The paper's batches and models are a thousand times larger.
+
+## What was monitored
+
+From public sequences alone, in the metric of Adam, first seed: the squared gradient, the curvature along it, the trace of the Hessian, the
+decelerator, by how much noise slows a step, and the batch whose units gain most.
+
+{chr(10).join(lines)}
+
+The learning rates ({rates["plain"]:g} for plain steps, {rates["private"]:g} for private ones) were chosen on public data, which stood in for
+private ones ({tried}).
+"""
+
+
+def write(found: Mapping[str, Any], page: Path) -> None:
+    """The page and its figure."""
+    page.write_text(text(found))
+    draw(found, page.with_suffix(".png"))
