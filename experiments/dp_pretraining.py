@@ -4,8 +4,8 @@ A small decoder learns source code byte by byte: that of the standard library is
 private, and other files of those packages are what it is measured on. Whatever was stopped goes on, and what has been
 measured is kept in docs/results/dp_pretraining.json.
 
-    python -m experiments.dp_pretraining            half an hour on two idle CPU cores
-    python -m experiments.dp_pretraining --quick    a minute: tries the script, says nothing
+    python -m experiments.dp_pretraining            everything
+    python -m experiments.dp_pretraining --quick    a few steps, most of the time compiling: tries the script
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     experiment = Experiment(scale)
 
     def keep() -> None:
-        found["device"] = report.machine()
+        found |= {"device": report.machine(), "parameters": experiment.parameters}
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     if "rates" not in found:
@@ -148,6 +148,7 @@ class Experiment:
         self.pool = round(max(arm.share for arm in ARMS.values() if arm.private) * scale.steps) * scale.batch
         self.text = source_code.load(self.pool, scale.private, scale.held_out)
         self.model = Model.from_config(CONFIG)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract_params()))
         self.losses = unit_losses(self.model, OBJECTIVE, {}, {})
         self._measure = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
         self._looked = jax.jit(self._look, static_argnames=("batch", "noise"))

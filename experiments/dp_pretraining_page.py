@@ -36,6 +36,12 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def noise_length(found: Mapping[str, Any], name: str) -> float:
+    """The expected length of the noise in the gradient of an arm's private step, the clip norm being 1."""
+    run = next(iter(found["arms"][name].values()))
+    return run["noise_multiplier"] / found["settings"]["batch"] * found["parameters"] ** 0.5
+
+
 def verdicts(found: Mapping[str, Any]) -> list[str]:
     """What the numbers say of the paper's orderings, in sentences."""
     said = []
@@ -48,9 +54,9 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
         order = "do" if means[0] > means[1] > means[2] else "do not"
         parts = [f"{closed(found, name, epsilon):.0%}" for name in names[1:]]
         said.append(
-            f"At epsilon {epsilon:g} more public data {order} mean less loss: {means[0]:.3f} without, {means[1]:.3f} with "
-            f"1% and {means[2]:.3f} with 10% of the steps; they close {parts[0]} and {parts[1]} of the gap to training on "
-            "everything without privacy."
+            f"At epsilon {epsilon:g} more public data {order} mean less loss: {means[0]:.3f} without, {means[1]:.3f} "
+            f"with 1% and {means[2]:.3f} with 10% of the steps; they close {parts[0]} and {parts[1]} of the gap to "
+            "training on everything without privacy."
         )
         only = final(found, "only public")
         worse = sum(mixed < alone for mixed, alone in zip(losses[2], only))
@@ -130,11 +136,11 @@ def text(found: Mapping[str, Any]) -> str:
     )
     return f"""# Public, then private pre-training
 
-`python -m experiments.dp_pretraining` trains a decoder of 0.1 million parameters, byte by byte, on source code: that of Python's standard
-library is public, that of installed packages private ({scale["private"]:,} sequences of 64 bytes, each a unit), and other files of those packages
-are what the loss is measured on. {scale["steps"]} steps of {scale["batch"]} units; AUTO-S clipping, DP-AdamW, delta 1e-6, adjacency zero-out; the
-public phase is a share of the steps, after which the momentum is forgotten. Recipe and analysis: [privacy](../privacy.md#first-public-then-private),
-[arXiv 2402.18752](https://arxiv.org/abs/2402.18752).
+`python -m experiments.dp_pretraining` trains a decoder of {found["parameters"]:,} parameters, byte by byte, on source code: that of
+Python's standard library is public, that of installed packages private ({scale["private"]:,} sequences of 64 bytes, each a
+unit), and other files of those packages are what the loss is measured on. {scale["steps"]} steps of {scale["batch"]} units; AUTO-S
+clipping, DP-AdamW, delta 1e-6, adjacency zero-out; the public phase is a share of the steps, after which the momentum
+is forgotten. Recipe and analysis: [privacy](../privacy.md#first-public-then-private), [arXiv 2402.18752](https://arxiv.org/abs/2402.18752).
 
 ![Held-out loss by step, and what was monitored](dp_pretraining.png)
 
@@ -144,18 +150,18 @@ public phase is a share of the steps, after which the momentum is forgotten. Rec
 
 {said}
 
-A private step's noise has the length sigma / batch * sqrt(parameters), which here is longer than any clipped gradient: that is why training
-from scratch is so far behind, and why neither share of public data brings it near. The paper's batches and models are a thousand times larger.
+The noise of a private step from scratch at epsilon 8 is {noise_length(found, "fully private, epsilon 8"):.1f} long, sigma / batch *
+sqrt(parameters), and a mean of clipped gradients at most 1.
 
 ## What was monitored
 
-From public sequences alone, in the metric of Adam, first seed: the squared gradient, the curvature along it, the trace of the Hessian, the
-decelerator, by how much noise slows a step, and the batch whose units gain most.
+From public sequences alone, in the metric of Adam, first seed: the squared gradient, the curvature along it, the trace
+of the Hessian, the decelerator, by how much noise slows a step, and the batch whose units gain most.
 
 {chr(10).join(lines)}
 
-The learning rates ({rates["plain"]:g} for plain steps, {rates["private"]:g} for private ones) were chosen on public data, which stood in for
-private ones ({tried}).
+The learning rates ({rates["plain"]:g} for plain steps, {rates["private"]:g} for private ones) were chosen on public data,
+which stood in for private ones ({tried}).
 """
 
 
