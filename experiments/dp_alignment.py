@@ -1,14 +1,15 @@
 """Private preference tuning: utility against epsilon, DP-DPO and DP-ShiQ: `python -m experiments.dp_alignment`.
 
-A short warm start on public demonstrations makes the reference, which answers further questions of the Berkeley Function
-Calling Leaderboard. A right and a wrong answer to each question are private data; the question with both is what is
+A short warm start on public demonstrations makes the reference, which answers further questions of the Berkeley
+Function Calling Leaderboard. A right and a wrong answer to each question are private data; the question with both is what is
 protected. From these DPO and ShiQ tune LoRA adapters without privacy, with clipping alone, and at several epsilons, and
 each policy is measured on held-out questions. Learning rates are chosen on other, public questions.
 
     python -m experiments.dp_alignment                two CPU cores, 5 to 10 minutes per arm
     python -m experiments.dp_alignment --quick        minutes: tries the script, says nothing
 
-Every arm is a run of train.py, so whatever was stopped goes on; what an arm measured is kept in docs/results/dp_alignment,
+Every arm is a run of train.py, so whatever was stopped goes on; what an arm measured is kept in
+docs/results/dp_alignment,
 so that finished arms cost nothing.
 """
 
@@ -243,7 +244,8 @@ class Study:
         found = measure(run.export, self.reference, self.root, self.settings.sizes)
         updates = MetricsLog(run.metrics).rows("update")
         logged = ("grad_norm", "loss", "epsilon", "private/norm")
-        learning = {key: [row[key] for row in updates if key in row] for key in logged}
+        # Without noise epsilon is infinite, which JSON does not know.
+        learning = {key: [row[key] for row in updates if math.isfinite(row.get(key, math.inf))] for key in logged}
         accounts = read_json(run.privacy) if run.privacy.exists() else None
         return found | {
             "method": arm.method,

@@ -1,0 +1,125 @@
+"""The plan, the data and the settings of the private arms, and that the page says what its numbers say."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import dp_alignment_page
+from experiments.dp_alignment import FULL, QUICK, ClippedOnly, Study, arms
+from experiments.dp_alignment_data import answers_of, pair_of
+from experiments.dp_alignment_plans import plan
+from shiq_jax.privacy import Mechanism
+
+PAGE = Path(dp_alignment_page.__file__).parent.parent / "docs" / "results"
+QUESTIONS = 40
+
+
+def test_full_batches_have_the_least_noise_and_steps_do_not_matter_to_it():
+    found = [plan(64, 256, share, 8.0, 1e-3) for share in (1.0, 0.25)]
+    assert found[0]["noise"] < found[1]["noise"] and found[0]["computed"] == 256 < found[1]["computed"]
+    assert plan(64, 512, 1.0, 8.0, 1e-3)["noise"] == pytest.approx(found[0]["noise"], rel=0.01)
+    sigma, steps = found[0]["noise_multiplier"], found[0]["steps"]
+    assert steps == 4 and found[0]["noise"] == pytest.approx(sigma / 64 / math.sqrt(steps))
+
+
+@pytest.mark.parametrize("settings", [FULL, QUICK])
+def test_settings_go_together(settings, tmp_path):
+    sizes, study = settings.sizes, Study(settings, tmp_path, tmp_path, 1)
+    assert settings.delta < 1 / sizes.units and 0 < sizes.tuning_learned < sizes.tuning
+    names = [arm.name for arm in arms(settings)]
+    assert len(set(names)) == len(names) == 2 * (2 + len(settings.epsilons))
+    for epsilon in settings.epsilons:
+        privacy = study.privacy(epsilon)
+        assert privacy.on and privacy.unit == "user" and (privacy.epsilon, privacy.delta) == (epsilon, settings.delta)
+    assert not study.privacy("open").on
+    assert study.privacy("clipped").mechanism(
+        {}, dataset_size=4, expected_batch=4, steps=1, multiple=1, example="pair"
+    ).noise_multiplier == 0  # fmt: skip
+    assert isinstance(study.privacy("clipped"), ClippedOnly)
+
+
+def test_a_pair_is_the_first_right_and_the_first_wrong_answer():
+    row = {"id": "q", "prompt": [{"role": "user", "content": "?"}], "target": "[f(1)]"}
+    pair = pair_of(row, [("[f(2)]", 0.0), ("[f(x=1)]", 1.0), ("[f(3)]", 0.0)])
+    assert (pair["chosen"], pair["rejected"], pair["sampled"], pair["user_id"]) == ("[f(x=1)]", "[f(2)]", True, "q")
+    assert pair_of(row, [("[f(2)]", 0.0)])["chosen"] == "[f(1)]"
+    assert pair_of(row, [("[f(x=1)]", 1.0)]) is None
+    answers = answers_of(pair)
+    assert [answer["reward"] for answer in answers] == [0.5, -0.5]
+    assert {answer["user_id"] for answer in answers} == {"q"}
+
+
+def test_the_page_follows_the_numbers(tmp_path):
+    """A method that learns and one that does not are told apart, and arms that are missing are named."""
+    rng = np.random.default_rng(0)
+    settings = json.loads(json.dumps(dataclasses.asdict(FULL)))
+    kept = tmp_path / "dp_alignment"
+    kept.mkdir()
+
+    def keep(name, numbers):
+        (kept / f"{name}.json").write_text(json.dumps({"settings": settings, "date": "2000-01-01"} | numbers))
+
+    def policy(margin, right):
+        return {
+            "greedy": (np.arange(QUESTIONS) < right * QUESTIONS).astype(float).tolist(),
+            "sampled": np.tile((np.arange(QUESTIONS) < right * QUESTIONS)[:, None], 2).astype(float).tolist(),
+            "logratio": np.zeros((QUESTIONS, 2)).tolist(), "length": 20.0,
+            "chosen": (-10 + margin).tolist(), "rejected": np.full(QUESTIONS, -20.0).tolist(), "measuring_seconds": 60,
+        }  # fmt: skip
+
+    plans = [plan(128, 512, 1.0, 8.0, 1e-3)]
+    keep("study", {"plans": plans, "machine": {"cpu_cores": 2, "device": "cpu", "jax": "0"}})
+    keep("reference", policy(np.zeros(QUESTIONS), 0.3) | {"right_answers_sampled": 0.5})
+    keep("rates", {method: {"rate": 1e-3, "losses": {"0.001": 0.5, "0.003": 0.6}} for method in ("dpo", "shiq")})
+    for method, kind, shift in (
+        ("dpo", "open", 4.0),
+        ("dpo", "clipped", 4.0),
+        ("dpo", 8.0, 1.0),
+        ("shiq", "open", 0.0),
+    ):
+        margin = shift + rng.normal(0, 0.5, QUESTIONS)
+        if not shift:
+            margin -= margin.mean()
+        accounts = {"noise_multiplier": 1.28, "expected_batch": 128} if kind == 8.0 else None
+        keep(f"{method}-{kind}-0", policy(margin, 0.3) | {
+            "method": method, "privacy": kind, "repetition": 0, "seconds": 60, "parameters": 10_000,
+            "updates": {"grad_norm": [0.5]}, "accounts": accounts,
+        })  # fmt: skip
+    dp_alignment_page.write(tmp_path)
+    text = (tmp_path / "dp_alignment.md").read_text()
+    assert "Not measured yet: DPO epsilon 32, DPO epsilon 2, ShiQ clipped, no noise, ShiQ epsilon 32" in text
+    assert "**DPO** without privacy moves the margin of held-out pairs by +" in text
+    assert "**ShiQ** without privacy" in text and "within two standard errors of nothing" in text
+    # 1.28 / 128 per coordinate, a hundred times that over ten thousand of them, beside a gradient of norm one half.
+    assert "the noise has norm 1.00, 2.0 times as long" in text and "standard deviation of 0.0100, 2% of it" in text
+    assert "no policy has more or fewer right" in text
+    assert (tmp_path / "dp_alignment.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not (PAGE / "dp_alignment.md").exists(), reason="no arm has been measured yet")
+def test_the_kept_page_is_that_of_its_numbers():
+    results = dp_alignment_page.Results(PAGE)
+    assert dp_alignment_page.render(results) == (PAGE / "dp_alignment.md").read_text()
+    assert results.settings == json.loads(json.dumps(dataclasses.asdict(FULL)))
+    assert set(results.arms) <= set(results.wanted)
+    one = results.study["plans"][0]
+    assert plan(FULL.sizes.units, FULL.sizes.units * FULL.steps, one["share"], one["epsilon"], FULL.delta) == one
+    for method, tuned in results.rates.items():
+        if method in dp_alignment_page.NAMES:
+            assert tuned["rate"] == float(min(tuned["losses"], key=tuned["losses"].get))
+    for (_, kind), runs in results.arms.items():
+        for run in runs:
+            # Two on q_proj (576 to 576) and v_proj (576 to 192) of 30 layers.
+            assert run["parameters"] == 2 * 30 * (576 + 576 + 576 + 192)
+            if not isinstance(kind, str):
+                accounts = run["accounts"]
+                spent = Mechanism.sized(
+                    dataset_size=FULL.sizes.units, expected_batch=FULL.sizes.units, steps=FULL.steps, delta=FULL.delta,
+                    noise_multiplier=accounts["noise_multiplier"], unit="user",
+                ).epsilon()  # fmt: skip
+                assert spent == pytest.approx(accounts["epsilon"]) and 0.99 * kind < spent <= kind + 1e-3
+                assert accounts["largest_batch"] == accounts["dataset_size"] == FULL.sizes.units
