@@ -1,16 +1,15 @@
 """Private preference tuning: utility against epsilon, DP-DPO and DP-ShiQ: `python -m experiments.dp_alignment`.
 
 A short warm start on public demonstrations makes the reference, which answers further questions of the Berkeley
-Function Calling Leaderboard. A right and a wrong answer to each question are private data; the question with both is what is
-protected. From these DPO and ShiQ tune LoRA adapters without privacy, with clipping alone, and at several epsilons, and
-each policy is measured on held-out questions. Learning rates are chosen on other, public questions.
+Function Calling Leaderboard. A right and a wrong answer to each question are private data; the question with both is
+what is protected. From these DPO and ShiQ tune LoRA adapters without privacy, with clipping alone, and at several
+epsilons, and each policy is measured on held-out questions. Learning rates are chosen on other, public questions.
 
     python -m experiments.dp_alignment                two CPU cores, 5 to 10 minutes per arm
     python -m experiments.dp_alignment --quick        minutes: tries the script, says nothing
 
 Every arm is a run of train.py, so whatever was stopped goes on; what an arm measured is kept in
-docs/results/dp_alignment,
-so that finished arms cost nothing.
+docs/results/dp_alignment, so that finished arms cost nothing.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ Reset = Literal["none", "momentum", "squares", "count"]
 MIXING: dict[str, Callable[[int, int, float], float]] = {
     # Public until the switch, then private.
     "switch": lambda step, steps, share: float(step < share * steps),
-    # Mirror descent's geometry first (Amid et al., 2022, arXiv 2112.00193).
-    "cosine": lambda step, steps, share: math.cos(math.pi * step / (2 * steps)),
+    # Private first, and the more public the later, when noise is most in the way (arXiv 2112.00193).
+    "cosine": lambda step, steps, share: 1 - math.cos(math.pi * step / (2 * steps)),
     # As a sample of all data would.
     "sample": lambda step, steps, share: share,
     "only_public": lambda step, steps, share: 1.0,

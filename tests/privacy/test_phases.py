@@ -60,7 +60,7 @@ def test_mixing_weights():
     weights = [mixing_weight("switch", step, 10, 0.3) for step in range(10)]
     assert weights == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     cosine = [mixing_weight("cosine", step, 10, 0.3) for step in range(11)]
-    assert cosine[0] == 1 and cosine == sorted(cosine, reverse=True) and cosine[10] == pytest.approx(0, abs=1e-12)
+    assert cosine[0] == 0 and cosine == sorted(cosine) and cosine[10] == pytest.approx(1)
     assert [mixing_weight(name, 4, 10, 0.3) for name in ("sample", "only_public", "only_private")] == [0.3, 1, 0]
     with pytest.raises(ValueError, match="mixing rule 'hope' is unknown"):
         mixing_weight("hope", 0, 1, 0.5)
