@@ -12,6 +12,7 @@ from benchmarks import privacy, rows
 from benchmarks.private_steps import Steps, Work, settings
 from shiq_jax.privacy.clipped_sum import METHODS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
