@@ -43,6 +43,8 @@ from shiq_jax.training.private_options import Privacy
 from shiq_jax.training.run_directory import RunDirectory, read_json, write_json
 
 METHODS = ("dpo", "shiq")
+# What a method reads the same answers from.
+KINDS = {"dpo": "pairs", "shiq": "answers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Study:
             "shiq": (train.Shiq, RewardLoss(beta=0.5, position_weight="inv_position")),
         }[method]
         return kind(
-            model=str(self.reference), data=str(self.root / f"{data}.{'pairs' if method == 'dpo' else 'answers'}.jsonl"),
+            model=str(self.reference), data=str(self.root / f"{data}.{KINDS[method]}.jsonl"),
             epochs=at.steps, batch_size=units, seed=seed, loss=loss, privacy=privacy,
             # A private run clips one unit after the other and needs no slices.
             microbatches=1 if privacy.on else max(units // 4, 1),
@@ -267,10 +269,9 @@ class Study:
             name = f"tuning-{method}-{rate:g}"
             job = self.job(name, method, "tuning_learned", sizes.tuning_learned, rate, Privacy())
             self._run(name, job)
-            kind = "pairs" if method == "dpo" else "answers"
             losses[f"{rate:g}"] = loss_of(
                 job.loss.configured(), method, self.root / name / "export", self.reference,
-                self.root / f"tuning_measured.{kind}.jsonl", self.root / "tuning_measured" / name,
+                self.root / f"tuning_measured.{KINDS[method]}.jsonl", self.root / "tuning_measured" / name,
             )  # fmt: skip
             print(f"{method} at {rate:g}: loss {losses[f'{rate:g}']:.4f} on public questions", flush=True)
         return {"rate": float(min(losses, key=losses.get)), "losses": losses}

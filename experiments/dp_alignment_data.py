@@ -69,8 +69,9 @@ def write_questions(root: Path, sizes: Sizes) -> None:
 def write_pairs(root: Path, reference: Path, sizes: Sizes) -> None:
     """Of every part but the demonstrations the pairs (`NAME.pairs.jsonl`) and their answers (`NAME.answers.jsonl`).
 
-    The wrong answer is the first wrong one of the reference's samples, the right one its first right one, or an accepted
-    answer where it has none. Each row names its question as its user, so that a question can be protected as a whole.
+    The wrong answer is the first wrong one of the reference's samples, the right one its first right one, or an
+    accepted answer where it has none. Each row names its question as its user, so that a question can be protected
+    as a whole.
 
     Raises:
         Refusal: fewer questions than wanted are answered wrong.

@@ -45,9 +45,8 @@ def measure(policy: Path, reference: Path | None, root: Path, sizes: Sizes) -> d
     found = evaluator(params, Reference(str(reference), load_hf) if reference else None, jax.random.key(1))
     shape = (len(rows), SAMPLES)
     logratios = np.zeros(len(found.records)) if found.logratios is None else found.logratios
-    pairs = _buffer(
-        root / "held_out_pairs", lambda reading: formats.preferences(root / "held_out.pairs.jsonl", tokenizer, reading), model
-    )  # fmt: skip
+    file = root / "held_out.pairs.jsonl"
+    pairs = _buffer(root / "held_out_pairs", lambda reading: formats.preferences(file, tokenizer, reading), model)
     sums = [float(np.sum(logp)) for logp, _ in statistics_of(model, params, [pairs[n] for n in range(len(pairs))])]
     return {
         "greedy": [float(record.rewards.sum()) for record in found.greedy],

@@ -106,7 +106,8 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = [*sorted(results.settings["epsilons"]), "clipped", "open"]
-    labels = [f"{kind:g}" if kind not in ("clipped", "open") else {"clipped": "clipped,\nno noise", "open": "not\nprivate"}[kind] for kind in kinds]  # fmt: skip
+    words = {"clipped": "clipped,\nno noise", "open": "not\nprivate"}
+    labels = [words.get(kind) or f"{kind:g}" for kind in kinds]
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
     shown = (
         ("margin", "margin of held-out pairs, nats"),
@@ -116,7 +117,8 @@ def draw(results: Results, path: Path) -> None:
     for panel, (name, title) in zip(panels, shown, strict=True):
         panel.axhline(results.mean(None, name).mean, color="0.4", linestyle="--", linewidth=1, label="reference")
         for place, method in enumerate(NAMES):
-            there = [(number, results.mean((method, kind), name)) for number, kind in enumerate(kinds) if (method, kind) in results.arms]  # fmt: skip
+            numbered = [(number, (method, kind)) for number, kind in enumerate(kinds)]
+            there = [(number, results.mean(arm, name)) for number, arm in numbered if arm in results.arms]
             if there:
                 panel.errorbar(
                     [number + 0.12 * (place - 0.5) for number, _ in there], [found.mean for _, found in there],
@@ -137,9 +139,7 @@ def draw(results: Results, path: Path) -> None:
 def render(results: Results) -> str:
     """The page."""
     settings, sizes = results.settings, results.settings["sizes"]
-    missing = [
-        f"{NAMES[method]} {_kind(kind)}" for method, kind in results.wanted if (method, kind) not in results.arms
-    ]
+    missing = [_named(arm) for arm in results.wanted if arm not in results.arms]
     unfinished = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
     rows = "\n".join(_row(results, arm) for arm in results.wanted if arm in results.arms)
     plans = "\n".join(
@@ -147,15 +147,11 @@ def render(results: Results) -> str:
         f"| {plan['noise']:.4f} | {plan['computed']} |"
         for plan in results.study["plans"]
     )
-    said = "\n".join(
-        f"- {line}" for line in (*verdict(results), *reward_sentences(results), *signal_sentences(results))
-    )
-    rates = "\n".join(
-        f"| {NAMES[method]} | {' | '.join(f'{float(rate):g}: {loss:.4f}' for rate, loss in results.rates[method]['losses'].items())} "
-        f"| {results.rates[method]['rate']:g} |"
-        for method in NAMES
-    )
-    head, tail = results.mean(None, "greedy"), results.mean(None, "sampled")
+    sentences = (*verdict(results), *reward_sentences(results), *signal_sentences(results))
+    said = "\n".join(f"- {line}" for line in sentences)
+    rates = "\n".join(_tried(results, method) for method in NAMES)
+    greedy, sampled = (results.mean(None, name) for name in ("greedy", "sampled"))
+    start = f"{greedy.mean:.3f} ± {greedy.error:.3f} | {sampled.mean:.3f} ± {sampled.error:.3f}"
     return f"""# Private preference tuning: utility against epsilon
 
     python -m experiments.dp_alignment
@@ -168,19 +164,20 @@ answers, at delta {settings["delta"]:g}, below 1 / {sizes["units"]}.
 
 ![Utility against epsilon](dp_alignment.png)
 
-*Points are means over {len(results.reference["greedy"])} held-out questions with two standard errors; the dashed line is
-the reference.*
+*Points are means over {len(results.reference["greedy"])} held-out questions with two standard errors; the dashed line
+is the reference.*
 
 | policy | margin, nats | preferred | DPO loss | right answer, nats | greedy reward | sampled reward | KL, nats |
 |---|---|---|---|---|---|---|---|
-| reference | 0 | 0.5 | {math.log(2):.4f} | 0 | {head.mean:.3f} ± {head.error:.3f} | {tail.mean:.3f} ± {tail.error:.3f} | 0 |
+| reference | 0 | 0.5 | {math.log(2):.4f} | 0 | {start} | 0 |
 {rows}
 
-± is one standard error over questions, of one run: how much another draw of the noise would change is not in it. Of the
-held-out pairs ({len(results.reference["chosen"])}): **margin**, how much more the log-odds of the right over the wrong
-answer are than the reference's; **preferred**, the share of pairs in which they are more (the reference, which ties with
-itself, has half); **DPO loss** at beta {BETA:g}; **right answer**, the gain in its log-probability. Of fresh answers: the
-reward of greedy ones and the mean of two sampled ones at temperature 1, and the log-ratio of the latter to the reference.
+± is one standard error over questions, of one run: how much another draw of the noise would change is not in it. Of
+the held-out pairs ({len(results.reference["chosen"])}): **margin**, how much more the log-odds of the right over the
+wrong answer are than the reference's; **preferred**, the share of pairs in which they are more (the reference, which
+ties with itself, has half); **DPO loss** at beta {BETA:g}; **right answer**, the gain in its log-probability. Of fresh
+answers: the reward of greedy ones and the mean of two sampled ones at temperature 1, and the log-ratio of the latter to
+the reference.
 
 ## Which plan
 
@@ -204,17 +201,18 @@ The norm of the noise grows with the root of the number of parameters; rank {set
   its place; questions without a wrong answer are left out.
 - DPO (beta 0.1) learns from the pair; ShiQ (beta 0.5, the k-th action weighed by 1/k) from the same two answers, with
   their rewards less the mean of the two, which knows of no other question. So both protect the same thing.
-- {settings["steps"]} full-batch updates of AdamW at a constant rate; units are clipped by AUTO-S. *Clipped, no noise* is
-  private to nobody and tells what clipping costs from what noise costs.
+- {settings["steps"]} full-batch updates of AdamW at a constant rate; units are clipped by AUTO-S. *Clipped, no noise*
+  is private to nobody and tells what clipping costs from what noise costs.
 - The learning rate is one for all arms of a method: that with the least loss of the method's own on
   {sizes["tuning"] - sizes["tuning_learned"]} public questions after learning, without privacy, from
   {sizes["tuning_learned"]} other public ones. No private question had a part in it.
 
-| method | {" | ".join(f"rate {n + 1}: loss" for n in range(max(len(results.rates[m]["losses"]) for m in NAMES)))} | chosen |
-|---|{"---|" * max(len(results.rates[m]["losses"]) for m in NAMES)}---|
+| method | loss by rate | chosen |
+|---|---|---|
 {rates}
 
-The rates are chosen without noise; a rate chosen under noise might do better in the noisiest arms. Arms whose numbers are
+The rates are chosen without noise; a rate chosen under noise might do better in the noisiest arms{_at_the_end(results)}.
+Arms whose numbers are
 in [dp_alignment/](dp_alignment) are not run again. {_cost(results)}
 """
 
@@ -245,10 +243,11 @@ def reward_sentences(results: Results) -> list[str]:
     lines = []
     for name, what in (("greedy", "greedy answers"), ("sampled", "sampled answers")):
         gains = {arm: results.gain(arm, name) for arm in results.wanted if arm in results.arms}
-        for word, sign in (("more", 1), ("less", -1)):
-            arms = [f"{NAMES[arm[0]]} {_kind(arm[1])}" for arm, found in gains.items() if found.decided and found.mean * sign > 0]  # fmt: skip
+        for word, sign in (("more", 1), ("fewer", -1)):
+            arms = [_named(arm) for arm, found in gains.items() if found.decided and found.mean * sign > 0]
             if arms:
-                lines.append(f"Of {what}, {word} are right than the reference's, beyond two errors: {', '.join(arms)}.")
+                listed = ", ".join(arms)
+                lines.append(f"Of {what}, {word} are right than of the reference's beyond two errors: {listed}.")
         if gains and not any(found.decided for found in gains.values()):
             lines.append(f"Of {what}, no policy has more or fewer right than the reference beyond two standard errors.")
     return lines
@@ -258,9 +257,7 @@ def signal_sentences(results: Results) -> list[str]:
     """How large the noise is beside the gradient, in the first step."""
     lines = []
     for method, name in NAMES.items():
-        private = {
-            kind: runs[0] for (of, kind), runs in results.arms.items() if of == method and not isinstance(kind, str)
-        }
+        private = {kind: results.arms[of, kind][0] for of, kind in results.arms if of == method and _is_private(kind)}
         if (method, "clipped") not in results.arms or not private:
             continue
         signal = results.arms[method, "clipped"][0]["updates"]["grad_norm"][0]
@@ -268,8 +265,8 @@ def signal_sentences(results: Results) -> list[str]:
         for kind, run in sorted(private.items(), reverse=True):
             each, whole = noise_of(run)
             parts.append(
-                f"at epsilon {kind:g} the noise has norm {whole:.2f}, {whole / signal:.1f} times as long, and along the "
-                f"gradient's own direction a standard deviation of {each:.4f}, {each / signal:.0%} of it"
+                f"at epsilon {kind:g} the noise has norm {whole:.2f}, {whole / signal:.1f} times as long, and along "
+                f"the gradient's own direction a standard deviation of {each:.4f}, {each / signal:.0%} of it"
             )
         lines.append(
             f"{name}: the mean of the clipped gradients has norm {signal:.3f} in the first step; {'; '.join(parts)} "
@@ -290,6 +287,27 @@ def _row(results: Results, arm: tuple[str, Any]) -> str:
 
 def _signed(found: Estimate) -> str:
     return f"{found.mean:+.3f} ± {found.error:.3f}"
+
+
+def _tried(results: Results, method: str) -> str:
+    found = results.rates[method]
+    losses = "; ".join(f"{float(rate):g}: {loss:.4f}" for rate, loss in found["losses"].items())
+    return f"| {NAMES[method]} | {losses} | {found['rate']:g} |"
+
+
+def _at_the_end(results: Results) -> str:
+    """Which methods might have done better at a rate that was not tried."""
+    found = {method: (results.rates[method], sorted(map(float, results.rates[method]["losses"]))) for method in NAMES}
+    names = [NAMES[method] for method, (its, rates) in found.items() if its["rate"] in (rates[0], rates[-1])]
+    return f"; for {' and '.join(names)} it lies at the end of what was tried" if names else ""
+
+
+def _is_private(kind: str | float) -> bool:
+    return not isinstance(kind, str)
+
+
+def _named(arm: tuple[str, Any]) -> str:
+    return f"{NAMES[arm[0]]} {_kind(arm[1])}"
 
 
 def _kind(kind: str | float) -> str:

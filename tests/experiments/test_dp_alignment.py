@@ -75,12 +75,8 @@ def test_the_page_follows_the_numbers(tmp_path):
     keep("study", {"plans": plans, "machine": {"cpu_cores": 2, "device": "cpu", "jax": "0"}})
     keep("reference", policy(np.zeros(QUESTIONS), 0.3) | {"right_answers_sampled": 0.5})
     keep("rates", {method: {"rate": 1e-3, "losses": {"0.001": 0.5, "0.003": 0.6}} for method in ("dpo", "shiq")})
-    for method, kind, shift in (
-        ("dpo", "open", 4.0),
-        ("dpo", "clipped", 4.0),
-        ("dpo", 8.0, 1.0),
-        ("shiq", "open", 0.0),
-    ):
+    shifts = {("dpo", "open"): 4.0, ("dpo", "clipped"): 4.0, ("dpo", 8.0): 1.0, ("shiq", "open"): 0.0}
+    for (method, kind), shift in shifts.items():
         margin = shift + rng.normal(0, 0.5, QUESTIONS)
         if not shift:
             margin -= margin.mean()
