@@ -4,8 +4,8 @@ Same model, examples and device; whole steps with AdamW, which take turns; numbe
 is timed and the best one is the row. The goals are set for an accelerator and a Llama of 1.5B; on a CPU, with
 SmolLM2-135M, only those of memory and of the comparison with Opacus count.
 
-    python -m benchmarks.privacy --json FILE               everything, half an hour on two cores
-    python -m benchmarks.privacy --quick --json FILE       a tiny model, a minute; rows of peers stay empty
+    python -m benchmarks.privacy --json FILE               everything, nearly an hour on two cores
+    python -m benchmarks.privacy --quick --json FILE       a tiny model, minutes; rows of peers stay empty
     python -m benchmarks.privacy --only T512 --json FILE   some parts; what FILE holds of the others is kept
 """
 
