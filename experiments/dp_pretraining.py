@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     experiment = Experiment(scale)
 
     def keep() -> None:
-        found |= {"device": report.machine(), "parameters": experiment.parameters}
+        found.update(device=report.machine(), parameters=experiment.parameters)
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     if "rates" not in found:
