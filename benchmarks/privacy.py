@@ -33,7 +33,7 @@ from benchmarks.workers import Worker, seconds_per_step, take_turns
 from shiq_jax.data import fetch
 
 # Row -> part, methods that it is the best of, goal on an accelerator.
-FLAT = ("vmap", "ghost", "scan")
+FLAT = ("vmap", "ghost", "bk", "scan")
 RATIOS = {
     "full_T2048": ("T2048", (*FLAT, "group"), 0.85),
     "full_T1024": ("T1024", (*FLAT, "group"), 0.80),
@@ -87,7 +87,7 @@ def main(options: Options) -> None:
 
 def measure_t2048(options: Options) -> dict:
     """Two long units."""
-    return timed(options, options.work(2048, 2), ("plain", "plain, 2 parts", "scan", "group, 2 parts"))
+    return timed(options, options.work(2048, 2), ("plain", "plain, 2 parts", "scan", "bk, 2 parts", "group, 2 parts"))
 
 
 def measure_t1024(options: Options) -> dict:

@@ -60,7 +60,7 @@ class Work(NamedTuple):
 def settings(parts: int) -> dict[str, tuple[str, int]]:
     """By name the method and into how many parts a step is cut, one and `parts`: plain and all that are private."""
     cut = {"": 1, f", {parts} parts": parts} if parts > 1 else {"": 1}
-    methods = ("plain", "vmap", "ghost", "group")
+    methods = ("plain", "vmap", "ghost", "bk", "group")
     return {f"{method}{name}": (method, count) for method in methods for name, count in cut.items()} | {
         "scan": ("scan", 1)
     }

@@ -1,10 +1,11 @@
 """Parametric operations whose backward pass also says how long each row's own gradient is.
 
-Every operation that owns a parameter may be handed an `Accumulator`, whose value is never read. What the operation
+Every operation that owns a parameter may be handed an `Accumulator`, whose value need not be read. What the operation
 returns as its cotangent is the squared norm, row by row, of the gradient of this parameter, so that the cotangents of
 all operations add up to that of the whole gradient, through scans and rematerialisation alike. No gradient of a single
 row is held: ghost norms (Goodfellow, 2015, arXiv 1510.01799; Li et al., 2021, arXiv 2110.05679). With a `rule` each
-operation clips its rows before it adds them up (He et al., 2022, arXiv 2212.01539).
+operation clips its rows before it adds them up (He et al., 2022, arXiv 2212.01539). With the rule `GIVEN` it scales
+them by the accumulator's value, in which the gradients of the parameters, and nothing else, are then linear.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lo
 BUDGET = 2**26
 
 
+def GIVEN(norms):
+    """The rule by which rows are scaled with the accumulator's own value, whatever their norms."""
+    raise NotImplementedError("the factors of this rule are not made of norms")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
     """What is handed to the parametric operations of a forward pass over rows of which each is a unit of its own.
 
     Attributes:
-        squares: zeros, of which the cotangent is each row's squared norm.
+        squares: of which the cotangent is each row's squared norm; its value is read by the rule `GIVEN` alone.
         link: what a tied embedding hands to the head, see `lookup`; None before it and where nothing is tied.
         rule: norms [rows] -> factors [rows], with which every operation scales the rows' gradients of its own
-            parameter; None for 1.
+            parameter; None for 1; `GIVEN` for the value of `squares`.
     """
 
     squares: Float[Array, " rows"]
@@ -91,7 +97,7 @@ def _backward(operation, rule, kept, cotangent):
         return before, None, None
     square = operation.squared_norm(x, s).astype(squares.dtype)
     fine = finite(x, s)
-    s = scaled(only(fine, s), rule, square)
+    s = scaled(only(fine, s), rule, square, squares)
     return before, operation.to_weights(only(fine, x), s, weights.shape).astype(weights.dtype), square
 
 
@@ -121,10 +127,14 @@ def only(rows: Bool[Array, " rows"], x: Array) -> Array:
     return jnp.where(_over(rows, x), x, 0)
 
 
-def scaled(s: Array, rule: Callable | None, square: Float[Array, " rows"], uses: int = 1) -> Array:
+def scaled(
+    s: Array, rule: Callable | None, square: Float[Array, " rows"], given: Float[Array, " rows"], uses: int = 1
+) -> Array:
     """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
     if rule is None:
         return s
+    if rule is GIVEN:
+        return (_over(given, s) * s).astype(s.dtype)
     norm = jnp.sqrt(jnp.maximum(square, 0))
     # Twice as long as it is, it is clipped to half as much.
     factor = jnp.where(jnp.isfinite(norm), rule(uses * norm), 0)

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from shiq_jax.models.tracked import (
+    GIVEN,
     HEAD,
     LOOKUP,
     Accumulator,
@@ -64,7 +65,7 @@ def _lookup_backward(rule, uses, kept, cotangents):
     same = tokens[:, :, None] == tokens[:, None, :]
     gram = accumulated("btd,bud->btu", s, s)
     square = jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)) + 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
-    s = scaled(only(finite(s), s), rule, square, uses).astype(precise)
+    s = scaled(only(finite(s), s), rule, square, squares, uses).astype(precise)
     gradient = jnp.zeros(table.shape, precise).at[tokens].add(s)
     return gradient.astype(table.dtype), None, square.astype(squares.dtype)
 
@@ -110,10 +111,16 @@ def _statistics_backward(rule, kept, cotangents):
     square = jnp.where(fine, square, jnp.nan)
     if rule is not None:
         uses = 1 if looked_up is None else 2
-        own, shared = (scaled(each, rule, square, uses) for each in (own, total - own))
-        to_weights = head._replace(own=own, shared=shared).gradients(squares=False)[2]
+
+        # Slopes are made again rather than kept: there are as many as rows times words.
+        @jax.checkpoint
+        def sum_of_scaled(head, square, given):
+            own, shared = (scaled(each, rule, square, given, uses) for each in (head.own, head.shared))
+            return head._replace(own=own, shared=shared).gradients(squares=False)[2]
+
+        to_weights = sum_of_scaled(head, square, squares)
     # Where operations clip by themselves they clip either use of a tied table, which needs no cross term.
-    sent = None if looked_up is None or rule is not None else Link(None, head.lines(looked_up))
+    sent = None if looked_up is None or rule not in (None, GIVEN) else Link(None, head.lines(looked_up))
     return to_hidden, to_weights.astype(unembedding.dtype), None, square.astype(squares.dtype), sent
 
 

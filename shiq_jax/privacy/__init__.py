@@ -4,7 +4,7 @@ from shiq_jax.privacy.clipped_sum import clipped_sum, per_example
 from shiq_jax.privacy.loss_improvement import Improvement, Landscape, adam_preconditioner, improvement, landscape
 from shiq_jax.privacy.mechanism import Mechanism
 from shiq_jax.privacy.noise import privatise
-from shiq_jax.privacy.phases import adam_memory, change_over, mixing_weight
+from shiq_jax.privacy.phases import adam_memory, affordable, change_over, mixing_weight, stalled
 from shiq_jax.privacy.rules import Abadi, AutoS, AutoV, ClipRule, Global, Groupwise, count_groups
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Mechanism",
     "adam_memory",
     "adam_preconditioner",
+    "affordable",
     "change_over",
     "clipped_sum",
     "count_groups",
@@ -27,4 +28,5 @@ __all__ = [
     "mixing_weight",
     "per_example",
     "privatise",
+    "stalled",
 ]

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.tracked import BUDGET, Accumulator
+from shiq_jax.models.tracked import BUDGET, GIVEN, Accumulator
 from shiq_jax.privacy.coverage import uncovered
 from shiq_jax.privacy.rules import ClipRule, Groupwise
 
 Losses = Callable[[Any, Any, Accumulator | None], Float[Array, " units"]]
-METHODS = ("auto", "vmap", "scan", "ghost", "group")
+METHODS = ("auto", "vmap", "scan", "ghost", "bk", "group")
 # Tokens of a unit from which one unit alone keeps a device busy, so that units may as well come one after the other.
 LONG = {"cpu": 128, "otherwise": 1024}
 
@@ -45,9 +45,11 @@ def clipped_sum(
         mask: which units count; all by default. What a unit that does not count holds changes nothing.
         method: "vmap": the gradients of all units at once; the reference, for any losses. "scan": `microbatch` units at
             a time, for any losses. "ghost": norms in one backward pass, the sum in a second one, no gradient of a
-            single unit. "group": one backward pass in which every operation clips its own. "auto": "group" for
-            `Groupwise`; "scan" for long units; of short ones "vmap" where so few parameters learn that the gradients of
-            all units are small, as with adapters; else "ghost", where the losses hand their accumulator on.
+            single unit. "bk": book-keeping, one backward pass for the norms, which keeps what every operation saw, and
+            out of that the sum (Bu et al., 2023, arXiv 2210.00038). "group": one backward pass in which every operation
+            clips its own. "auto": "group" for `Groupwise`; "scan" for long units; of short ones "vmap" where so few
+            parameters learn that the gradients of all units are small, as with adapters; else "ghost", where the losses
+            hand their accumulator on.
         microbatch: units of a lane at a time, with "scan"; divides their number.
         lanes: equal parts of the units that go side by side, as many as there are devices along their axis.
 
@@ -55,23 +57,20 @@ def clipped_sum(
         The sum; the units' norms and losses, which are private and nobody's to look at.
 
     Raises:
-        ValueError: while tracing, for an unknown method, a rule that it does not implement, or parameters that "ghost"
-            and "group" would miscount, which are named.
+        ValueError: while tracing, for an unknown method, a rule that it does not implement, or parameters that
+            "ghost", "bk" and "group" would miscount, which are named.
     """
     units = len(jax.tree.leaves(batch)[0])
     mask = jnp.ones(units, bool) if mask is None else mask
     method = _chosen(method, clip, losses, params, batch)
-    if method in ("ghost", "group"):
+    if method in _BY_OPERATIONS:
         missed = uncovered(losses, params, batch)
         if missed:
             raise ValueError(
                 f"method {method!r} would miscount {missed[0]}: hand the accumulator to every operation that owns a "
                 "parameter, each of which is used once, or take the method scan"
             )
-    if method == "ghost":
-        return _ghost(losses, params, batch, clip, mask)
-    if method == "group":
-        return _group(losses, params, batch, clip, mask)
+        return _BY_OPERATIONS[method](losses, params, batch, clip, mask)
     if units % lanes or (units // lanes) % microbatch:
         raise ValueError(f"microbatch is {microbatch}, which does not divide {units} units in {lanes} lanes")
     size = units // lanes if method == "vmap" else microbatch
@@ -147,6 +146,20 @@ def _ghost(losses, params, batch, clip, mask):
     return _widened(pull(factors.astype(values.dtype))[0]), norms, values
 
 
+def _booked(losses, params, batch, clip, mask):
+    """The gradients are linear in the factors, and all that does not depend on these is computed once and kept."""
+
+    def gradients(factors):
+        of = lambda params, squares: losses(params, batch, Accumulator(squares, rule=GIVEN))
+        values, pull = jax.vjp(of, params, factors)
+        grads, squares = pull(jnp.ones_like(values))
+        return grads, (squares, values)
+
+    _, summed, (squares, values) = jax.linearize(gradients, jnp.ones(len(mask), jnp.float32), has_aux=True)
+    norms = jnp.sqrt(jnp.maximum(squares, 0))
+    return _widened(summed(_factors(clip, norms, mask))), norms, values
+
+
 def _group(losses, params, batch, clip, mask):
     """Each operation clips its own; a unit that does not count, or is not finite anywhere, is taken out beforehand."""
     rule = clip.of_a_group
@@ -158,6 +171,9 @@ def _group(losses, params, batch, clip, mask):
     _, pull, values = jax.vjp(of, params, _zeros(mask), has_aux=True)
     grads, squares = pull(jnp.where(mask & jnp.isfinite(values), 1, 0).astype(values.dtype))
     return _widened(grads), jnp.sqrt(jnp.maximum(squares, 0)), values
+
+
+_BY_OPERATIONS = {"ghost": _ghost, "bk": _booked, "group": _group}
 
 
 def _factors(clip, norms, real):

@@ -16,6 +16,7 @@ from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.training.losses import SftLoss, given_as
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.private_options import Privacy
+from shiq_jax.training.public_options import Public
 
 
 def _at_least(options: Any, **smallest: float) -> None:
@@ -173,6 +174,7 @@ class Job:
     precision: Precision = Precision()
     lora: Adapters = Adapters()
     privacy: Privacy = Privacy()
+    public: Public = Public()
 
     command: ClassVar[str] = ""
     objective: ClassVar[str] = ""
@@ -189,6 +191,12 @@ class Job:
             _at_least(self, drop_longer_than=2)
         if self.lora.rank is not None and not self.loss.configured().policy:
             raise ValueError(f"the loss {self.loss.name} leaves the policy as it is: leave lora out")
+        if self.public.data is None and self.public != Public():
+            raise ValueError("the options of public data say what becomes of them: give public.data, or leave them out")
+        if self.public.data is not None and not self.privacy.on:
+            raise ValueError("public data go with private ones: give privacy.epsilon, or learn from them with data")
+        if self.public.data is not None and self.optimizer.name != "adamw":
+            raise ValueError(f"public data go with adamw, whose memory they leave behind, not {self.optimizer.name}")
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
             raise ValueError(
                 "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
@@ -203,7 +211,10 @@ class Job:
         values = dataclasses.asdict(self)
         for name in ("resume", "output_dir", "track"):
             values.pop(name)
-        sources = {"data": self.data, "prompts": self.prompts, "evaluation_data": self.evaluation.data}
+        sources = {
+            "data": self.data, "prompts": self.prompts, "evaluation_data": self.evaluation.data,
+            "public_data": self.public.data,
+        }  # fmt: skip
         for name, source in sources.items():
             if digests := [_digest(file) for file in matching_files(source or "")]:
                 values[f"{name}_digest"] = ",".join(digests)

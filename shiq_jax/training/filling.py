@@ -31,11 +31,7 @@ def fill_buffer(run: Run, model, params) -> Buffer:
     """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
     job, path = run.job, run.directory.buffer
     if job.data:
-        read = _replayed if is_buffer(job.data) else READERS[job.objective]
-        return import_records(
-            path, lambda reading: read(job.data, run.tokenizer, reading), model,
-            score=job.score, reward=run.task.reward, drop_longer_than=job.drop_longer_than,
-        )  # fmt: skip
+        return _imported(run, path, job.data, model)
     if job.objective == "sft":
         return demonstrations(run, path, model)
     buffer = open_or_create(path)
@@ -63,6 +59,20 @@ def fill_buffer(run: Run, model, params) -> Buffer:
         buffer.append(records, vocab_size=model.config.vocab_size)
         stopping.check(f"after {len(buffer)} of {len(rows) * options.samples_per_prompt} samples")
     return buffer
+
+
+def public_buffer(run: Run, model) -> Buffer:
+    """The public data of a private run."""
+    return _imported(run, run.directory.public, run.job.public.data, model)
+
+
+def _imported(run: Run, path: Path, source: str, model) -> Buffer:
+    """A buffer of somebody's rows, as the job's options say that they are read."""
+    job, read = run.job, _replayed if is_buffer(source) else READERS[run.job.objective]
+    return import_records(
+        path, lambda reading: read(source, run.tokenizer, reading), model,
+        score=job.score, reward=run.task.reward, drop_longer_than=job.drop_longer_than,
+    )  # fmt: skip
 
 
 def demonstrations(run: Run, path: Path, model) -> Buffer:

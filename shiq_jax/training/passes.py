@@ -45,11 +45,12 @@ def run_passes(
     marks: Marks = Marks(),
     evaluate: Callable[[State, int], dict[str, float]] | None = None,
     show: Callable[[State, int], None] | None = None,
+    enough: Callable[[int], bool] = lambda done: False,
 ) -> State:
     """Update from `state.step` to `steps`, logging every step, evaluating, saving and showing samples at the marks.
 
     When the process is asked to stop, the step under way is finished and saved; what its marks ask for besides is done
-    when the passes go on.
+    when the passes go on. Where there have been `enough` steps the passes end as they would at the last one.
 
     Returns:
         the last state, which is also on disk.
@@ -61,9 +62,9 @@ def run_passes(
     """
     start, shapes, latest = int(state.step), set(), {}
 
-    def settle(done: int) -> None:
-        """What the marks ask for after so many updates."""
-        values, last = {}, done == steps
+    def settle(done: int) -> bool:
+        """What the marks ask for after so many updates, and whether these are the last."""
+        values, last = {}, done == steps or enough(done)
         if not stopping.requested():
             with contextlib.suppress(stopping.Stopped):
                 if _evaluates(evaluate, marks, done, last):
@@ -77,13 +78,16 @@ def run_passes(
         if stopping.requested():
             checkpoints.wait()
             raise stopping.Stopped(f"at {stage} {done} of {steps}")
+        return last
 
     # Passes that were asked to stop left the last step's marks to those that go on.
-    if start and ((show and start in marks.show) or _evaluates(evaluate, marks, start, start == steps)):
+    ended = start == steps or enough(start)
+    if start and ((show and start in marks.show) or _evaluates(evaluate, marks, start, ended)):
         if checkpoints.metrics(start) is None:
             settle(start)
     tracked = track(
-        batches.ahead(start, steps), stage, steps, "updates", first=start, amount=("tokens", lambda item: item.tokens),
+        batches.ahead(start, start if ended else steps), stage, steps, "updates", first=start,
+        amount=("tokens", lambda item: item.tokens),
         note=lambda: ", ".join(f"{name} {value:.4g}" for name, value in latest.items()),
     )  # fmt: skip
     for number, item in enumerate(tracked, start):
@@ -105,7 +109,8 @@ def run_passes(
             stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing
         )
         latest.update({name: float(metrics[name]) for name in ("loss", "epsilon") if name in metrics})
-        settle(done)
+        if settle(done):
+            break
     checkpoints.wait()
     return state
 

@@ -22,20 +22,21 @@ from shiq_jax.models import save_hf
 from shiq_jax.models.heads import HEADS, Headed
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.training import private_run, report, stopping
+from shiq_jax.training import private_run, public_phase, report, stopping
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.config import Job
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
-from shiq_jax.training.filling import demonstrations, fill_buffer
+from shiq_jax.training.filling import demonstrations, fill_buffer, public_buffer
 from shiq_jax.training.labelling import label, threshold_of
 from shiq_jax.training.learner import learner, learns
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.passes import Marks, run_passes, tokens_per_second
 from shiq_jax.training.private_run import Private
+from shiq_jax.training.public_phase import PublicData
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.run import Run, Use, set_up
 from shiq_jax.training.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
@@ -80,19 +81,17 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
             answers = fill_buffer(run, model, params)
             objective = job.loss.configured()
             buffer = _labelled(run, model, answers, objective) if "labels" in objective.needs else answers
-            statistics, probe = None, None
-            if "references" in objective.needs:
-                identity = reference_identity(model, params)
-                options = {"prompts_per_batch": job.batch_size, "row_length": job.row_length}
-                probe = annotate(model, params, buffer, identity, **options)
-                print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
-                statistics = buffer.statistics(identity)
+            statistics, probe = _annotated(job, model, params, buffer, objective)
+            public = None
+            if job.public.data:
+                there = public_buffer(run, model)
+                public = there, _annotated(job, model, params, there, objective)[0]
             stopping.check("before the updates")
             model, params = learner(
                 model, params, objective, lora=job.lora.configured(), steering=getattr(job.loss, "steering", 0.0),
                 keys=(run.key(Use.ADAPTERS), run.key(Use.HEADS)),
             )  # fmt: skip
-            state = passes(run, model, params, reference, buffer, objective, statistics)
+            state = passes(run, model, params, reference, buffer, objective, statistics, public)
     except Refusal:
         if not job.resume:
             directory.discard(samples=not job.data)
@@ -101,6 +100,8 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
     export(run, model, state.params(), directory.export)
     summary = summarise(run, answers, probe, time.monotonic() - began)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")
+    if run.log.rows(public_phase.MEASURED):
+        report.draw_improvement(run.log, directory.improvement)
     write_json(directory.summary, summary)
     report.print_table(f"{job.command}: {directory.path}", report.summary_rows(summary))
     return summary
@@ -139,11 +140,29 @@ def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
     return label(run.directory.labelled, answers, objective, threshold, min(context, job.drop_longer_than or context))
 
 
-def passes(run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics) -> State:
-    """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0."""
+def _annotated(job: Job, model, params, buffer: Buffer, objective: Objective):
+    """Reader of the reference's statistics of a buffer, and what the sampler's own were worth, where it is needed."""
+    if "references" not in objective.needs:
+        return None, None
+    identity = reference_identity(model, params)
+    probe = annotate(model, params, buffer, identity, prompts_per_batch=job.batch_size, row_length=job.row_length)
+    print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
+    return buffer.statistics(identity), probe
+
+
+def passes(
+    run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics,
+    public: tuple[Buffer, Any] | None = None,
+) -> State:  # fmt: skip
+    """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0.
+
+    public: a buffer of data that a private run need not protect, with its statistics.
+    """
     job, options = run.job, run.job.evaluation
     learned = split(params, learns(model, objective))[0]
     private = private_run.begin(run, learned, buffer, objective, statistics) if job.privacy.on else None
+    if public is not None:
+        private = private.beside(PublicData(run, *public, objective, private.mechanism))
     if private is not None:
         batches = private.batches
     else:
@@ -170,7 +189,8 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
         found = evaluator(weights, known if step else None, key, prompts)
         # An evaluation that was written down, but not saved with the policy, is made again.
         run.log.rewind([stage], step - 1)
-        where = {"step": step, "pass": round(step / max(batches.steps(1), 1), 3)}
+        done = max(step - (private.before if private else 0), 0)
+        where = {"step": step, "pass": round(done / max(batches.steps(1), 1), 3)}
         from_itself = {} if step else {"logratio": 0.0}
         shown = evaluator.shown(found, SHOWN_PROMPTS, SHOWN_SAMPLES)
         run.directory.samples.mkdir(exist_ok=True)
@@ -180,13 +200,15 @@ def passes(run: Run, model, params, reference: Reference, buffer: Buffer, object
 
     if not run.log.rows("evaluation"):
         evaluate(params, 0)
-    pass_ends = {batches.steps(number) for number in range(1, int(job.epochs) + 1)}
+    # Where public updates turn out to be fewer than planned these are no ends of passes, and shown all the same.
+    planned = steps + (private.before if private else 0)
+    pass_ends = {planned - steps + batches.steps(number) for number in range(1, int(job.epochs) + 1)}
     metric = "reward" if run.task.reward else None
     return _fit(
         run, model, params, batches, objective, job.optimizer, steps,
         stage="update", checkpoints=Checkpoints(run.directory.checkpoints, keep=job.keep, best=metric),
         key=run.key(Use.UPDATES), microbatches=job.microbatches, private=private,
-        marks=Marks(math.ceil(steps / options.times) if options.times else None, job.save_every, show=pass_ends),
+        marks=Marks(math.ceil(planned / options.times) if options.times else None, job.save_every, show=pass_ends),
         evaluate=lambda state, step: evaluate(state.params(), step),
         show=lambda state, step: evaluate(state.params(), step, "samples", SHOWN_PROMPTS),
     )  # fmt: skip
@@ -240,8 +262,10 @@ def _fit(
     stage: str, checkpoints: Checkpoints, key, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
     show: Callable | None = None, private: Private | None = None,
 ) -> State:  # fmt: skip
-    """Update from the newest checkpoint, or from `params`, to the last step."""
-    rule = optimizer.build(steps)
+    """Update from the newest checkpoint, or from `params`, to the last step; public updates come before private."""
+    public, rewound = private.public if private else None, (stage, "evaluation", "samples") if evaluate else (stage,)
+    planned = steps + (public.steps if public else 0)
+    rule = optimizer.build(planned)
     slow = {name: params[HEADS][name] for name in objective.slow}
     state = init_state(
         model, params, rule, key=key, mesh=run.mesh, targets=lambda _: {HEADS: slow} if slow else {},
@@ -249,17 +273,38 @@ def _fit(
     )  # fmt: skip
     # Closed also when the passes end early: a save under way is finished before anything else opens the directory.
     with contextlib.closing(checkpoints):
+        metadata = {}
         if checkpoints.latest() is not None:
             state, metadata = checkpoints.restore(state)
             refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.settings())
-        run.log.rewind((stage, "evaluation", "samples") if evaluate else (stage,), int(state.step))
-        about, options = (
-            {"stage": stage, "settings": run.job.settings()},
-            {"mesh": run.mesh, "microbatches": microbatches},
-        )
+        run.log.rewind((*rewound, public_phase.STAGE, public_phase.MEASURED) if public else rewound, int(state.step))
+        options = {"mesh": run.mesh, "microbatches": microbatches}
+        about = {"settings": run.job.settings()}
+
+        def evaluated(state: State, step: int) -> dict[str, float]:
+            if public:
+                public.look(model, state, step)
+            return evaluate(state, step)
+
+        if public and not run.log.rows(public_phase.MEASURED):
+            public.look(model, state, int(state.step))
+        shared = {
+            "log": run.log, "marks": marks, "checkpoints": checkpoints,
+            "learning_rate": optimizer.learning_rate_at(planned), "evaluate": evaluated if evaluate else None,
+            "show": show,
+        }  # fmt: skip
+        if public and public.first:
+            if metadata.get("stage") != stage:
+                state = run_passes(
+                    make_update(model, objective, rule, **options), state, public.batches, public.steps,
+                    stage=public_phase.STAGE, metadata=lambda done: about | {"stage": public_phase.STAGE},
+                    enough=public.enough, **shared,
+                )  # fmt: skip
+                state, metadata = public.changed_over(state), {"before": int(state.step)}
+            public.taken = metadata["before"]
+            steps += public.taken
         make = make_update if private is None else private.make_update
         return run_passes(
-            make(model, objective, rule, **options), state, batches, steps, stage=stage, log=run.log, marks=marks,
-            metadata=lambda done: about | (private.metadata(done) if private else {}),
-            checkpoints=checkpoints, learning_rate=optimizer.learning_rate_at(steps), evaluate=evaluate, show=show,
+            make(model, objective, rule, **options), state, batches, steps, stage=stage,
+            metadata=lambda done: about | {"stage": stage} | (private.metadata(done) if private else {}), **shared,
         )  # fmt: skip

@@ -33,7 +33,7 @@ class Privacy:
     """How long it may be afterwards."""
     groupwise: bool = False
     """Clip each parameter of each layer by itself: one backward pass instead of two."""
-    method: Literal["auto", "ghost", "scan", "vmap", "group"] = "auto"
+    method: Literal["auto", "ghost", "bk", "scan", "vmap", "group"] = "auto"
     """How clipping is computed, which does not change its result."""
     secret: Annotated[Path | None, given_as("FILE", "secret.key in the output directory")] = None
     """Where the root key of sampling and noise is kept, readable by its owner alone."""

@@ -16,10 +16,12 @@ from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Buffer
+from shiq_jax.training.batches import Ahead
 from shiq_jax.training.config import Job
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.private_options import Privacy
+from shiq_jax.training.public_phase import PublicData
 from shiq_jax.training.run import Run
 from shiq_jax.training.run_directory import read_json, write_json
 from shiq_jax.training.state import State
@@ -34,9 +36,18 @@ class Private(NamedTuple):
 
     mechanism: Mechanism
     secret: Secret
-    batches: PrivateBatches
-
+    batches: Ahead
     options: Privacy
+    public: PublicData | None = None
+
+    @property
+    def before(self) -> int:
+        """Public updates before the first private one."""
+        return self.public.taken if self.public else 0
+
+    def beside(self, public: PublicData) -> Private:
+        """The parts of a run that also learns from public data."""
+        return self._replace(public=public, batches=public.mixed(self.batches))
 
     def make_update(self, model, objective: Objective, rule, **others) -> Callable[[State, Any], tuple[State, dict]]:
         """A private update as the passes call it, which also says what has been spent."""
@@ -49,8 +60,11 @@ class Private(NamedTuple):
         every = max(self.mechanism.steps // SHOWN, 1)
 
         def step(state: State, batch) -> tuple[State, dict]:
-            done = int(state.step) + 1
-            state, metrics = update(state, batch, self.secret.noise)
+            done, more = int(state.step) + 1 - self.before, {}
+            if self.public and not self.public.first:
+                batch, beside = batch
+                more = {"public": beside, "public_weight": self.public.weight(done - 1)}
+            state, metrics = update(state, batch, self.secret.noise, **more)
             # One number of what belongs to units, where it was asked for.
             metrics = {name: jnp.nanmedian(value) if value.ndim else value for name, value in metrics.items()}
             if done % every == 0 or done == self.mechanism.steps:
@@ -62,8 +76,8 @@ class Private(NamedTuple):
     def metadata(self, done: int) -> dict[str, Any]:
         """What checkpoints say: whose secret, by what mechanism, and what is spent; not the secret."""
         return {
-            "privacy": described(self.mechanism), "epsilon": self.mechanism.epsilon(done),
-            "secret": self.secret.fingerprint,
+            "privacy": described(self.mechanism), "epsilon": self.mechanism.epsilon(done - self.before),
+            "secret": self.secret.fingerprint, "before": self.before,
         }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,37 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     # Without the time stamp that matplotlib adds, equal runs give equal files.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_improvement(log: MetricsLog, path: Path) -> None:
+    """What public data said of private updates on the way, at every evaluation, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, public = log.rows("improvement"), log.rows("public")
+    steps = [row["step"] for row in rows]
+    panels = [
+        ("what a step meets", {"curvature": "curvature along the gradient", "decelerator": "decelerator"}),
+        ("what a step gains", {"plain": "without noise", "private": "with noise"}),
+        ("how much slower for the noise", {"slowdown": "slow-down"}),
+        ("units of a batch", {"best_batch": "best batch", "critical_batch": "critical batch"}),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
+    for axis, (title, names) in zip(axes, panels, strict=True):
+        for name, label in names.items():
+            # What is 0 has no place on a logarithmic scale.
+            axis.plot(steps, [row[name] if row[name] > 0 else math.nan for row in rows], "o-", label=label)
+        axis.set(title=title, xlabel="update", yscale="log")
+        if public:
+            axis.axvline(public[-1]["step"], color="0.6", linestyle=":", linewidth=1)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("from public data, in Adam's metric" + ("; dotted: the last public update" if public else ""))
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 

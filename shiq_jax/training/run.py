@@ -31,6 +31,7 @@ class Use(enum.IntEnum):
     WARM_START = 3
     HEADS = 4
     ADAPTERS = 5
+    CURVATURE = 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,17 @@ def taken(decoder, batch_of, losses_of, monkeypatch):
         monkeypatch.setattr(module, "BUDGET", budget)
         monkeypatch.setattr(module, "LONG", {"otherwise": long})
         called = []
-        for name in ("_ghost", "_group", "_instantiated"):
-            own = getattr(module, name)
 
-            def spy(*given, name=name, own=own):
-                called.append((name, given[5] if name == "_instantiated" else None))
+        def spy(name, own):
+            def spied(*given):
+                called.append((name, given[5] if name == "instantiated" else None))
                 return own(*given)
 
-            monkeypatch.setattr(module, name, spy)
+            return spied
+
+        monkeypatch.setattr(module, "_instantiated", spy("instantiated", module._instantiated))
+        for name, own in module._BY_OPERATIONS.items():
+            monkeypatch.setitem(module._BY_OPERATIONS, name, spy(name, own))
         model, params = decoder("tied")
         losses, batch = losses or losses_of(model, "pair"), batch or batch_of("pair")
         jax.eval_shape(lambda params: clipped_sum(losses, params, batch, clip=clip), params)
@@ -35,22 +38,22 @@ def taken(decoder, batch_of, losses_of, monkeypatch):
 
 
 def test_few_parameters_are_told_apart_at_once(taken):
-    assert taken() == ("_instantiated", 6)
+    assert taken() == ("instantiated", 6)
 
 
 def test_many_by_their_norms(taken):
-    assert taken(budget=1000) == ("_ghost", None)
+    assert taken(budget=1000) == ("ghost", None)
 
 
 def test_long_units_one_after_the_other(taken):
-    assert taken(long=8) == ("_instantiated", 1)
+    assert taken(long=8) == ("instantiated", 1)
 
 
 def test_losses_that_hand_nothing_on_one_after_the_other(taken, decoder, batch_of, losses_of):
     whole = losses_of(decoder("tied")[0], "pair")
     one = per_example(lambda params, unit: whole(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0])
-    assert taken(losses=one, batch=jax.tree.map(jnp.asarray, batch_of("pair")), budget=1000) == ("_instantiated", 1)
+    assert taken(losses=one, batch=jax.tree.map(jnp.asarray, batch_of("pair")), budget=1000) == ("instantiated", 1)
 
 
 def test_groups_by_each_operation(taken):
-    assert taken(clip=Groupwise(Abadi(1.0), 10)) == ("_group", None)
+    assert taken(clip=Groupwise(Abadi(1.0), 10)) == ("group", None)

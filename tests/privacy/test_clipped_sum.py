@@ -53,7 +53,7 @@ def expected(decoder, batch_of, losses_of):
     return make
 
 
-@pytest.mark.parametrize("method", ["vmap", "scan", "ghost"])
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk"])
 @pytest.mark.parametrize(
     ("variant", "unit", "part"),
     [
@@ -82,17 +82,18 @@ def test_rules(rule, decoder, batch_of, losses_of, expected, relative):
     assert relative(total, expected("tied", "pair", rule)[0]) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["ghost", "bk"])
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_nothing(remat, decoder, batch_of, losses_of, expected, relative):
+def test_rematerialisation_changes_nothing(method, remat, decoder, batch_of, losses_of, expected, relative):
     model, params = decoder("biases")
     model = dataclasses.replace(model, remat=remat)
-    total, norms, _ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=Abadi(1.0), method="ghost")
+    total, norms, _ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=Abadi(1.0), method=method)
     wanted, expected_norms, _ = expected("biases", "pair", Abadi(1.0))
     np.testing.assert_allclose(norms, expected_norms, rtol=TOLERANCE)
     assert relative(total, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["ghost", "scan"])
+@pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 def test_a_bfloat16_forward_pass(method, decoder, batch_of, losses_of, relative):
     # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
     jax.config.update("jax_disable_most_optimizations", False)
@@ -118,7 +119,7 @@ def test_a_scan_over_microbatches(microbatch, decoder, batch_of, losses_of, expe
         run(losses, params, batch, clip=Abadi(1.0), method="scan", microbatch=3)
 
 
-@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "group"])
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
 def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses_of):
     model, params = decoder("tied")
     batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
@@ -132,7 +133,7 @@ def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))
 
 
-@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "group"])
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e19, 1e30])
 def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, decoder, batch_of, losses_of, relative):
     model, params = decoder("tied")
@@ -149,7 +150,7 @@ def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, dec
     assert distance <= clip.sensitivity * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("method", ["vmap", "ghost", "group"])
+@pytest.mark.parametrize("method", ["vmap", "ghost", "bk", "group"])
 def test_a_unit_moves_the_sum_by_its_clipped_gradient_and_no_further(method, decoder, batch_of, losses_of):
     model, params = decoder("tied")
     batch, losses = batch_of("pair"), losses_of(model, "pair")
@@ -204,15 +205,23 @@ def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, loss
         assert relative(total[name][part], wanted) < TOLERANCE
 
 
-def test_frozen_parameters_are_no_part_of_the_norm(decoder, batch_of, relative, losses_of):
+@pytest.mark.parametrize("method", ["ghost", "bk"])
+def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, relative, losses_of):
     model, params = decoder("tied")
     frozen = jax.tree.map(jnp.asarray, {"embed": params["embed"], "norm": params["norm"]})
     trainable = {"layers": params["layers"]}
     losses = losses_of(model, "trajectory", frozen)
     wanted, norms, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method="vmap")
-    total, found, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method="ghost")
+    total, found, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method=method)
     np.testing.assert_allclose(found, norms, rtol=TOLERANCE)
     assert relative(total, wanted) < TOLERANCE
+
+
+def _products(jaxpr, shape) -> int:
+    """How many matrix products of a traced program have a result of this shape, inner programs included."""
+    inner = [part for eqn in jaxpr.eqns for part in jax.core.jaxprs_in_params(eqn.params)]
+    own = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    return sum(eqn.outvars[0].aval.shape == shape for eqn in own) + sum(_products(part, shape) for part in inner)
 
 
 def test_losses_of_anybody(relative):

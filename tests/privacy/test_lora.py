@@ -41,7 +41,7 @@ def one_by_one(losses, params, batch):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *(jax.device_get(gradient(params, unit)) for unit in units))
 
 
-@pytest.mark.parametrize("method", ["vmap", "scan", "ghost"])
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk"])
 @pytest.mark.parametrize("variant, unit", [("tied", "pair"), ("biases", "group"), ("untied", "trajectory")])
 def test_all_methods_give_the_sum_of_clipped_gradients(method, variant, unit, made, batch_of, losses_of, relative):
     model, frozen, learned = made(variant)

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,14 +77,6 @@ def test_it_spends_what_it_was_given_and_says_nothing_of_the_data(finished):
     about = json.loads((finished / "privacy.json").read_text())
     assert about["dataset_size"] == 24 and about["expected_batch"] == 4 and about["unit"] == "pair"
     assert about["epsilon"] == spent[-1]
-
-
-def test_the_page_names_what_it_adds(finished):
-    page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
-    general, added = page.split("A [private run]")
-    named = re.findall(r"^\| `(.*?)` \|", added.split("\n\n")[1], re.MULTILINE)
-    unnamed = [path.name for path in finished.iterdir() if f"`{path.name}" not in general]
-    assert sorted(unnamed) == sorted(named)
 
 
 def test_the_secret_is_nowhere_else(finished):

@@ -65,7 +65,7 @@ def test_it_is_the_sum_of_clipped_gradients_over_the_expected_batch(released, to
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "replica=8", "fsdp=2,tensor=2", "replica=2,fsdp=2,tensor=2"])
-@pytest.mark.parametrize("method", ["ghost", "scan"])
+@pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 def test_devices_change_nothing(mesh, method, released, relative):
     assert relative(released(mesh=mesh, method=method)[0], released()[0]) < 1e-4
 
@@ -79,7 +79,7 @@ def test_groupwise_clipping_on_devices(mesh, released, decoder, relative):
     assert relative(found, released()[0]) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["ghost", "scan"])
+@pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 def test_microbatches_change_nothing(method, released, relative):
     assert relative(released(microbatches=4, method=method)[0], released()[0]) < 1e-4
 
