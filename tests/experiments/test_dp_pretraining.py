@@ -1,11 +1,13 @@
-"""Public, then private pre-training: where its text comes from, and what its page makes of numbers."""
+"""Public, then private pre-training: where its text comes from, what is kept, and what its page makes of numbers."""
+
+import json
 
 import numpy as np
 import pytest
 
+from experiments import dp_pretraining, source_code
 from experiments import dp_pretraining_page as page
-from experiments import source_code
-from experiments.dp_pretraining import ARMS, RESETS, Scale
+from experiments.dp_pretraining import ARMS, RESETS, Options, Scale
 from shiq_jax.errors import Refusal
 
 
@@ -73,3 +75,37 @@ def test_the_public_pool_is_read_once_by_the_largest_share():
     scale = Scale()
     shares = {arm.share for arm in ARMS.values() if arm.private}
     assert shares == {0, 0.01, 0.1} and 0.1 * scale.steps * scale.batch < scale.private
+
+
+def test_what_was_run_is_not_run_again(tmp_path, monkeypatch):
+    known, ran = numbers(), []
+
+    class Recorded:
+        parameters = 16_384
+
+        def __init__(self, scale):
+            assert scale == Scale()
+
+        def tuned(self):
+            ran.append("rates")
+            return known["rates"]
+
+        def run(self, name, arm, seed, rates):
+            if len(ran) == 20:
+                raise KeyboardInterrupt
+            ran.append((name, seed))
+            return known["arms"][name]["0"]
+
+    monkeypatch.setattr(dp_pretraining, "Experiment", Recorded)
+    options = Options(json=tmp_path / "found.json")
+    with pytest.raises(KeyboardInterrupt):
+        dp_pretraining.main(options)
+    assert not (tmp_path / "found.md").exists()
+    before = len(ran)
+    ran.append("stopped")
+    dp_pretraining.main(options)
+    every = [(name, seed) for seed in Scale().seeds for name in ARMS | RESETS]
+    assert before == 20 and [each for each in ran if each != "stopped"] == ["rates", *every]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(set(runs) == {"0", "1", "2"} for runs in found["arms"].values())
+    assert page.table(found) in (tmp_path / "found.md").read_text()
