@@ -71,7 +71,7 @@ class Settings:
 
 FULL = Settings(
     Sizes(units=128, demonstrations=40, tuning=24, tuning_learned=12, held_out=64, samples=4, max_tokens=64),
-    steps=4, epsilons=(2.0, 8.0, 32.0), delta=1e-3, rank=2, targets=("q_proj", "v_proj"),
+    steps=3, epsilons=(2.0, 8.0, 32.0), delta=1e-3, rank=2, targets=("q_proj", "v_proj"),
     # Rates at which one update of ShiQ overshoots are not among its own.
     rates={"dpo": (1e-3, 3e-3, 1e-2), "shiq": (1e-4, 3e-4, 1e-3)},
 )  # fmt: skip

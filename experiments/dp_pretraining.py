@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ class Arm:
     """One way to train.
 
     share: of the steps that are public, or of all data where nothing is private. epsilon: of the private steps, None
-    for none. everything: learn from private data as if they were public. reset: what the change-over forgets.
+    for none, infinite for clipping without noise. everything: learn from private data as if they were public. reset: what the change-over forgets.
     """
 
     share: float
@@ -92,7 +93,11 @@ class Arm:
         return self.epsilon is not None
 
 
-ARMS = {"fully public": Arm(1.0, everything=True), "only public": Arm(1.0)}
+ARMS = {
+    "fully public": Arm(1.0, everything=True),
+    "only public": Arm(1.0),
+    "clipped, no noise": Arm(0.0, math.inf),
+}
 for _epsilon in EPSILONS:
     _at = f"epsilon {_epsilon:g}"
     ARMS[f"fully private, {_at}"] = Arm(0.0, _epsilon, monitored=_epsilon == 8)
@@ -169,6 +174,8 @@ class Experiment:
 
     def mechanism(self, epsilon: float, steps: int) -> Mechanism:
         """Of so many private steps."""
+        if epsilon == math.inf:
+            return dataclasses.replace(self.mechanism(max(EPSILONS), steps), noise_multiplier=0.0)
         return Mechanism.calibrated(
             epsilon=epsilon, delta=DELTA, dataset_size=self.scale.private, expected_batch=self.scale.batch, steps=steps,
             clip=AutoS(),
@@ -200,7 +207,8 @@ class Experiment:
         return {
             "losses": losses, "switch": first, "monitored": monitored, "seconds": round(time.monotonic() - began, 1),
             "noise_multiplier": mechanism and mechanism.noise_multiplier,
-            "epsilon": mechanism and mechanism.epsilon(),
+            # JSON has no infinity.
+            "epsilon": mechanism.epsilon() if arm.private and arm.epsilon < math.inf else None,
         }  # fmt: skip
 
     def held_out(self, state: State, tokens: np.ndarray) -> float:

@@ -122,7 +122,7 @@ class Model:
         if acc is not None:
             if extra:
                 raise ValueError(f"extra is {extra}, but of rows that are told apart there is no such statistic")
-            return tracked_statistics(hidden, unembedding, tokens, acc)
+            return tracked_statistics(hidden, unembedding, tokens, acc, self.mesh)
         return self._statistics(hidden, unembedding, tokens, extra)
 
     def project(self, params: Params, hidden: Float[Array, "*rows features"]) -> Float[Array, "*rows vocab"]:

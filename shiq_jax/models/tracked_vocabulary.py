@@ -15,8 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from shiq_jax.models.statistics import sharded_token_stats
 from shiq_jax.models.tracked import (
     GIVEN,
     HEAD,
@@ -31,6 +33,7 @@ from shiq_jax.models.tracked import (
     scaled,
 )
 from shiq_jax.objectives import TokenStats, token_stats
+from shiq_jax.sharding import partition_spec
 
 # Logits of all rows that are computed at once in the head's backward pass.
 BUDGET = 2**26
@@ -78,27 +81,34 @@ def statistics(
     unembedding: Float[Array, "features vocab"],
     tokens: Int[Array, "rows A"],
     acc: Accumulator,
+    mesh: Mesh | None = None,
 ) -> TokenStats:
-    """`objectives.token_stats` of tokens that hidden states predict, tracked."""
-    return _statistics(acc.rule, hidden, unembedding, tokens, acc.squares, acc.link)
+    """`objectives.token_stats` of tokens that hidden states predict, tracked; rows and words stay where they are."""
+    return _statistics(acc.rule, mesh, hidden, unembedding, tokens, acc.squares, acc.link)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics(rule, hidden, unembedding, tokens, squares, link):
-    return token_stats(hidden, checkpoint_name(unembedding, HEAD), tokens)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _statistics(rule, mesh, hidden, unembedding, tokens, squares, link):
+    return _untracked(mesh, hidden, checkpoint_name(unembedding, HEAD), tokens)
 
 
-def _statistics_forward(rule, hidden, unembedding, tokens, squares, link):
+def _untracked(mesh, hidden, unembedding, tokens):
+    if mesh is None:
+        return token_stats(hidden, unembedding, tokens)
+    return sharded_token_stats(hidden, unembedding, tokens, mesh=mesh)
+
+
+def _statistics_forward(rule, mesh, hidden, unembedding, tokens, squares, link):
     learns = () if unembedding.perturbed else None
     hidden, unembedding, tokens, squares, link = jax.tree.map(
         lambda leaf: leaf.value, (hidden, unembedding, tokens, squares, link), is_leaf=lambda x: hasattr(x, "perturbed")
     )
-    stats = token_stats(hidden, unembedding, tokens)
+    stats = _untracked(mesh, hidden, unembedding, tokens)
     looked_up = None if link is None else link.tokens
     return stats, (hidden, unembedding, tokens, squares, looked_up, stats.lse, learns)
 
 
-def _statistics_backward(rule, kept, cotangents):
+def _statistics_backward(rule, mesh, kept, cotangents):
     hidden, unembedding, tokens, squares, looked_up, lse, learns = kept
     own, total = instantiated(cotangents.logp), instantiated(cotangents.lse)
     # Rows that are not finite are taken out of all sums, and their norm says so.
@@ -106,8 +116,8 @@ def _statistics_backward(rule, kept, cotangents):
     hidden, own, total, lse = (only(fine, each) for each in (hidden, own, total, lse))
     head = _Head(hidden, unembedding.astype(hidden.dtype), tokens, lse, own, total - own)
     if learns is None:
-        return head.gradients(squares=False, weights=False)[0], None, None, None, None
-    to_hidden, square, to_weights = head.gradients(weights=rule is None)
+        return _gradients(mesh, head, squares=False, weights=False)[0], None, None, None, None
+    to_hidden, square, to_weights = _gradients(mesh, head, weights=rule is None)
     square = jnp.where(fine, square, jnp.nan)
     if rule is not None:
         uses = 1 if looked_up is None else 2
@@ -116,7 +126,7 @@ def _statistics_backward(rule, kept, cotangents):
         @jax.checkpoint
         def sum_of_scaled(head, square, given):
             own, shared = (scaled(each, rule, square, given, uses) for each in (head.own, head.shared))
-            return head._replace(own=own, shared=shared).gradients(squares=False)[2]
+            return _gradients(mesh, head._replace(own=own, shared=shared), squares=False)[2]
 
         to_weights = sum_of_scaled(head, square, squares)
     # Where operations clip by themselves they clip either use of a tied table, which needs no cross term.
@@ -141,10 +151,11 @@ class _Head(NamedTuple):
     own: Float[Array, "rows A"]
     shared: Float[Array, "rows A"]
 
-    def gradients(self, squares: bool = True, weights: bool = True):
+    def gradients(self, squares: bool = True, weights: bool = True, first: int | Int[Array, ""] = 0):
         """Of the hidden states; their rows' squared norms of the matrix's gradient; that gradient, summed over rows.
 
-        Logits of a part of the vocabulary are there at a time. What is not asked for is None.
+        Logits of a part of the vocabulary are there at a time. What is not asked for is None. first: the word that the
+        first column stands for.
         """
         words, rows = self.unembedding.shape[1], self.tokens.size
         parts = -(-words * rows // BUDGET)
@@ -156,7 +167,7 @@ class _Head(NamedTuple):
             start = jnp.minimum(part * size, words - size)
             columns = jax.lax.dynamic_slice_in_dim(self.unembedding, start, size, axis=1)
             ids = start + jnp.arange(size)
-            slopes = jnp.where(ids >= part * size, self._slopes(columns, ids), 0).astype(self.hidden.dtype)
+            slopes = jnp.where(ids >= part * size, self._slopes(columns, first + ids), 0).astype(self.hidden.dtype)
             to_hidden, square, to_weights = sums
             to_hidden = to_hidden + accumulated("bav,dv->bad", slopes, columns)
             if squares:
@@ -190,3 +201,38 @@ class _Head(NamedTuple):
     def _from_logits(self, logits, ids):
         spread = jnp.exp(logits - self.lse[..., None]) * self.shared[..., None]
         return spread + jnp.where(self.tokens[..., None] == ids, self.own[..., None], 0)
+
+
+def _gradients(mesh: Mesh | None, head: _Head, squares: bool = True, weights: bool = True):
+    """`head.gradients` where rows and words are: the matrix is whole over its features only, and for as long."""
+    if mesh is None or mesh.size == 1:
+        return head.gradients(squares, weights)
+    rows = partition_spec(mesh, ("rows", None), head.tokens.shape)
+    matrix = partition_spec(mesh, ("embed", "vocab"), head.unembedding.shape)
+    features, words, over_rows = (
+        () if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in (*matrix, rows[0])
+    )
+    if set(features) - set(over_rows):
+        # Rows that not all of these devices have a share of: the compiler knows what to do.
+        return head.gradients(squares, weights)
+
+    def local(head: _Head):
+        whole, first = head.unembedding, 0
+        if features:
+            whole = jax.lax.all_gather(whole, features, axis=0, tiled=True)
+        if words:
+            first = jax.lax.axis_index(words) * whole.shape[1]
+        found = head._replace(unembedding=whole).gradients(squares, weights, first)
+        to_hidden, square = jax.lax.psum(found[:2], words) if words else found[:2]
+        out = [to_hidden, *([square] if squares else [])]
+        if weights:
+            rest = tuple(axis for axis in over_rows if axis not in features)
+            total = jax.lax.psum(found[2], rest) if rest else found[2]
+            # The sum over the devices that the features are cut over is cut again at once.
+            out.append(jax.lax.psum_scatter(total, features, scatter_dimension=0, tiled=True) if features else total)
+        return tuple(out)
+
+    specs = (rows, *([PartitionSpec(*rows[:1])] if squares else []), *([matrix] if weights else []))
+    given = _Head(rows, matrix, rows, rows, rows, rows)
+    found = list(jax.shard_map(local, mesh=mesh, in_specs=(given,), out_specs=specs, check_vma=False)(head))
+    return found.pop(0), found.pop(0) if squares else None, found.pop(0) if weights else None

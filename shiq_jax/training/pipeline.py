@@ -100,8 +100,10 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
     export(run, model, state.params(), directory.export)
     summary = summarise(run, answers, probe, time.monotonic() - began)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")
-    if run.log.rows(public_phase.MEASURED):
-        report.draw_improvement(run.log, directory.improvement)
+    if measured := run.log.rows(public_phase.MEASURED):
+        first = len(run.log.rows(public_phase.STAGE))
+        title = f"from public data, in Adam's metric; updates after {first} are private"
+        report.draw_improvement({"": measured}, directory.improvement, title)
     write_json(directory.summary, summary)
     report.print_table(f"{job.command}: {directory.path}", report.summary_rows(summary))
     return summary

@@ -88,33 +88,46 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def draw_improvement(log: MetricsLog, path: Path) -> None:
-    """What public data said of private updates on the way, at every evaluation, as a PNG."""
+# What `privacy.loss_improvement` says, as panels: title, and names with their labels.
+_IMPROVEMENT = {
+    "squared gradient": {"gradient": ""},
+    "curvature that a step meets": {"curvature": "along the gradient", "decelerator": "decelerator"},
+    "trace of the Hessian": {"trace": ""},
+    "improvement by a step": {"plain": "without noise", "private": "with noise"},
+    "slow-down by noise": {"slowdown": ""},
+    "units of a batch": {"best_batch": "best", "critical_batch": "critical"},
+}
+
+
+def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: str) -> None:
+    """What public data said of private updates on the way, as a PNG.
+
+    Args:
+        runs: by label the rows of a run, with `step` and the fields of `privacy.Landscape` and `privacy.Improvement`.
+        path: of the picture.
+        title: over it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, public = log.rows("improvement"), log.rows("public")
-    steps = [row["step"] for row in rows]
-    panels = [
-        ("what a step meets", {"curvature": "curvature along the gradient", "decelerator": "decelerator"}),
-        ("what a step gains", {"plain": "without noise", "private": "with noise"}),
-        ("how much slower for the noise", {"slowdown": "slow-down"}),
-        ("units of a batch", {"best_batch": "best batch", "critical_batch": "critical batch"}),
-    ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
-    for axis, (title, names) in zip(axes, panels, strict=True):
-        for name, label in names.items():
-            # What is 0 has no place on a logarithmic scale.
-            axis.plot(steps, [row[name] if row[name] > 0 else math.nan for row in rows], "o-", label=label)
-        axis.set(title=title, xlabel="update", yscale="log")
-        if public:
-            axis.axvline(public[-1]["step"], color="0.6", linestyle=":", linewidth=1)
-        axis.legend(frameon=False, fontsize=8)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, (panel, names) in zip(axes.flat, _IMPROVEMENT.items(), strict=True):
+        for number, (run, rows) in enumerate(runs.items()):
+            for name, style in zip(names, ("o-", "s:")):
+                # What is not above 0 has no place on a logarithmic scale.
+                shown = [row[name] if row[name] > 0 else math.nan for row in rows]
+                label = ", ".join(word for word in (names[name], run) if word)
+                axis.plot(
+                    [row["step"] for row in rows], shown, style, color=f"C{number}", label=label, markersize=3, linewidth=1
+                )
+        axis.set(title=panel, xlabel="update", yscale="log")
+        if axis.get_legend_handles_labels()[1] != [""]:
+            axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("from public data, in Adam's metric" + ("; dotted: the last public update" if public else ""))
+    figure.suptitle(title)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 

@@ -9,6 +9,7 @@ from experiments import dp_pretraining, source_code
 from experiments import dp_pretraining_page as page
 from experiments.dp_pretraining import ARMS, RESETS, Options, Scale
 from shiq_jax.errors import Refusal
+from shiq_jax.privacy import Improvement, Landscape
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,18 @@ def test_more_than_there_is_is_refused():
 
 def numbers():
     """Losses of every arm, chosen so that all sentences are known."""
-    last = {"fully public": 2.0, "only public": 3.5}
+    last = {"fully public": 2.0, "only public": 3.5, "clipped, no noise": 2.5}
     for epsilon, worst in ((2, 5.0), (8, 4.0)):
         at = f"epsilon {epsilon}"
         last |= {f"fully private, {at}": worst, f"mixed 1%, {at}": worst - 0.5, f"mixed 10%, {at}": worst - 1.0}
     last |= {name: 3.2 for name in RESETS}
     look = dict.fromkeys(
-        ("gradient", "curvature", "trace", "sampling", "decelerator", "slowdown", "best_batch"), 1.5
+        (*Landscape._fields, *Improvement._fields), 1.5
     )  # fmt: skip
 
     def run(loss, arm):
         return {
-            "losses": [[0, 5.5], [200, loss]], "switch": 20, "monitored": [[0, look], [100, look]] * arm.monitored,
+            "losses": [[0, 5.5], [20, 5.2], [40, 5.1], [60, loss + 1], [200, loss]], "switch": 20, "monitored": [[0, look], [100, look]] * arm.monitored,
             "noise_multiplier": 0.8 if arm.private else None, "epsilon": arm.epsilon, "seconds": 1.0,
         }  # fmt: skip
 
@@ -64,8 +65,14 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     # 4.0 against 3.5 at epsilon 2, 3.0 against 3.5 at epsilon 8.
     assert "gain something in 0 of 2 seeds at epsilon 2" in said and "in 2 of 2 seeds at epsilon 8" in said
     assert "(3.050) is best among the resets" in said
+    assert "comes to 2.550: of the 2.000 nats between public and private training at epsilon 8 clipping takes 25%" in said
+    assert "by a factor of 1.50 at most" in said
     found["arms"]["mixed 10%, epsilon 8, reset none"]["0"]["losses"][-1][1] = 0.1
     assert "is not best among the resets" in " ".join(page.verdicts(found))
+    assert page.reasons(found) == ""
+    for run in found["arms"]["mixed 10%, epsilon 8"].values():
+        run["losses"][-1][1] = 4.5
+    assert "at step 60 and epsilon 8 the loss is 5.050 without them and 4.050 with 10%" in page.reasons(found)
     page.write(found, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert page.table(found) in text and "0.8 long" in text and (tmp_path / "page.png").stat().st_size > 10_000

@@ -16,6 +16,7 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {},
     "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "many words": {"vocab_size": 128, "tie_word_embeddings": True},
     "query and key norms": {"qk_norm": True, "head_dim": 6},
 }
 UNITS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
@@ -75,7 +76,7 @@ def decoder():
 
     @functools.cache
     def make(variant: str = "tied", **options):
-        model = Model.from_config(DecoderConfig(**SIZES, **VARIANTS[variant]), **options)
+        model = Model.from_config(DecoderConfig(**(SIZES | VARIANTS[variant])), **options)
         rng = np.random.default_rng(1)
 
         def draw(path, leaf):
