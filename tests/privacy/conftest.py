@@ -16,7 +16,7 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {},
     "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "many words": {"vocab_size": 128, "tie_word_embeddings": True},
+    "many words": {"vocab_size": 152, "tie_word_embeddings": True},
     "query and key norms": {"qk_norm": True, "head_dim": 6},
 }
 UNITS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}

@@ -55,6 +55,6 @@ def test_groups_change_nothing_either(program, relative):
 
 @pytest.mark.parametrize("method", ["ghost", "bk"])
 def test_no_device_has_the_whole_head(method, program):
-    """Features are gathered, words are not: of 16 x 128 numbers a device has 16 x 32 at most."""
-    assert "[16,32]" in program("many words", method, "fsdp=2,tensor=4")[0].as_text()
-    assert "[16,128]" not in program("many words", method, "fsdp=2,tensor=4")[0].as_text()
+    """Features are gathered, words are not: of 16 x 152 numbers a device has 16 x 38 at most."""
+    assert "[16,38]" in program("many words", method, "fsdp=2,tensor=4")[0].as_text()
+    assert "[16,152]" not in program("many words", method, "fsdp=2,tensor=4")[0].as_text()
