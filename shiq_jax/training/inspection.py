@@ -48,10 +48,14 @@ def _facts(run: RunDirectory) -> Iterator[str]:
     if is_buffer(run.buffer):
         buffer = Buffer.open(run.buffer)
         yield f"  buffer      {len(buffer):,} sequences, mean return {_number(_mean_return(buffer))}"
-    updates = MetricsLog(run.metrics).rows("update")
+    log = MetricsLog(run.metrics)
+    updates = log.rows("update") or log.rows("public")
     if updates:
-        row, speed = updates[-1], tokens_per_second(updates)
-        yield f"  update      {row['step']:,}: loss {_number(row['loss'])}, {_number(speed)} tokens/s"
+        row = updates[-1]
+        # A private update says nothing of its loss, but now and then what has been spent.
+        said = [f"{name} {_number(row[name])}" for name in ("loss", "epsilon") if name in row]
+        said.append(f"{_number(tokens_per_second(updates))} tokens/s")
+        yield f"  update      {row['step']:,}: {', '.join(said)}"
     saved = sorted(int(step.name) for step in run.checkpoints.glob("[0-9]*") if step.name.isdigit())
     if saved:
         yield "  checkpoints " + ", ".join(map(str, saved))
@@ -64,6 +68,7 @@ def _stage(run: RunDirectory) -> str:
         (run.summary.exists(), "complete"),
         (run.export.exists(), "exported; the summary is missing"),
         (log.rows("update"), "passes over the buffer"),
+        (log.rows("public"), "updates on public data"),
         (log.rows("evaluation"), "evaluated before the passes"),
         (is_buffer(run.buffer), "filling and annotating the buffer"),
         (run.reference.exists(), "the reference is ready"),

@@ -123,7 +123,7 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
                     [row["step"] for row in rows], shown, style, color=f"C{number}", label=label, markersize=3, linewidth=1
                 )
         axis.set(title=panel, xlabel="update", yscale="log")
-        if axis.get_legend_handles_labels()[1] != [""]:
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ from shiq_jax.privacy import adam_memory
 from shiq_jax.privacy.phases import MIXING
 from shiq_jax.training import passes, private_run
 from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.inspection import inspect
 from shiq_jax.training.public_options import Public
 
 OPTIONS = [
@@ -90,6 +91,16 @@ def test_the_pages_name_what_it_leaves(finished):
     unnamed = [path.name for path in finished.iterdir() if f"`{path.name}" not in general]
     # The secret of a test is made of its seed.
     assert sorted([*unnamed, "secret.key"]) == sorted(named)
+
+
+def test_it_can_be_looked_at(finished, tmp_path):
+    said = inspect(finished)
+    spent = rows_of(finished, "update")[-1]["epsilon"]
+    assert "stage       complete" in said and f"update      8: epsilon {spent:.4g}" in said
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(finished, "public")))
+    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    said = inspect(tmp_path)
+    assert "stage       updates on public data" in said and "update      2: loss" in said
 
 
 @pytest.mark.slow
