@@ -149,8 +149,10 @@ def _ghost(losses, params, batch, clip, mask):
 def _booked(losses, params, batch, clip, mask):
     """The gradients are linear in the factors, and all that does not depend on these is computed once and kept."""
 
+    def of(params, factors):
+        return losses(params, batch, Accumulator(factors, rule=GIVEN))
+
     def gradients(factors):
-        of = lambda params, squares: losses(params, batch, Accumulator(squares, rule=GIVEN))
         values, pull = jax.vjp(of, params, factors)
         grads, squares = pull(jnp.ones_like(values))
         return grads, (squares, values)

@@ -56,10 +56,10 @@ class PublicData:
         share = self.options.share
         # Public updates at most; those that are mixed into private ones come before none.
         self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
+        # Those that it was in the end, as soon as that is known.
+        self.taken = self.steps
         self._looked = _cut(buffer, objective.unit, statistics)
         self._look: Callable | None = None
-
-        self.taken = self.steps
 
     @property
     def first(self) -> bool:
