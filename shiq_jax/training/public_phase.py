@@ -74,8 +74,10 @@ class PublicData:
         losses = np.array([row["loss"] for row in log.rows(STAGE)][:done])
         if options.stall is not None and stalled(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
             return True
-        # What is measured after this update is not known yet, except to a run that goes on from here.
-        slowdowns = [row["slowdown"] for row in log.rows(MEASURED) if row["step"] < done]
+        # What is measured after this update is not known yet, except to a run that goes on from here; and where the
+        # trace comes out below 0 nothing is known of noise.
+        rows = [row for row in log.rows(MEASURED) if row["step"] < done and row["trace"] > 0]
+        slowdowns = [row["slowdown"] for row in rows]
         return options.slowdown is not None and affordable(slowdowns, options.slowdown)
 
     def changed_over(self, state: State) -> State:
