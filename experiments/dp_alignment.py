@@ -5,7 +5,7 @@ Function Calling Leaderboard. A right and a wrong answer to each question are pr
 what is protected. From these DPO and ShiQ tune LoRA adapters without privacy, with clipping alone, and at several
 epsilons, and each policy is measured on held-out questions. Learning rates are chosen on other, public questions.
 
-    python -m experiments.dp_alignment                everything; no arm has been timed yet
+    python -m experiments.dp_alignment                everything, an hour and a half on two cores
     python -m experiments.dp_alignment --quick        minutes: tries the script, says nothing
 
 Every arm is a run of train.py, so whatever was stopped goes on; what an arm measured is kept in
