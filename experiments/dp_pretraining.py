@@ -78,7 +78,8 @@ class Arm:
     """One way to train.
 
     share: of the steps that are public, or of all data where nothing is private. epsilon: of the private steps, None
-    for none, infinite for clipping without noise. everything: learn from private data as if they were public. reset: what the change-over forgets.
+    for none, infinite for clipping without noise. everything: learn from private data as if they were public. reset:
+    what the change-over forgets.
     """
 
     share: float

@@ -28,11 +28,8 @@ from shiq_jax.models.contraction import contract, to_input, to_kernel
 OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lookup", "owned by a tracked head"
 # Floats of the gradients of single rows, of one parameter, that may be held at once where a norm needs them whole.
 BUDGET = 2**26
-
-
-def GIVEN(norms):
-    """The rule by which rows are scaled with the accumulator's own value, whatever their norms."""
-    raise NotImplementedError("the factors of this rule are not made of norms")
+# The rule by which rows are scaled with the accumulator's own value, whatever their norms.
+GIVEN = "given"
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +46,7 @@ class Accumulator:
 
     squares: Float[Array, " rows"]
     link: Link | None = None
-    rule: Callable[[Array], Array] | None = dataclasses.field(default=None, metadata={"static": True})
+    rule: Callable[[Array], Array] | str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Link(NamedTuple):
@@ -128,7 +125,7 @@ def only(rows: Bool[Array, " rows"], x: Array) -> Array:
 
 
 def scaled(
-    s: Array, rule: Callable | None, square: Float[Array, " rows"], given: Float[Array, " rows"], uses: int = 1
+    s: Array, rule: Callable | str | None, square: Float[Array, " rows"], given: Float[Array, " rows"], uses: int = 1
 ) -> Array:
     """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
     if rule is None:

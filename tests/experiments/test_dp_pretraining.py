@@ -1,6 +1,7 @@
 """Public, then private pre-training: where its text comes from, what is kept, and what its page makes of numbers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,13 +39,12 @@ def numbers():
         at = f"epsilon {epsilon}"
         last |= {f"fully private, {at}": worst, f"mixed 1%, {at}": worst - 0.5, f"mixed 10%, {at}": worst - 1.0}
     last |= {name: 3.2 for name in RESETS}
-    look = dict.fromkeys(
-        (*Landscape._fields, *Improvement._fields), 1.5
-    )  # fmt: skip
+    look = dict.fromkeys((*Landscape._fields, *Improvement._fields), 1.5)
 
     def run(loss, arm):
         return {
-            "losses": [[0, 5.5], [20, 5.2], [40, 5.1], [60, loss + 1], [200, loss]], "switch": 20, "monitored": [[0, look], [100, look]] * arm.monitored,
+            "losses": [[0, 5.5], [20, 5.2], [40, 5.1], [60, loss + 1], [200, loss]], "switch": 20,
+            "monitored": [[0, look], [100, look]] * arm.monitored,
             "noise_multiplier": 0.8 if arm.private else None, "epsilon": arm.epsilon, "seconds": 1.0,
         }  # fmt: skip
 
@@ -116,3 +116,10 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(set(runs) == {"0", "1", "2"} for runs in found["arms"].values())
     assert page.table(found) in (tmp_path / "found.md").read_text()
+
+
+def test_the_kept_page_is_that_of_its_numbers():
+    results = Path(__file__).parents[2] / "docs" / "results"
+    found = json.loads((results / "dp_pretraining.json").read_text())
+    assert page.text(found) == (results / "dp_pretraining.md").read_text()
+    assert all(set(runs) == {"0", "1", "2"} for runs in found["arms"].values()) and set(found["arms"]) == set(ARMS | RESETS)
