@@ -24,7 +24,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Groupwise, Mechanism, count_groups
 from shiq_jax.replay import Batch, full_rows
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State, init_state
 from shiq_jax.training.update import make_update
 
@@ -116,7 +116,7 @@ class Steps:
         noise = noise_addition.gaussian_privatizer(stddev=mechanism.noise_stddev, prng_key=jax.random.key(ROOT))
 
         def step(state: State, batch: Batch) -> State:
-            losses = unit_losses(self.model, OBJECTIVE, state.frozen, state.targets)
+            losses = UnitLosses(self.model, OBJECTIVE, state.frozen, state.targets)
             clipped = clipped_grad(
                 lambda trainable, unit: losses(trainable, unit, None)[0], l2_clip_norm=1.0, microbatch_size=at_once
             )

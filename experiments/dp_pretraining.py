@@ -43,7 +43,7 @@ from shiq_jax.privacy.secret import Secret
 from shiq_jax.progress import track
 from shiq_jax.replay import full_rows
 from shiq_jax.training import report
-from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State, init_state
 from shiq_jax.training.update import make_update
 
@@ -155,7 +155,7 @@ class Experiment:
         self.text = source_code.load(self.pool, scale.private, scale.held_out)
         self.model = Model.from_config(CONFIG)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract_params()))
-        self.losses = unit_losses(self.model, OBJECTIVE, {}, {})
+        self.losses = UnitLosses(self.model, OBJECTIVE, {}, {})
         self._measure = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
         self._looked = jax.jit(self._look, static_argnames=("batch", "noise"))
 

@@ -4,11 +4,20 @@ The trick is a detour of the parameters through the carry of the scan over layer
 cotangent of a carry is itself a carry, which begins as the sums and to which each layer adds its own part in place.
 """
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int
 
+LAYERS = "layers"  # of the parameters, those that the scan goes over
 # A flat dict of parameters, or of sums of their gradients, by path.
 Leaves = dict[tuple[str, ...], jax.Array]
+
+
+def continuing(params: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Parameters whose gradients are added to `before`, and what of that `Model.hidden` is to be given as `sums`."""
+    rest = {name: jax.tree.map(begin, part, before[name]) for name, part in params.items() if name != LAYERS}
+    return {**params, **rest}, before.get(LAYERS)
 
 
 @jax.custom_vjp

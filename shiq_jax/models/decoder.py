@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
         carry = (x, {path: weights[path] for path in sums})
         scanned = (jnp.arange(self.config.num_layers), jax.lax.stop_gradient(weights))
         (x, passing), _ = jax.lax.scan(body, carry, scanned)
-        return self.norm(accumulation.end(x, passing, sums)), after
+        return self.norm(accumulation.end(x, passing, sums), acc), after
 
     def extend(
         self,

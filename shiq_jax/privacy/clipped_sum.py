@@ -26,6 +26,7 @@ def clipped_sum(
     *,
     clip: ClipRule | Groupwise,
     mask: Bool[Array, " units"] | None = None,
+    onto: Any = None,
     method: str = "auto",
     microbatch: int = 1,
     lanes: int = 1,
@@ -43,6 +44,9 @@ def clipped_sum(
         batch: pytree of arrays with a leading axis of units.
         clip: the rule; `Groupwise` goes with the methods "group" and "auto" only.
         mask: which units count; all by default. What a unit that does not count holds changes nothing.
+        onto: what the sum is added to, of its structure and dtypes; by default nothing is. With "ghost" and "group" no
+            second array as large is held where the losses can go on from a sum: `losses.adding_to(onto)` are then the
+            same losses with a gradient that is `onto` and what it would have been, see `models.accumulation`.
         method: "vmap": the gradients of all units at once; the reference, for any losses. "scan": `microbatch` units at
             a time, for any losses. "ghost": norms in one backward pass, the sum in a second one, no gradient of a
             single unit. "bk": book-keeping, one backward pass for the norms, which keeps what every operation saw, and
@@ -54,7 +58,7 @@ def clipped_sum(
         lanes: equal parts of the units that go side by side, as many as there are devices along their axis.
 
     Returns:
-        The sum; the units' norms and losses, which are private and nobody's to look at.
+        The sum, `onto` included; the units' norms and losses, which are private and nobody's to look at.
 
     Raises:
         ValueError: while tracing, for an unknown method, a rule that it does not implement, or parameters that
@@ -70,11 +74,15 @@ def clipped_sum(
                 f"method {method!r} would miscount {missed[0]}: hand the accumulator to every operation that owns a "
                 "parameter, each of which is used once, or take the method scan"
             )
-        return _BY_OPERATIONS[method](losses, params, batch, clip, mask)
+        in_place = onto is not None and method != "bk" and hasattr(losses, "adding_to") and _all_precise(params)
+        losses = losses.adding_to(onto) if in_place else losses
+        total, *said = _BY_OPERATIONS[method](losses, params, batch, clip, mask)
+        return total if in_place else _added(onto, total), *said
     if units % lanes or (units // lanes) % microbatch:
         raise ValueError(f"microbatch is {microbatch}, which does not divide {units} units in {lanes} lanes")
     size = units // lanes if method == "vmap" else microbatch
-    return _instantiated(losses, params, batch, clip, mask, size, lanes)
+    total, *said = _instantiated(losses, params, batch, clip, mask, size, lanes)
+    return _added(onto, total), *said
 
 
 def per_example(loss: Callable[[Any, Any], Float[Array, ""]]) -> Losses:
@@ -176,6 +184,14 @@ def _group(losses, params, batch, clip, mask):
 
 
 _BY_OPERATIONS = {"ghost": _ghost, "bk": _booked, "group": _group}
+
+
+def _added(onto, total):
+    return total if onto is None else jax.tree.map(jnp.add, onto, total)
+
+
+def _all_precise(params):
+    return all(leaf.dtype == _precise(leaf) for leaf in jax.tree.leaves(params))
 
 
 def _factors(clip, norms, real):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,28 +10,42 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from shiq_jax.models.accumulation import continuing
+from shiq_jax.models.tracked import Accumulator
 from shiq_jax.objectives import LossOut, Objective
 from shiq_jax.privacy import Mechanism, clipped_sum, privatise
-from shiq_jax.privacy.clipped_sum import Losses
 from shiq_jax.replay import Batch
 from shiq_jax.training.examples import examples_of
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.state import Params, State, merge
 
 
-def unit_losses(model, objective: Objective, frozen: Params, targets: Params) -> Losses:
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitLosses:
     """The losses of a batch of which each row holds one unit, as `clipped_sum` takes them.
 
     A unit's loss is its value over its weight, which no other unit has a part in.
     """
 
-    def losses(trainable: Params, batch: Batch, acc=None) -> Float[Array, " rows"]:
-        examples = examples_of(model, objective, merge(trainable, frozen), targets, batch, acc=acc)
-        out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
+    model: Any
+    objective: Objective
+    frozen: Params
+    targets: Params
+    before: Params | None = None
+
+    def __call__(self, trainable: Params, batch: Batch, acc: Accumulator | None = None) -> Float[Array, " rows"]:
+        layers = None
+        if self.before is not None:
+            trainable, layers = continuing(trainable, self.before)
+        params = merge(trainable, self.frozen)
+        examples = examples_of(self.model, self.objective, params, self.targets, batch, acc=acc, sums=layers)
+        out: LossOut = jax.vmap(jax.vmap(self.objective.loss))(examples)
         value, weight = (jnp.sum(jnp.where(batch.real, each, 0), axis=1) for each in (out.value, out.weight))
         return value / jnp.maximum(weight, 1)
 
-    return losses
+    def adding_to(self, before: Params) -> UnitLosses:
+        """The same losses; their gradient is added to `before` and becomes the sum."""
+        return dataclasses.replace(self, before=before)
 
 
 def check_private(objective: Objective, name: str = "this objective") -> None:
@@ -55,20 +70,20 @@ def private_gradient(
         raise ValueError(
             f"rows have {slots} slots, but a row of a private batch holds one {mechanism.unit}: pack each into its own"
         )
-    losses, lanes = unit_losses(model, objective, state.frozen, state.targets), data_devices(model.mesh)
+    losses, lanes = UnitLosses(model, objective, state.frozen, state.targets), data_devices(model.mesh)
 
     def add(total, piece):
         real = jnp.any(piece.real, axis=1)
-        more, norms, values = clipped_sum(
-            losses, state.trainable, piece, clip=mechanism.clip, mask=real, method=method, lanes=lanes
+        total, norms, values = clipped_sum(
+            losses, state.trainable, piece, clip=mechanism.clip, mask=real, onto=total, method=method, lanes=lanes
         )
         secret = {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
-        return jax.tree.map(jnp.add, total, more), secret
+        return total, secret
 
-    zeros = optax.tree.cast(optax.tree.zeros_like(state.trainable), jnp.float32)
     if slices.real.shape[0] == 1:
-        total, secret = add(zeros, jax.tree.map(lambda leaf: leaf[0], slices))
+        total, secret = add(None, jax.tree.map(lambda leaf: leaf[0], slices))
     else:
+        zeros = optax.tree.cast(optax.tree.zeros_like(state.trainable), jnp.float32)
         total, secret = jax.lax.scan(add, zeros, slices)
     released = privatise(total, mechanism, root, state.step)
     return released, {name: leaf.reshape(-1) for name, leaf in secret.items()}

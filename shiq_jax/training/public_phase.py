@@ -27,7 +27,7 @@ from shiq_jax.replay import Buffer, pack, plan
 from shiq_jax.training.batches import Ahead, Batches, Step
 from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.private_batches import units_of
-from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.run import Run, Use
 from shiq_jax.training.state import State
 
@@ -106,7 +106,7 @@ class PublicData:
         log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
 
     def _measured(self, model, state: State, batches, key) -> dict[str, Any]:
-        losses, mechanism = unit_losses(model, self._objective, state.frozen, state.targets), self._mechanism
+        losses, mechanism = UnitLosses(model, self._objective, state.frozen, state.targets), self._mechanism
         memory = adam_memory(state.opt_state)
         scale = adam_preconditioner(memory, self._run.job.optimizer.b2)
         # Before the first update nothing is known of the squares.

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from shiq_jax.models.accumulation import begin
+from shiq_jax.models.accumulation import continuing
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.replay import Batch
@@ -18,8 +18,6 @@ from shiq_jax.sharding import constrain
 from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.private_gradient import check_private, private_gradient
 from shiq_jax.training.state import Params, State, follow, merge
-
-LAYERS = "layers"  # the parameters whose gradients the model adds up itself
 
 
 def make_update(
@@ -114,7 +112,7 @@ def _accumulated_mean(model, objective: Objective, state: State, pieces):
     """The same over microbatches, one after the other; there is one array of gradients, to which each adds its own."""
 
     def sums(trainable, piece, before):
-        params, layers = _continuing(trainable, before)
+        params, layers = continuing(trainable, before)
         found = objective_sums(model, objective, merge(params, state.frozen), *piece, state.targets, layers)
         return found.value, found
 
@@ -131,12 +129,6 @@ def _accumulated_mean(model, objective: Objective, state: State, pieces):
         lambda total: total / _count(weight).astype(total.dtype), (value, metrics, grads)
     )
     return loss, weight, metrics, grads
-
-
-def _continuing(trainable: Params, before: Params) -> tuple[Params, Params | None]:
-    """Parameters whose gradients are added to `before`, and what of it is left to the model to add to."""
-    rest = {name: jax.tree.map(begin, part, before[name]) for name, part in trainable.items() if name != LAYERS}
-    return dict(trainable) | rest, before.get(LAYERS)
 
 
 def _coupled(model, objective: Objective, state: State, slices: Batch):

@@ -9,7 +9,7 @@ import pytest
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, Record, bundles, pack, plan
-from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.private_gradient import UnitLosses
 
 SIZES = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
 VARIANTS = {
@@ -93,7 +93,7 @@ def losses_of():
     """The unit losses of a model, in the kind of unit that an objective has."""
 
     def make(model, unit: str, frozen=()):
-        return unit_losses(model, OBJECTIVES[UNITS[unit]].configure(beta=0.5), dict(frozen), {})
+        return UnitLosses(model, OBJECTIVES[UNITS[unit]].configure(beta=0.5), dict(frozen), {})
 
     return make
 

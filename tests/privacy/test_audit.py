@@ -18,7 +18,7 @@ from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
-from shiq_jax.training.private_gradient import unit_losses
+from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import init_state, split
 from shiq_jax.training.update import make_update
 
@@ -58,7 +58,7 @@ def setting():
         return jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 1 else leaf, init_params(model, jax.random.key(0)))
 
     learns, rests = split(params(), lambda path: path[0] == "embed")
-    losses = unit_losses(model, OBJECTIVES["sft"], rests, {})
+    losses = UnitLosses(model, OBJECTIVES["sft"], rests, {})
     # Canaries have nothing in common, so the gradient of the sum of their losses holds them all, one to a line.
     lines = jax.jit(jax.grad(lambda learns: jnp.sum(losses(learns, batch, None))))(learns)["embed"]["table"]
     lines = np.asarray(lines)

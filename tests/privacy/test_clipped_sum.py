@@ -217,6 +217,29 @@ def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, re
     assert relative(total, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
+@pytest.mark.parametrize(("variant", "trained"), [("biases", None), ("untied", None), ("tied", ("layers", "norm"))])
+def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of, losses_of, relative):
+    """In place or not, norms know nothing of it; a unit that is no number and one that does not count add nothing."""
+    model, params = decoder(variant)
+    trained = set(trained or params)
+    frozen = jax.tree.map(jnp.asarray, {name: part for name, part in params.items() if name not in trained})
+    params = {name: part for name, part in params.items() if name in trained}
+    losses, batch = losses_of(model, "trajectory", frozen), batch_of("trajectory")
+    rewards = np.array(batch.example.rewards)
+    rewards[3] = np.inf
+    batch = batch._replace(example=batch.example._replace(rewards=rewards))
+    clip = Groupwise(Abadi(0.1), count_groups(params)) if method == "group" else Abadi(0.1)
+    rng, mask = np.random.default_rng(4), np.arange(len(rewards)) != 1
+    before = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), params)
+    own, *said = run(losses, params, batch, mask, clip=clip, method=method)
+    found, *again = jax.jit(
+        lambda before: clipped_sum(losses, params, batch, clip=clip, mask=mask, onto=before, method=method)
+    )(before)
+    assert relative(found, jax.tree.map(np.add, before, own)) < TOLERANCE
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=TOLERANCE), again, said)
+
+
 def test_book_keeping_goes_back_once(decoder, batch_of, losses_of):
     """What it computes less than two backward passes do: the way back through the layers, and through the head."""
     jax.config.update("jax_disable_most_optimizations", False)
