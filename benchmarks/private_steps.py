@@ -34,7 +34,7 @@ OBJECTIVE = OBJECTIVES["sft"]
 SHAPES = {
     "smollm2-135m": None,
     "llama-1.5b": DecoderConfig(
-        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_layers=20, num_heads=32, num_kv_heads=8,
         max_positions=8192, tie_word_embeddings=True,
     ),
     "tiny": DecoderConfig(

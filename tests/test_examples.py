@@ -1,5 +1,6 @@
 """The examples of docs/examples run as they are, and what they train gets better."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -14,3 +15,11 @@ def test_an_example_learns(name):
     assert after > before + 0.05
     # What is learnt is far from what chance gives, and the examples of pairs are scored on pairs that were not seen.
     assert after > (-0.75 if name == "plain_jax" else 0.8)
+
+
+def test_the_documentation_shows_what_runs():
+    page = (EXAMPLES.parent / "privacy.md").read_text()
+    shown = re.search(r"examples/private_loop\.py.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    runs = iter([line.strip() for line in (EXAMPLES / "private_loop.py").read_text().splitlines()])
+    missing = [line for line in shown.splitlines() if line and line.strip() not in runs]
+    assert not missing

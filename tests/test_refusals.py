@@ -328,7 +328,7 @@ RESUMED = {
     "model gone": (without("model"), "no such directory"),
     "other weights": (another_model(seed=5), "model holds other weights than those that"),
     "a model of another size": (another_model(hidden_size=32), "model holds other weights than those that"),
-    "other data": (rows(*ROWS[:4]), "was begun with data_digest="),
+    "other data": (rows(*ROWS[:4]), "the files of --data are not those that"),
 }
 
 
@@ -362,7 +362,7 @@ def test_what_is_evaluated_on_stays_the_same(root, capsys):
         training_door.main(arguments)
     write_rows(root / "prompts.jsonl", [{"prompt": "say b"}])
     said = refused(training_door, root, [*arguments, "--resume"], capsys)
-    assert "was begun with evaluation_data_digest=" in said
+    assert "the files of --evaluation.data are not those that" in said
 
 
 def test_evaluating_a_damaged_run(halfway, capsys):

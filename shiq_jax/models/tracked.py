@@ -28,6 +28,11 @@ from shiq_jax.models.contraction import contract, to_input, to_kernel
 OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lookup", "owned by a tracked head"
 # Floats of the gradients of single rows, of one parameter, that may be held at once where a norm needs them whole.
 BUDGET = 2**26
+# A row's gradient is a sum of its places' parts, and never taken for shorter than this share of what their norms add up
+# to: where they cancel further, rounding is what its norm would be of, and the sum of clipped rows as well.
+CANCELLED = 2.0**-7
+# By how much a squared norm is rounded up, over what it is summed up from.
+ROUNDING = 2.0**-20
 # The rule by which rows are scaled with the accumulator's own value, whatever their norms.
 GIVEN = "given"
 
@@ -151,7 +156,8 @@ def product(contracted: int) -> Operation:
 
     def squared_norm(x, s):
         inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - contracted :]))
-        return product_square(inputs, s.reshape(*inputs.shape[:2], -1))
+        outputs = s.reshape(*inputs.shape[:2], -1)
+        return at_least(product_square(inputs, outputs), jnp.sum(norms(inputs) * norms(outputs), axis=1))
 
     return Operation(
         apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), contracted),
@@ -181,18 +187,32 @@ def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T out
     return jax.lax.scan(add, jnp.zeros(len(s), _precise(s)), x)[0]
 
 
+def at_least(square: Float[Array, " rows"], total: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """A squared norm, rounded up, of a sum of parts whose norms add up to `total`; safe where they cancel."""
+    return (1 + ROUNDING) * jnp.maximum(square, jnp.square(CANCELLED * total))
+
+
+def norms(x: Float[Array, "*lead features"]) -> Float[Array, "*lead"]:
+    """L2 over the last dimension, in float32 at least."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_precise(x))), axis=-1))
+
+
 def _summed(x, s, shape):
     return jnp.sum(s, axis=tuple(range(s.ndim - len(shape))), dtype=_precise(s))
 
 
 def _square_of_shift(x, s):
     """Of the sum over places; a bias has the input's dimensions from the third on."""
-    return jnp.sum(jnp.square(jnp.sum(s, axis=1, dtype=_precise(s))), axis=tuple(range(1, s.ndim - 1)))
+    return _square_of_sum(s.reshape(*s.shape[:2], -1))
 
 
 def _square_of_scale(x, s):
-    places = tuple(range(1, s.ndim - 1))
-    return jnp.sum(jnp.square(jnp.sum(x * s, axis=places, dtype=_precise(s))), axis=-1)
+    return _square_of_sum((x * s).reshape(len(s), -1, s.shape[-1]))
+
+
+def _square_of_sum(parts: Float[Array, "rows places features"]) -> Float[Array, " rows"]:
+    summed = jnp.sum(parts, axis=1, dtype=_precise(parts))
+    return at_least(jnp.sum(jnp.square(summed), axis=-1), jnp.sum(norms(parts), axis=1))
 
 
 SHIFT = Operation(

@@ -23,11 +23,14 @@ from shiq_jax.models.tracked import (
     GIVEN,
     HEAD,
     LOOKUP,
+    ROUNDING,
     Accumulator,
     Link,
     accumulated,
+    at_least,
     finite,
     instantiated,
+    norms,
     only,
     product_square,
     scaled,
@@ -67,7 +70,10 @@ def _lookup_backward(rule, uses, kept, cotangents):
     precise = jnp.promote_types(s.dtype, jnp.float32)
     same = tokens[:, :, None] == tokens[:, None, :]
     gram = accumulated("btd,bud->btu", s, s)
-    square = jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)) + 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
+    square = at_least(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)), jnp.sum(norms(s), axis=1))
+    # The cross term may be below 0, and is rounded up as well.
+    square += 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
+    square += 2 * ROUNDING * jnp.sum(norms(s) * norms(lines), axis=1)
     s = scaled(only(finite(s), s), rule, square, squares, uses).astype(precise)
     gradient = jnp.zeros(table.shape, precise).at[tokens].add(s)
     return gradient.astype(table.dtype), None, square.astype(squares.dtype)
@@ -168,23 +174,27 @@ class _Head(NamedTuple):
             columns = jax.lax.dynamic_slice_in_dim(self.unembedding, start, size, axis=1)
             ids = start + jnp.arange(size)
             slopes = jnp.where(ids >= part * size, self._slopes(columns, first + ids), 0).astype(self.hidden.dtype)
-            to_hidden, square, to_weights = sums
+            to_hidden, square, size_of_slopes, to_weights = sums
             to_hidden = to_hidden + accumulated("bav,dv->bad", slopes, columns)
             if squares:
                 square = square + product_square(self.hidden, slopes)
+                size_of_slopes = size_of_slopes + jnp.square(norms(slopes))
             if weights:
                 place = (jnp.zeros_like(start), start)
                 before = jax.lax.dynamic_slice(to_weights, place, columns.shape)
                 own = accumulated("bad,bav->dv", self.hidden, slopes)
                 to_weights = jax.lax.dynamic_update_slice(to_weights, before + own, place)
-            return (to_hidden, square, to_weights), None
+            return (to_hidden, square, size_of_slopes, to_weights), None
 
         sums = (
             jnp.zeros(self.hidden.shape, precise),
             jnp.zeros(len(self.hidden), precise) if squares else None,
+            jnp.zeros(self.tokens.shape, precise) if squares else None,
             jnp.zeros(self.unembedding.shape, precise) if weights else None,
         )
-        (to_hidden, square, to_weights), _ = jax.lax.scan(add, sums, jnp.arange(parts))
+        (to_hidden, square, size_of_slopes, to_weights), _ = jax.lax.scan(add, sums, jnp.arange(parts))
+        if squares:
+            square = at_least(square, jnp.sum(norms(self.hidden) * jnp.sqrt(size_of_slopes), axis=1))
         return to_hidden.astype(self.hidden.dtype), square, to_weights
 
     def lines(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length features"]:

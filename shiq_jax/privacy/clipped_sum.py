@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from shiq_jax.models.tracked import BUDGET, GIVEN, Accumulator
-from shiq_jax.privacy.coverage import uncovered
+from shiq_jax.privacy.coverage import coverage
 from shiq_jax.privacy.rules import ClipRule, Groupwise
 
 Losses = Callable[[Any, Any, Accumulator | None], Float[Array, " units"]]
@@ -27,6 +27,7 @@ def clipped_sum(
     clip: ClipRule | Groupwise,
     mask: Bool[Array, " units"] | None = None,
     onto: Any = None,
+    margin: float = 0.0,
     method: str = "auto",
     microbatch: int = 1,
     lanes: int = 1,
@@ -47,6 +48,8 @@ def clipped_sum(
         onto: what the sum is added to, of its structure and dtypes; by default nothing is. With "ghost" and "group" no
             second array as large is held where the losses can go on from a sum: `losses.adding_to(onto)` are then the
             same losses with a gradient that is `onto` and what it would have been, see `models.accumulation`.
+        margin: by how much "ghost", "bk" and "group" shorten all gradients further, whose norms and sum come of passes
+            that round by themselves: what an arithmetic narrower than float32 may add, such as its `finfo(...).eps`.
         method: "vmap": the gradients of all units at once; the reference, for any losses. "scan": `microbatch` units at
             a time, for any losses. "ghost": norms in one backward pass, the sum in a second one, no gradient of a
             single unit. "bk": book-keeping, one backward pass for the norms, which keeps what every operation saw, and
@@ -68,21 +71,26 @@ def clipped_sum(
     mask = jnp.ones(units, bool) if mask is None else mask
     method = _chosen(method, clip, losses, params, batch)
     if method in _BY_OPERATIONS:
-        missed = uncovered(losses, params, batch)
-        if missed:
+        found = coverage(losses, params, batch)
+        if found.missed:
+            other = "another rule" if method == "group" else "the method scan"
             raise ValueError(
-                f"method {method!r} would miscount {missed[0]}: hand the accumulator to every operation that owns a "
-                "parameter, each of which is used once, or take the method scan"
+                f"method {method!r} would miscount {found.missed[0]}: hand the accumulator to every operation that "
+                f"owns a parameter, each of which is used once, or take {other}"
+            )
+        if method == "group" and found.groups > clip.groups:
+            raise ValueError(
+                f"the rule is for {clip.groups} groups, but these losses have {found.groups}, whose clipped gradients "
+                "are together longer than it says: count them with count_groups"
             )
         in_place = onto is not None and method != "bk" and hasattr(losses, "adding_to") and _all_precise(params)
         losses = losses.adding_to(onto) if in_place else losses
-        total, *said = _BY_OPERATIONS[method](losses, params, batch, clip, mask)
+        total, *said = _BY_OPERATIONS[method](losses, params, batch, clip, mask, 1 - margin)
         return total if in_place else _added(onto, total), *said
     if units % lanes or (units // lanes) % microbatch:
         raise ValueError(f"microbatch is {microbatch}, which does not divide {units} units in {lanes} lanes")
     size = units // lanes if method == "vmap" else microbatch
-    total, *said = _instantiated(losses, params, batch, clip, mask, size, lanes)
-    return _added(onto, total), *said
+    return _instantiated(losses, params, batch, clip, mask, size, lanes, onto)
 
 
 def per_example(loss: Callable[[Any, Any], Float[Array, ""]]) -> Losses:
@@ -112,13 +120,14 @@ def _chosen(method: str, clip, losses: Losses, params, batch) -> str:
     if units * sum(leaf.size for leaf in jax.tree.leaves(params)) <= BUDGET:
         return "vmap"
     try:
-        return "scan" if uncovered(losses, params, batch) else "ghost"
+        return "scan" if coverage(losses, params, batch).missed else "ghost"
     except ValueError:
         return "scan"
 
 
-def _instantiated(losses, params, batch, clip, mask, size, lanes):
+def _instantiated(losses, params, batch, clip, mask, size, lanes, onto):
     """Gradients of `size` units of every lane at a time, each as a whole; lanes are summed apart until the end."""
+    in_place = onto is not None and lanes == 1
 
     def one(params, unit):
         return losses(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0]
@@ -135,26 +144,30 @@ def _instantiated(losses, params, batch, clip, mask, size, lanes):
 
     # Unit i of a lane stays on the device that holds the lane.
     pieces = jax.tree.map(lambda leaf: leaf.reshape(lanes, -1, size, *leaf.shape[1:]).swapaxes(0, 1), (batch, mask))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((lanes, *leaf.shape), _precise(leaf)), params)
-    if len(mask) == size * lanes:
-        total, said = add(zeros, jax.tree.map(lambda leaf: leaf[0], pieces))
+    if in_place:
+        before = jax.tree.map(lambda leaf: leaf[None], onto)
     else:
-        total, said = jax.lax.scan(add, zeros, pieces)
+        before = jax.tree.map(lambda leaf: jnp.zeros((lanes, *leaf.shape), _precise(leaf)), params)
+    if len(mask) == size * lanes:
+        total, said = add(before, jax.tree.map(lambda leaf: leaf[0], pieces))
+    else:
+        total, said = jax.lax.scan(add, before, pieces)
         said = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), said)
     norms, values = (leaf.reshape(-1) for leaf in said)
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), total), norms, values
+    total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), total)
+    return total if in_place else _added(onto, total), norms, values
 
 
-def _ghost(losses, params, batch, clip, mask):
+def _ghost(losses, params, batch, clip, mask, share):
     """A pull for the norms, in which the compiler finds that no parameter's gradient is wanted; another for the sum."""
     zeros = _zeros(mask)
     values, pull = jax.vjp(lambda params, squares: losses(params, batch, Accumulator(squares)), params, zeros)
     norms = jnp.sqrt(jnp.maximum(pull(jnp.ones_like(values))[1], 0))
-    factors = _factors(clip, norms, mask)
+    factors = share * _factors(clip, norms, mask)
     return _widened(pull(factors.astype(values.dtype))[0]), norms, values
 
 
-def _booked(losses, params, batch, clip, mask):
+def _booked(losses, params, batch, clip, mask, share):
     """The gradients are linear in the factors, and all that does not depend on these is computed once and kept."""
 
     def of(params, factors):
@@ -167,12 +180,14 @@ def _booked(losses, params, batch, clip, mask):
 
     _, summed, (squares, values) = jax.linearize(gradients, jnp.ones(len(mask), jnp.float32), has_aux=True)
     norms = jnp.sqrt(jnp.maximum(squares, 0))
-    return _widened(summed(_factors(clip, norms, mask))), norms, values
+    return _widened(summed(share * _factors(clip, norms, mask))), norms, values
 
 
-def _group(losses, params, batch, clip, mask):
+def _group(losses, params, batch, clip, mask, share):
     """Each operation clips its own; a unit that does not count, or is not finite anywhere, is taken out beforehand."""
-    rule = clip.of_a_group
+
+    def rule(norms):
+        return share * clip.of_a_group(norms)
 
     def of(params, squares):
         values = losses(params, batch, Accumulator(squares, rule=rule))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -14,14 +14,15 @@ from jaxtyping import Bool, Int64
 from shiq_jax.errors import Refusal
 from shiq_jax.privacy.rules import AutoS, ClipRule, Groupwise
 
-Adjacency = Literal["zero_out", "replace_one"]
+Adjacency = Literal["zero_out", "replace_one", "add_remove"]
 # Standard deviations above the mean size at which batches are cut; what is cut costs no epsilon to speak of.
 HEADROOM = 6
-# Steps of the privacy loss, always rounded up: the finer, the less is added to epsilon. Calibration looks many times.
-_FINE, _COARSE = 1e-4, 1e-3
-# Where calibration begins: least noise multipliers, of which the second takes an accountant minutes and is seldom
-# needed, a first guess, and how near to the answer it ends.
-_LEAST, _FIRST, _TOLERANCE = (0.3, 0.05), 1.0, 1e-3
+# Steps of the privacy loss, always rounded up: the finer, the less is added to epsilon. Calibration looks many times,
+# and takes the coarse ones, unless it shows that with them this part of the noise would have been enough.
+_FINE, _COARSE, _ALMOST = 1e-4, 1e-3, 0.995
+# Between which noise multipliers calibration looks, and where it begins: of the least, the second takes an accountant
+# long and is seldom needed. It ends as near to the answer as this part of the one that it took.
+_LEAST, _FIRST, _MOST, _TOLERANCE = (0.3, 0.05), 1.0, 2.0**30, 1 / 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Mechanism:
         largest_batch: B, to which larger batches are cut at random; a multiple of what runs together.
         clip: the clip rule.
         adjacency: neighbours differ by one unit set to zero ("zero_out"), or by one unit in the place of another
-            ("replace_one").
+            ("replace_one"); or, where no batch can be cut, by one unit that only the larger of them has, whose number
+            is N ("add_remove").
         unit: what a unit is, for the record: "trajectory", "pair", "group" or "user".
     """
 
@@ -55,22 +57,21 @@ class Mechanism:
     unit: str = "trajectory"
 
     def __post_init__(self):
-        if self.dataset_size < 1 or self.steps < 1:
-            raise Refusal(
-                f"a private run needs data and steps: dataset_size is {self.dataset_size}, steps {self.steps}"
-            )
-        if not 0 < self.expected_batch <= self.dataset_size:
-            raise Refusal(f"an expected batch of {self.expected_batch} cannot be drawn from {self.dataset_size} units")
+        _check_drawn(self.dataset_size, self.expected_batch)
+        _check_whole(steps=self.steps, largest_batch=self.largest_batch)
         if not 0 < self.delta < 1:
             raise Refusal(
                 f"delta must lie in (0, 1), not {self.delta}; below 1 / {self.dataset_size} it means something"
             )
         if not 0 <= self.noise_multiplier < math.inf:
             raise Refusal(f"noise_multiplier must be finite and not negative, not {self.noise_multiplier}")
-        if self.largest_batch < 1:
-            raise Refusal(f"largest_batch must be at least 1, not {self.largest_batch}")
-        if self.adjacency not in ("zero_out", "replace_one"):
-            raise Refusal(f"adjacency must be zero_out or replace_one, not {self.adjacency!r}")
+        if self.adjacency not in get_args(Adjacency):
+            raise Refusal(f"adjacency must be {' or '.join(get_args(Adjacency))}, not {self.adjacency!r}")
+        if self.adjacency == "add_remove" and self.largest_batch < self.dataset_size:
+            raise Refusal(
+                "adjacency add_remove is accounted for where no batch is cut: largest_batch must be at least the "
+                f"dataset_size {self.dataset_size}, not {self.largest_batch}"
+            )
 
     @classmethod
     def sized(cls, *, dataset_size: int, expected_batch: float, multiple: int = 1, **fields) -> Mechanism:
@@ -82,12 +83,20 @@ class Mechanism:
     def calibrated(cls, *, epsilon: float, **fields) -> Mechanism:
         """As `sized`, with (within half a percent) the least noise with which all steps are (epsilon, delta)-private.
 
-        Raises Refusal when no noise gives this epsilon, or one of the numbers makes no sense.
+        Raises Refusal when no noise gives this epsilon, next to none does, or one of the numbers makes no sense.
         """
         if not 0 < epsilon < math.inf:
             raise Refusal(f"epsilon must be positive and finite, not {epsilon}")
-        found = cls.sized(noise_multiplier=_FIRST, **fields)
-        return dataclasses.replace(found, noise_multiplier=found._calibrate(epsilon))
+        first = cls.sized(noise_multiplier=_FIRST, **fields)
+        found = first._calibrated(epsilon, _COARSE)
+        if found is None or found._wasteful(epsilon):
+            found = first._calibrated(epsilon, _FINE)
+        if found is None:
+            raise Refusal(
+                f"no noise was found that makes {first.steps} steps ({epsilon}, {first.delta})-private: ask for a "
+                "larger epsilon or delta, fewer steps or smaller batches"
+            )
+        return found
 
     @property
     def sampling_probability(self) -> float:
@@ -102,9 +111,13 @@ class Mechanism:
     def event(self, steps: int | None = None):
         """What so many steps, by default all, are to an accountant of `dp_accounting`."""
         dp_accounting = _needed("dp_accounting")
-        one = dp_accounting.TruncatedSubsampledGaussianDpEvent(
-            self.dataset_size, self.sampling_probability, self.largest_batch, self.noise_multiplier
-        )
+        if self.adjacency == "add_remove":
+            noise = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+            one = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, noise)
+        else:
+            one = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+                self.dataset_size, self.sampling_probability, self.largest_batch, self.noise_multiplier
+            )
         return dp_accounting.SelfComposedDpEvent(one, self.steps if steps is None else steps)
 
     def epsilon(self, steps: int | None = None) -> float:
@@ -125,32 +138,69 @@ class Mechanism:
         units[: len(chosen)] = chosen
         return units, real
 
-    def _calibrate(self, epsilon: float) -> float:
+    def _wasteful(self, epsilon: float) -> bool:
+        """Whether almost as much noise is enough; epsilon falls at least as fast as noise grows, so one look may do."""
+        less = dataclasses.replace(self, noise_multiplier=_ALMOST * self.noise_multiplier)
+        return self.epsilon() < _ALMOST * epsilon and less.epsilon() <= epsilon
+
+    def _calibrated(self, epsilon: float, discretisation: float) -> Mechanism | None:
+        """The same with the noise that these steps of the privacy loss find; None where no noise is enough."""
         dp_accounting = _needed("dp_accounting")
+        fresh = functools.partial(_accountant, self.adjacency, discretisation)
 
         def event(noise_multiplier: float):
             return dataclasses.replace(self, noise_multiplier=noise_multiplier).event()
 
-        fresh, reason = functools.partial(_accountant, self.adjacency, _COARSE), None
-        for least in _LEAST:
-            bracket = dp_accounting.LowerEndpointAndGuess(least, _FIRST)
-            try:
-                return float(
-                    dp_accounting.calibrate_dp_mechanism(fresh, event, epsilon, self.delta, bracket, tol=_TOLERANCE)
+        @functools.cache
+        def too_little(noise_multiplier: float) -> bool:
+            return fresh().compose(event(noise_multiplier)).get_epsilon(self.delta) > epsilon
+
+        upper = _FIRST
+        if too_little(upper):
+            if too_little(_MOST):
+                return None
+            gap = upper - _LEAST[0]
+            while too_little(upper):
+                gap *= 2
+                lower, upper = upper, upper + gap
+        else:
+            for lower in _LEAST:
+                if too_little(lower):
+                    break
+                upper = lower
+            else:
+                raise Refusal(
+                    f"{self.steps} steps with next to no noise, a noise_multiplier of {upper}, cost less than the "
+                    f"epsilon {epsilon}: ask for a smaller epsilon, or give the noise_multiplier in its place"
                 )
-            except Exception as error:
-                reason = error
-        raise Refusal(
-            f"no noise was found that makes {self.steps} steps ({epsilon}, {self.delta})-private: ask for a larger "
-            "epsilon or delta, fewer steps or smaller batches"
-        ) from reason
+        bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
+        tolerance = min(lower, _LEAST[0]) * _TOLERANCE
+        found = dp_accounting.calibrate_dp_mechanism(fresh, event, epsilon, self.delta, bracket, tol=tolerance)
+        return dataclasses.replace(self, noise_multiplier=float(found))
 
 
 def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -> int:
-    """Places of a batch: six standard deviations above the mean, at most all units, up to a multiple."""
-    q = min(expected_batch / dataset_size, 1)
+    """Places of a batch: six standard deviations above the mean, at most all units, up to a multiple.
+
+    Raises Refusal when such a batch cannot be drawn.
+    """
+    _check_drawn(dataset_size, expected_batch)
+    _check_whole(multiple=multiple)
+    q = expected_batch / dataset_size
     places = min(math.ceil(expected_batch + HEADROOM * math.sqrt(expected_batch * (1 - q))), dataset_size)
     return max(-(-places // multiple), 1) * multiple
+
+
+def _check_drawn(dataset_size: int, expected_batch: float) -> None:
+    _check_whole(dataset_size=dataset_size)
+    if not 0 < expected_batch <= dataset_size:
+        raise Refusal(f"an expected batch of {expected_batch} cannot be drawn from {dataset_size} units")
+
+
+def _check_whole(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not (value >= 1 and value % 1 == 0):
+            raise Refusal(f"{name} must be a whole number of at least 1, not {value}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -165,6 +215,7 @@ def _accountant(adjacency: Adjacency, discretisation: float = _FINE):
     relation = {
         "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
         "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+        "add_remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     }
     return pld.PLDAccountant(relation[adjacency], discretisation)
 

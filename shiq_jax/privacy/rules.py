@@ -20,7 +20,7 @@ class ClipRule:
     can do. Factors are finite for every norm.
 
     Attributes:
-        clip_norm: the longest that a gradient may be afterwards, > 0.
+        clip_norm: C, the longest that a gradient may be afterwards where the rule says nothing else, > 0.
     """
 
     clip_norm: float = 1.0
@@ -34,6 +34,10 @@ class ClipRule:
         """How far one unit moves the sum, in L2 norm."""
         return self.clip_norm
 
+    def of_a_group(self, groups: int) -> ClipRule:
+        """The rule for one of so many groups of parameters: with this rule's sensitivity over sqrt(groups)."""
+        return dataclasses.replace(self, clip_norm=self.clip_norm / math.sqrt(groups))
+
     def __call__(self, norms: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """The factors."""
         raise NotImplementedError
@@ -45,6 +49,36 @@ class Abadi(ClipRule):
 
     def __call__(self, norms):
         return jnp.minimum(1, self.clip_norm / jnp.maximum(norms, SMALLEST))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reparametrised(ClipRule):
+    """min(1 / C, 1 / norm): Abadi's factor over C, so that steps stay as long when C changes. Source: arXiv 2204.13650.
+
+    Attributes:
+        clip_norm: C, the norm above which gradients are shortened, > 0.
+        longest: how long a gradient may be afterwards, whatever C; of G groups it is 1 / sqrt(G) for each, which are
+            shortened above C / sqrt(G).
+    """
+
+    longest: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.longest < math.inf:
+            raise ValueError(f"longest must be positive and finite, not {self.longest}")
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one unit moves the sum, in L2 norm."""
+        return self.longest
+
+    def of_a_group(self, groups: int) -> Reparametrised:
+        """The rule for one of so many groups of parameters; gradients within C / sqrt(groups) keep the factor 1 / C."""
+        return dataclasses.replace(self, longest=self.longest / math.sqrt(groups))
+
+    def __call__(self, norms):
+        return jnp.minimum(1 / self.clip_norm, self.longest / jnp.maximum(norms, SMALLEST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +120,12 @@ class Global(ClipRule):
 class Groupwise:
     """Another rule applied to each group of parameters by itself; a group is one parameter of one layer.
 
-    With the rule's norm C and G groups each group is clipped to C / sqrt(G), so that the whole is bounded by C. The two
-    uses of a tied table are clipped to half of that each, for the norm of their sum is at most the sum of theirs.
+    With a rule that bounds by C and G groups each group is bounded by C / sqrt(G), so that the whole is by C. The two
+    uses of a tied table are bounded by half of that each, for the norm of their sum is at most the sum of theirs.
     Source: arXiv 2212.01539.
 
     Attributes:
-        rule: of each group, its `clip_norm` being that of the whole.
+        rule: of each group, its `sensitivity` being that of the whole.
         groups: G, see `count_groups`.
     """
 
@@ -104,13 +138,13 @@ class Groupwise:
 
     @property
     def sensitivity(self) -> float:
-        """How far one unit moves the sum, in L2 norm."""
-        return self.rule.sensitivity
+        """How far one unit moves the sum, in L2 norm: as far as all groups together."""
+        return math.sqrt(self.groups) * self.of_a_group.sensitivity
 
     @property
     def of_a_group(self) -> ClipRule:
-        """The rule with the norm that a group has."""
-        return dataclasses.replace(self.rule, clip_norm=self.rule.clip_norm / math.sqrt(self.groups))
+        """The rule by which each group is clipped."""
+        return self.rule.of_a_group(self.groups)
 
 
 def count_groups(params, stacked: str = "layers") -> int:

@@ -35,7 +35,8 @@ class Secret:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             raise Refusal(
-                f"{path} holds the secret of another run: a secret is used for one run only, so name another file"
+                f"{path} holds the secret of another run: a secret is used for one run only, so name another file, or "
+                "remove this one if nothing was released with it"
             ) from None
         with os.fdopen(descriptor, "wb") as file:
             root = secrets.token_bytes(BYTES)

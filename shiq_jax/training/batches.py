@@ -19,8 +19,10 @@ class Step(NamedTuple):
 
     batch: Batch
     members: np.ndarray  # [rows, slots, K] record numbers, -1 where there is none
-    tokens: int  # real tokens, each shared prompt counted once
-    fill: float  # part of the row positions that hold real tokens
+    # Real tokens, each shared prompt counted once, and the part of the row positions that hold them; None where that is
+    # nobody's to know.
+    tokens: int | None
+    fill: float | None
     waited: float = 0.0  # seconds that whoever asked for it had to wait
 
 

@@ -221,3 +221,9 @@ class Job:
         if self.data and is_buffer(self.data):
             values["data_digest"] = _digest(Path(self.data) / "manifest.json")
         return {"command": self.command, "objective": self.objective} | values
+
+    def told(self) -> dict[str, Any]:
+        """The settings that checkpoints and trackers show: without the digest of private data, by which whoever knows
+        all rows but one could find that one."""
+        hidden = ("data_digest",) if self.privacy.on else ()
+        return {name: value for name, value in self.settings().items() if name not in hidden}

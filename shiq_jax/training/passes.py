@@ -87,7 +87,7 @@ def run_passes(
             settle(start)
     tracked = track(
         batches.ahead(start, start if ended else steps), stage, steps, "updates", first=start,
-        amount=("tokens", lambda item: item.tokens),
+        amount=("tokens", lambda item: item.tokens or 0),
         note=lambda: ", ".join(f"{name} {value:.4g}" for name, value in latest.items()),
     )  # fmt: skip
     for number, item in enumerate(tracked, start):
@@ -100,14 +100,11 @@ def run_passes(
             _warn_of_normalised_logits(metrics)
         done = number + 1
         shape = tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
-        timing = {
-            "tokens": item.tokens, "seconds": round(seconds, 4), "waited": round(item.waited, 4),
-            "compiled": shape not in shapes,
-        }  # fmt: skip
+        about = {"seconds": round(seconds, 4), "compiled": shape not in shapes}
+        if item.tokens is not None:
+            about |= {"tokens": item.tokens, "waited": round(item.waited, 4), "fill": round(item.fill, 4)}
         shapes.add(shape)
-        log.write(
-            stage, done, **metrics, learning_rate=float(learning_rate(number)), fill=round(item.fill, 4), **timing
-        )
+        log.write(stage, done, **metrics, learning_rate=float(learning_rate(number)), **about)
         latest.update({name: float(metrics[name]) for name in ("loss", "epsilon") if name in metrics})
         if settle(done):
             break
@@ -116,8 +113,8 @@ def run_passes(
 
 
 def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
-    """Real tokens through the update step per second, over the updates that did not compile; None without any."""
-    counted = [row for row in rows if not row["compiled"]]
+    """Real tokens through the update step per second, over the updates that did not compile and say how many."""
+    counted = [row for row in rows if not row["compiled"] and "tokens" in row]
     seconds = sum(row["seconds"] for row in counted)
     return sum(row["tokens"] for row in counted) / seconds if seconds else None
 
@@ -132,10 +129,15 @@ def _check(metrics: dict, stage: str, number: int, members, records) -> None:
     if bad:
         numbers = sorted({int(index) for index in members.ravel() if index >= 0})
         groups = sorted({records[index].group for index in numbers})
+        # A private batch says nothing of its records.
+        of, mend = "", ""
+        if numbers:
+            of = f" (records {_some(numbers)} of groups {_some(groups)})"
+            mend = ", or without those records"
         raise Refusal(
-            f"{' and '.join(bad)} of {stage} step {number + 1} (records {_some(numbers)} of groups {_some(groups)}) "
-            f"{'is' if len(bad) == 1 else 'are'} not finite; every checkpoint is from before it, and --resume would "
-            "come here again: begin another run with a lower learning rate, or without those records"
+            f"{' and '.join(bad)} of {stage} step {number + 1}{of} {'is' if len(bad) == 1 else 'are'} not finite; "
+            "every checkpoint is from before it, and --resume would come here again: begin another run with a lower "
+            f"learning rate{mend}"
         )
 
 

@@ -61,7 +61,7 @@ def train(job: Job) -> dict[str, Any]:
     directory = RunDirectory.begin(job.directory(), job.settings(), resume=job.resume)
     if directory.summary.exists():
         summary = read_json(directory.summary)
-        with contextlib.closing(MetricsLog(directory.metrics, trackers(job.track, directory, job.settings()))) as log:
+        with contextlib.closing(MetricsLog(directory.metrics, trackers(job.track, directory, job.told()))) as log:
             log.begin()
         report.print_table(f"{directory.path} is complete", report.summary_rows(summary))
         return summary
@@ -278,10 +278,12 @@ def _fit(
         metadata = {}
         if checkpoints.latest() is not None:
             state, metadata = checkpoints.restore(state)
-            refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.settings())
+            refuse_differences(checkpoints.directory, metadata.get("settings") or {}, run.job.told())
+            if private:
+                private.check(checkpoints.directory, metadata)
         run.log.rewind((*rewound, public_phase.STAGE, public_phase.MEASURED) if public else rewound, int(state.step))
         options = {"mesh": run.mesh, "microbatches": microbatches}
-        about = {"settings": run.job.settings()}
+        about = {"settings": run.job.told()}
 
         def evaluated(state: State, step: int) -> dict[str, float]:
             if public:
@@ -297,10 +299,10 @@ def _fit(
         }  # fmt: skip
         if public and public.first:
             if metadata.get("stage") != stage:
+                before = about | {"stage": public_phase.STAGE, "epsilon": 0.0}
                 state = run_passes(
                     make_update(model, objective, rule, **options), state, public.batches, public.steps,
-                    stage=public_phase.STAGE, metadata=lambda done: about | {"stage": public_phase.STAGE},
-                    enough=public.enough, **shared,
+                    stage=public_phase.STAGE, metadata=lambda done: before, enough=public.enough, **shared,
                 )  # fmt: skip
                 state, metadata = public.changed_over(state), {"before": int(state.step)}
             public.taken = metadata["before"]

@@ -51,7 +51,7 @@ def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[B
 class PrivateBatches(Ahead):
     """The batch of every step, drawn by a mechanism's sampler with a secret; places without a unit are masked.
 
-    Nothing that it says of a batch depends on which units it holds: not its tokens, nor its fill, nor its members.
+    It says nothing of a batch: neither its tokens, nor its fill, nor its members. Its shape is that of all batches.
 
     Args:
         buffer: the records.
@@ -91,5 +91,4 @@ class PrivateBatches(Ahead):
         rows = [pack([self.units[number]], self.records, self.statistics, self.shape).batch for number in chosen]
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
         batch = batch._replace(real=batch.real & real[:, None])
-        places = batch.tokens.size
-        return Step(place(batch, self.mesh), np.full((len(chosen), 1, 1), -1), places, 1.0)
+        return Step(place(batch, self.mesh), np.full((len(chosen), 1, 1), -1), None, None)

@@ -70,13 +70,15 @@ def private_gradient(
         raise ValueError(
             f"rows have {slots} slots, but a row of a private batch holds one {mechanism.unit}: pack each into its own"
         )
-    losses, lanes = UnitLosses(model, objective, state.frozen, state.targets), data_devices(model.mesh)
+    losses = UnitLosses(model, objective, state.frozen, state.targets)
+    rounding = float(jnp.finfo(getattr(model, "compute_dtype", jnp.float32)).eps)
 
     def add(total, piece):
         real = jnp.any(piece.real, axis=1)
         total, norms, values = clipped_sum(
-            losses, state.trainable, piece, clip=mechanism.clip, mask=real, onto=total, method=method, lanes=lanes
-        )
+            losses, state.trainable, piece, clip=mechanism.clip, mask=real, onto=total, margin=rounding, method=method,
+            lanes=data_devices(model.mesh),
+        )  # fmt: skip
         secret = {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
         return total, secret
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, Mechanism, count_groups
+from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, Mechanism, Reparametrised, count_groups
 from shiq_jax.training.losses import given_as
 
-_RULES = {"abadi": Abadi, "auto_s": AutoS, "auto_v": AutoV, "global": Global}
+_RULES = {"abadi": Abadi, "auto_s": AutoS, "auto_v": AutoV, "global": Global, "reparametrised": Reparametrised}
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Privacy:
     """What is protected: a trajectory, pair or group of the objective, or all rows of one user_id."""
     adjacency: Literal["zero_out", "replace_one"] = "zero_out"
     """What neighbouring data differ by: a unit that counts for nothing, or another in its place."""
-    clip: Literal["auto_s", "auto_v", "abadi", "global"] = "auto_s"
+    clip: Literal["auto_s", "auto_v", "abadi", "reparametrised", "global"] = "auto_s"
     """The rule by which a unit's gradient is made shorter."""
     clip_norm: float = 1.0
-    """How long it may be afterwards."""
+    """C: how long it may be afterwards; with reparametrised, from which length on it is made shorter, to 1."""
     groupwise: bool = False
     """Clip each parameter of each layer by itself: one backward pass instead of two."""
     method: Literal["auto", "ghost", "bk", "scan", "vmap", "group"] = "auto"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,11 @@ from shiq_jax.training.run_directory import read_json, write_json
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
+# By name of what a private run writes down of itself: what to restore where it has changed.
+_RESTORE = {
+    "dataset_size": "the data that it was begun with", "secret": "the secret that it was begun with",
+    "largest_batch": "the number of devices and microbatches that it was begun with",
+}  # fmt: skip
 # In how many of the updates the log says what has been spent.
 SHOWN = 100
 
@@ -73,12 +79,19 @@ class Private(NamedTuple):
 
         return step
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is written down of the run: its mechanism, whose secret it has, and what takes from its epsilon."""
+        return _about(self.mechanism, self.secret, self.options)
+
     def metadata(self, done: int) -> dict[str, Any]:
         """What checkpoints say: whose secret, by what mechanism, and what is spent; not the secret."""
-        return {
-            "privacy": described(self.mechanism), "epsilon": self.mechanism.epsilon(done - self.before),
-            "secret": self.secret.fingerprint, "before": self.before,
-        }  # fmt: skip
+        spent = {"epsilon": self.mechanism.epsilon(done - self.before), "before": self.before}
+        return spent | {"privacy": self.about}
+
+    def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Raises Refusal for a checkpoint of another mechanism or secret."""
+        _same(path, metadata.get("privacy", self.about), self.about)
 
 
 def check_private_job(job: Job, objective: Objective) -> None:
@@ -87,6 +100,13 @@ def check_private_job(job: Job, objective: Objective) -> None:
         raise Refusal(
             f"the loss {job.loss.name} couples the examples of a batch, so that none can be clipped by itself: choose "
             "another for a private run"
+        )
+    clipped_by_operations = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
+    if clipped_by_operations and (objective.heads or objective.statistics):
+        raise Refusal(
+            f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, of which the methods "
+            "ghost, bk and group know nothing: leave --privacy.method and --privacy.groupwise out, or choose another "
+            "loss"
         )
     if job.data is None:
         raise Refusal("a private run learns from --data: samples of its own are no data of anybody")
@@ -124,21 +144,28 @@ def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics)
         )
     secret = _secret(run)
     batches = PrivateBatches(buffer, units, mechanism, secret, statistics=statistics, mesh=run.mesh)
-    file, about = run.directory.privacy, described(mechanism) | {"secret": secret.fingerprint}
+    file, about = run.directory.privacy, _about(mechanism, secret, options)
     if not file.exists():
         write_json(file, about | {"epsilon": mechanism.epsilon()})
-    for name, there in read_json(file).items():
-        if name != "epsilon" and there != about.get(name):
-            raise Refusal(
-                f"{file} accounts for {name} {there!r}, but this run would have {about.get(name)!r}: restore the data "
-                "and the secret that it was begun with, or begin another run"
-            )
+    _same(file, {name: value for name, value in read_json(file).items() if name != "epsilon"}, about)
     return Private(mechanism, secret, batches, options)
 
 
-def described(mechanism: Mechanism) -> dict[str, Any]:
-    """A mechanism as JSON values."""
-    return dataclasses.asdict(mechanism) | {"clip": repr(mechanism.clip)}
+def _about(mechanism: Mechanism, secret: Secret, options: Privacy) -> dict[str, Any]:
+    """As JSON values; a key that can be guessed, or units that are shown, leave no epsilon, which is said as well."""
+    return dataclasses.asdict(mechanism) | {
+        "clip": repr(mechanism.clip), "secret": secret.fingerprint, "insecure": options.insecure_deterministic,
+        "shown": options.log_private,
+    }  # fmt: skip
+
+
+def _same(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    for name, there in known.items():
+        if there != about.get(name):
+            raise Refusal(
+                f"{path} accounts for {name} {there!r}, but this run would have {about.get(name)!r}: restore "
+                f"{_RESTORE.get(name, 'the options that it was begun with')}, or begin another run"
+            )
 
 
 def _secret(run: Run) -> Secret:
@@ -149,7 +176,13 @@ def _secret(run: Run) -> Secret:
         return Secret.read(path)
     if jax.process_count() > 1:
         raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
-    if run.job.resume and path == run.directory.secret:
-        # Without a privacy.json nothing was released with it: the run stopped between the two files.
-        path.unlink(missing_ok=True)
+    if run.job.resume:
+        if run.log.rows("update") or any(run.directory.checkpoints.glob("[0-9]*")):
+            raise Refusal(
+                f"{run.directory.privacy} is gone, which accounts for what this run has released: restore it, or begin "
+                "another run"
+            )
+        if path == run.directory.secret:
+            # Nothing was released with it: the run stopped between the two files.
+            path.unlink(missing_ok=True)
     return Secret.create(path)

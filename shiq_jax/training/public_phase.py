@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from shiq_jax.objectives import Objective
-from shiq_jax.privacy import (
-    Mechanism,
-    adam_memory,
-    adam_preconditioner,
-    affordable,
-    change_over,
-    clipped_sum,
-    improvement,
-    landscape,
-    mixing_weight,
-    stalled,
-)
+from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
 from shiq_jax.replay import Buffer, pack, plan
 from shiq_jax.training.batches import Ahead, Batches, Step
 from shiq_jax.training.metrics import MetricsLog
@@ -99,28 +86,17 @@ class PublicData:
         if not self.options.probes or self._looked is None:
             return
         if self._look is None:
-            self._look = jax.jit(lambda state, batches, key: self._measured(model, state, batches, key))
+            about = dict(mechanism=self._mechanism, b2=self._run.job.optimizer.b2, probes=self.options.probes)
+
+            def look(state: State, batches, key):
+                losses = UnitLosses(model, self._objective, state.frozen, state.targets)
+                return monitored(losses, state.trainable, state.opt_state, batches, key, **about)
+
+            self._look = jax.jit(look)
         key = jax.random.fold_in(self._run.key(Use.CURVATURE), step)
         log: MetricsLog = self._run.log
         log.rewind([MEASURED], step - 1)
         log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
-
-    def _measured(self, model, state: State, batches, key) -> dict[str, Any]:
-        losses, mechanism = UnitLosses(model, self._objective, state.frozen, state.targets), self._mechanism
-        memory = adam_memory(state.opt_state)
-        scale = adam_preconditioner(memory, self._run.job.optimizer.b2)
-        # Before the first update nothing is known of the squares.
-        scale = jax.tree.map(lambda leaf: jnp.where(memory.count > 0, leaf, 1.0), scale)
-        found = landscape(
-            lambda params, batch: jnp.mean(losses(params, batch, None)), state.trainable, batches, key,
-            units=batches.tokens.shape[1], probes=self.options.probes, preconditioner=scale,
-        )  # fmt: skip
-        one = jax.tree.map(lambda leaf: leaf[0], batches)
-        # Groups are clipped by their own norms; of the whole their rule is the nearest that can be said.
-        rule = getattr(mechanism.clip, "rule", mechanism.clip)
-        clipped = jnp.mean(rule(clipped_sum(losses, state.trainable, one, clip=rule, method="scan")[1]))
-        gain = improvement(found, mechanism.expected_batch, mechanism.noise_stddev, clipped)
-        return found._asdict() | gain._asdict() | {"clipped": clipped}
 
 
 class _Mixed(Ahead):
@@ -134,7 +110,7 @@ class _Mixed(Ahead):
 
     def __call__(self, step: int) -> Step:
         private, public = self._private(step), self._public(step)
-        return private._replace(batch=(private.batch, public.batch), tokens=private.tokens + public.tokens)
+        return private._replace(batch=(private.batch, public.batch))
 
 
 def _cut(buffer: Buffer, unit: str, statistics):

@@ -82,5 +82,5 @@ def set_up(job: Job, directory: RunDirectory) -> Run:
                 f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
                 f"context of {context}: leave it out or lower max_tokens"
             )
-    log = MetricsLog(directory.metrics, trackers(job.track, directory, job.settings()))
+    log = MetricsLog(directory.metrics, trackers(job.track, directory, job.told()))
     return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), log)

@@ -182,6 +182,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def refuse_differences(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refusal naming the first setting in which what is at `path` was begun otherwise than wanted now."""
     for name, there, here in _differences(known, _plain(wanted)):
+        if name.endswith("_digest"):
+            option = name.removesuffix("_digest").replace("_", ".")
+            raise Refusal(
+                f"the files of --{option} are not those that {path} was begun with: restore them, or begin another run"
+            )
         raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options and data")
 
 

@@ -17,7 +17,7 @@ from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
 from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.private_gradient import check_private, private_gradient
-from shiq_jax.training.state import Params, State, follow, merge
+from shiq_jax.training.state import State, follow, merge
 
 
 def make_update(

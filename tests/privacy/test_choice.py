@@ -56,4 +56,4 @@ def test_losses_that_hand_nothing_on_one_after_the_other(taken, decoder, batch_o
 
 
 def test_groups_by_each_operation(taken):
-    assert taken(clip=Groupwise(Abadi(1.0), 10)) == ("group", None)
+    assert taken(clip=Groupwise(Abadi(1.0), 20)) == ("group", None)

@@ -123,7 +123,7 @@ def test_a_scan_over_microbatches(microbatch, decoder, batch_of, losses_of, expe
 def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses_of):
     model, params = decoder("tied")
     batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
-    clip = Groupwise(Abadi(1.0), 4) if method == "group" else Abadi(1.0)
+    clip = Groupwise(Abadi(1.0), count_groups(params)) if method == "group" else Abadi(1.0)
     mask = np.arange(16) % 3 > 0
     other = jax.tree.map(lambda leaf: np.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[::-1]), batch)
     assert np.any(other.tokens != batch.tokens)
@@ -138,7 +138,7 @@ def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses
 def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, decoder, batch_of, losses_of, relative):
     model, params = decoder("tied")
     batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
-    clip = Groupwise(Abadi(1.0), 4) if method == "group" else Abadi(1.0)
+    clip = Groupwise(Abadi(1.0), count_groups(params)) if method == "group" else Abadi(1.0)
     rewards = np.array(batch.example.rewards)
     rewards[2][rewards[2] != 0] = bad
     poisoned = batch._replace(example=batch.example._replace(rewards=rewards))
@@ -287,8 +287,21 @@ def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of, monke
     def not_handed_on(params, batch, acc):
         return losses(params, batch, None)
 
+    @jax.checkpoint
+    def handed_back(params, batch, acc):
+        return losses(params, batch, acc), params
+
+    def used_again(params, batch, acc):
+        found, same = handed_back(params, batch, acc)
+        return found + jnp.sum(same["norm"]["scale"])
+
+    def behind_a_barrier(params, batch, acc):
+        _, scale = jax.lax.optimization_barrier((batch.tokens, params["norm"]["scale"]))
+        return losses(params, batch, acc) * jnp.sum(scale)
+
     for bad, given, name in (
         (with_another, more, "extra"), (used_twice, params, "embed/table"), (not_handed_on, params, "embed/table"),
+        (used_again, params, "norm/scale"), (behind_a_barrier, params, "norm/scale"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"would miscount {name}"):
             run(bad, given, batch, clip=Abadi(1.0), method="ghost")
@@ -297,6 +310,16 @@ def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of, monke
         total, *_ = run(bad, given, batch, clip=Abadi(1.0), method="auto")
         wanted, *_ = run(bad, given, batch, clip=Abadi(1.0), method="vmap")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), total, wanted)
+
+
+@pytest.mark.parametrize("variant", ["tied", "untied", "biases", "query and key norms"])
+def test_a_rule_for_fewer_groups_than_there_are_is_refused(variant, decoder, batch_of, losses_of):
+    """Their clipped gradients would be longer together than the noise was made for."""
+    model, params = decoder(variant)
+    batch, losses, groups = batch_of("trajectory"), losses_of(model, "trajectory"), count_groups(params)
+    run(losses, params, batch, clip=Groupwise(Abadi(1.0), groups), method="group")
+    with pytest.raises(ValueError, match=f"is for {groups - 1} groups, but these losses have {groups}"):
+        run(losses, params, batch, clip=Groupwise(Abadi(1.0), groups - 1), method="group")
 
 
 def test_a_method_never_changes_the_rule(decoder, batch_of, losses_of):
@@ -311,3 +334,21 @@ def test_a_method_never_changes_the_rule(decoder, batch_of, losses_of):
             run(losses, params, batch, clip=clip, method=method)
     with pytest.raises(ValueError, match="method 'spooky' is unknown"):
         run(losses, params, batch, clip=Abadi(1.0), method="spooky")
+
+
+@pytest.mark.parametrize("method", ["ghost", "bk", "group"])
+def test_a_margin_makes_up_for_passes_that_round_to_bfloat16(method, decoder, batch_of, losses_of):
+    """One unit at a time, whose clipped gradient is as long as it may be at most."""
+    model, params = decoder("untied", compute_dtype=jnp.bfloat16)
+    losses, batch = losses_of(model, "trajectory"), batch_of("trajectory")
+    clip = Groupwise(AutoV(0.37), count_groups(params)) if method == "group" else AutoV(0.37)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def length(unit, margin):
+        mask = jnp.arange(len(batch.tokens)) == unit
+        total = clipped_sum(losses, params, batch, clip=clip, mask=mask, margin=margin, method=method)[0]
+        return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(total))) / clip.sensitivity
+
+    bare, safe = ([float(length(unit, margin)) for unit in range(16)] for margin in (0.0, 2.0**-7))
+    assert max(safe) <= 1 and min(safe) > 0.97
+    np.testing.assert_allclose(np.divide(safe, bare), 1 - 2.0**-7, rtol=1e-2)

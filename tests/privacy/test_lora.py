@@ -12,7 +12,7 @@ from shiq_jax.models import Lora, is_adapter
 from shiq_jax.models.lora import only_adapters, without_adapters
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Groupwise, Mechanism, clipped_sum, count_groups
-from shiq_jax.privacy.coverage import uncovered
+from shiq_jax.privacy.coverage import coverage
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
 from shiq_jax.training.state import init_state, merge
@@ -86,7 +86,7 @@ def test_a_base_that_learns_as_well_is_counted_with_them(made, batch_of, losses_
     model, frozen, learned = made("tied")
     whole = merge(learned, frozen)
     losses, batch = losses_of(model, "pair"), batch_of("pair")
-    assert not uncovered(losses, whole, batch)
+    assert not coverage(losses, whole, batch).missed
     ghost, vmap = (clipped_sum(losses, whole, batch, clip=Abadi(0.5), method=name)[0] for name in ("ghost", "vmap"))
     assert relative(ghost, vmap) < 1e-5
 

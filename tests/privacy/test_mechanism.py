@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from shiq_jax.errors import Refusal
-from shiq_jax.privacy import Abadi, AutoS, Groupwise, Mechanism
+from shiq_jax.privacy import Abadi, AutoS, Groupwise, Mechanism, Reparametrised, mechanism
 from shiq_jax.privacy.mechanism import largest_batch
 
 MNIST = Mechanism(
@@ -58,6 +58,18 @@ def test_replacing_a_unit_costs_more_than_leaving_it_out():
     np.testing.assert_allclose(dataclasses.replace(MNIST, adjacency="replace_one").epsilon(), 4.221, rtol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "numbers"),
+    [(0.02, (1000, 30, 20)), (1.0, (60_000, 256, 14_062)), (8.0, (60_000, 256, 2000)), (60.0, (10, 10, 1))],
+)
+def test_calibration_finds_the_least_noise(epsilon, numbers):
+    """Within half a percent, be it many times the sensitivity or a tenth of it."""
+    numbers = dict(zip(("dataset_size", "expected_batch", "steps"), numbers))
+    found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, **numbers)
+    assert found.epsilon() <= epsilon
+    assert dataclasses.replace(found, noise_multiplier=0.995 * found.noise_multiplier).epsilon() > epsilon
+
+
 @pytest.mark.parametrize(("epsilon", "sigma"), [(2, 1.224), (3, 0.968)])
 def test_calibration(epsilon, sigma):
     found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
@@ -95,7 +107,10 @@ def test_what_is_no_part_of_the_event_is_part_of_epsilon(field):
 
 
 def test_the_clip_rule_sets_the_noise():
-    for clip, sensitivity in ((Abadi(0.3), 0.3), (AutoS(2.0), 2.0), (Groupwise(Abadi(0.5), 9), 0.5)):
+    for clip, sensitivity in (
+        (Abadi(0.3), 0.3), (AutoS(2.0), 2.0), (Groupwise(Abadi(0.5), 9), 0.5), (Reparametrised(0.5), 1.0),
+        (Groupwise(Reparametrised(0.5), 9), 1.0),
+    ):  # fmt: skip
         assert dataclasses.replace(MNIST, clip=clip).noise_stddev == pytest.approx(1.1 * sensitivity)
 
 
@@ -140,9 +155,14 @@ def test_a_sample_is_a_function_of_the_key_and_the_step():
     [
         ({"delta": 1.0}, r"delta must lie in \(0, 1\)"),
         ({"expected_batch": 60_001}, "an expected batch of 60001 cannot be drawn from 60000 units"),
-        ({"steps": 0}, "steps 0"),
+        ({"dataset_size": 0}, "dataset_size must be a whole number of at least 1, not 0"),
+        ({"expected_batch": float("nan")}, "an expected batch of nan cannot be drawn from 60000 units"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
+        ({"largest_batch": 0}, "largest_batch must be a whole number of at least 1, not 0"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier must be finite"),
-        ({"adjacency": "add_remove"}, "adjacency must be zero_out or replace_one"),
+        ({"adjacency": "remove"}, "adjacency must be zero_out or replace_one or add_remove, not 'remove'"),
+        ({"adjacency": "add_remove"}, "largest_batch must be at least the dataset_size 60000, not 400"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
@@ -150,6 +170,67 @@ def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
         dataclasses.replace(MNIST, **wrong)
 
 
-def test_an_epsilon_that_no_noise_gives_is_refused():
-    with pytest.raises(Refusal, match="no noise was found that makes 1000 steps"):
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"dataset_size": 0}, "dataset_size must be a whole number of at least 1, not 0"),
+        ({"dataset_size": -3}, "dataset_size must be a whole number of at least 1, not -3"),
+        ({"dataset_size": 99.5}, "dataset_size must be a whole number of at least 1, not 99.5"),
+        ({"dataset_size": float("inf")}, "dataset_size must be a whole number of at least 1, not inf"),
+        ({"expected_batch": -1}, "an expected batch of -1 cannot be drawn from 100 units"),
+        ({"expected_batch": 0}, "an expected batch of 0 cannot be drawn from 100 units"),
+        ({"expected_batch": 101}, "an expected batch of 101 cannot be drawn from 100 units"),
+        ({"expected_batch": float("nan")}, "an expected batch of nan cannot be drawn from 100 units"),
+        ({"multiple": 0}, "multiple must be a whole number of at least 1, not 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"delta": 0}, r"delta must lie in \(0, 1\), not 0"),
+    ],
+)
+def test_they_are_refused_before_anything_is_computed_of_them(wrong, complaint):
+    numbers = {"dataset_size": 100, "expected_batch": 10, "steps": 5, "delta": 1e-5, "multiple": 4} | wrong
+    for make in (
+        lambda: Mechanism.sized(noise_multiplier=1.0, **numbers), lambda: Mechanism.calibrated(epsilon=1.0, **numbers),
+    ):  # fmt: skip
+        with pytest.raises(Refusal, match=complaint):
+            make()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A list that grows by one for every accountant that is asked."""
+    calls, real = [], mechanism._accountant
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(mechanism, "_accountant", counted)
+    return calls
+
+
+def test_an_epsilon_that_no_noise_gives_is_refused(asked):
+    with pytest.raises(Refusal, match=r"makes 1000 steps \(1e-09, 1e-30\)-private: ask for a larger epsilon"):
         Mechanism.calibrated(epsilon=1e-9, delta=1e-30, dataset_size=10, expected_batch=10, steps=1000)
+    # At a first guess and at the most that is tried, by coarse steps and by fine ones.
+    assert len(asked) == 4
+
+
+def test_an_epsilon_that_next_to_no_noise_gives_is_refused(asked):
+    with pytest.raises(Refusal, match="a noise_multiplier of 0.05, cost less than the epsilon 100000.0: ask for a sm"):
+        Mechanism.calibrated(epsilon=1e5, delta=1e-5, dataset_size=10, expected_batch=10, steps=1)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("epsilon", [0, -1.0, float("nan"), float("inf")])
+def test_an_epsilon_that_is_none_is_refused(epsilon):
+    with pytest.raises(Refusal, match=f"epsilon must be positive and finite, not {epsilon}"):
+        Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=1000, expected_batch=10, steps=10)
+
+
+def test_a_bug_is_not_taken_for_an_epsilon_that_no_noise_gives(monkeypatch):
+    def broken(self, steps=None):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Mechanism, "event", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        Mechanism.calibrated(epsilon=1.0, delta=1e-5, dataset_size=1000, expected_batch=10, steps=10)

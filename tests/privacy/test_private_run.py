@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import numpy as np
@@ -59,24 +60,22 @@ def test_it_spends_what_it_was_given_and_says_nothing_of_the_data(finished):
     assert len(updates) == 6
     spent = [row["epsilon"] for row in updates]
     assert spent == sorted(set(spent)) and 2.9 < spent[-1] <= 3
-    told = {
-        "stage",
-        "step",
-        "grad_norm",
-        "param_norm",
-        "epsilon",
-        "learning_rate",
-        "fill",
-        "tokens",
-        "seconds",
-        "waited",
-    }
-    assert all(set(row) <= told | {"compiled"} for row in updates)
-    # Batches are samples of unlike size; what is said of them is not.
-    assert len({row["tokens"] for row in updates}) == len({row["fill"] for row in updates}) == 1
+    # Batches are samples of unlike size, which nothing tells.
+    told = {"stage", "step", "grad_norm", "param_norm", "epsilon", "learning_rate", "seconds", "compiled"}
+    assert all(set(row) == told for row in updates)
+    assert json.loads((finished / "summary.json").read_text())["tokens_per_second"] is None
     about = json.loads((finished / "privacy.json").read_text())
     assert about["dataset_size"] == 24 and about["expected_batch"] == 4 and about["unit"] == "pair"
-    assert about["epsilon"] == spent[-1]
+    assert about["epsilon"] == spent[-1] and not about["insecure"] and not about["shown"]
+
+
+def test_what_may_be_shown_says_nothing_by_which_rows_could_be_tried(finished):
+    """Whoever knows all rows but one could compare the digest of what he thinks that it was."""
+    digest = json.loads((finished / "config.json").read_text())["data_digest"]
+    shown = [finished / "metrics.jsonl", finished / "privacy.json"]
+    shown += [file for name in ("export", "checkpoints", "samples") for file in (finished / name).rglob("*")]
+    assert sum(file.is_file() for file in shown) > 10
+    assert not any(digest.encode() in file.read_bytes() for file in shown if file.is_file())
 
 
 def test_the_secret_is_nowhere_else(finished):
@@ -94,7 +93,7 @@ def test_every_checkpoint_says_what_was_spent(finished):
 
     shelf = Checkpoints(finished / "checkpoints", read_only=True)
     about, fingerprint = shelf.metadata(6), json.loads((finished / "privacy.json").read_text())["secret"]
-    assert about["epsilon"] == rows_of(finished)[-1]["epsilon"] and about["secret"] == fingerprint
+    assert about["epsilon"] == rows_of(finished)[-1]["epsilon"] and about["privacy"]["secret"] == fingerprint
     assert about["privacy"]["noise_multiplier"] > 0
 
 
@@ -160,6 +159,8 @@ def test_users_are_units_when_they_are_asked_for(tiny, files, tmp_path):
         (["--seed", "1"], "a seed that is known takes the noise off again"),
         (["--batch-size", "25"], "a batch of 25 is larger than the data of 24 units"),
         (["--loss.name", "aot"], "the loss aot couples the examples of a batch"),
+        (["--loss.use-weighting", "--privacy.method", "ghost"], "the loss dpo reads more than log-probabilities"),
+        (["--loss.use-weighting", "--privacy.groupwise"], "the loss dpo reads more than log-probabilities"),
     ],
 )
 def test_refusals(more, complaint, tiny, files, tmp_path, capsys):
@@ -197,8 +198,6 @@ def test_options_that_make_no_sense(tiny, files, tmp_path, capsys):
 
 
 def test_a_secret_that_is_gone_or_data_that_have_changed_end_a_run(tiny, files, finished, tmp_path, capsys):
-    import shutil
-
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     (run / "summary.json").unlink()
@@ -212,6 +211,41 @@ def test_a_secret_that_is_gone_or_data_that_have_changed_end_a_run(tiny, files, 
     about = json.loads((run / "privacy.json").read_text())
     (run / "privacy.json").write_text(json.dumps(about | {"dataset_size": 23}))
     assert "accounts for dataset_size 23" in refusal(resume, capsys)
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "checkpoints", None])
+def test_a_run_whose_account_is_gone_releases_nothing_again(lost, tiny, files, finished, tmp_path, capsys):
+    """Another secret would give its steps other noise; what was released is seen by checkpoints or rows."""
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    os.remove(run / "privacy.json")
+    os.remove(run / "summary.json")
+    shutil.rmtree(run / "export")
+    if lost:
+        shutil.rmtree(run / lost) if (run / lost).is_dir() else os.remove(run / lost)
+    secret = (run / "secret.key").read_bytes()
+    resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
+    assert "privacy.json is gone, which accounts for what this run has released" in refusal(resume, capsys)
+    assert (run / "secret.key").read_bytes() == secret
+
+
+def test_a_checkpoint_of_another_secret_is_refused(tiny, files, finished, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    os.remove(run / "summary.json")
+    shutil.rmtree(run / "export")
+    own = json.loads((run / "privacy.json").read_text())["secret"]
+    for path in (run / "checkpoints").rglob("_CHECKPOINT_METADATA"):
+        path.write_text(path.read_text().replace(own, "0" * 16))
+    resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
+    said = refusal(resume, capsys)
+    assert f"accounts for secret '{'0' * 16}'" in said and "restore the secret that it was begun with" in said
+
+
+def test_a_run_that_anybody_can_look_into_says_so(tiny, files, tmp_path):
+    train.main(arguments(tiny, files, tmp_path / "run", "--privacy.insecure-deterministic", "--privacy.log-private"))
+    about = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert about["insecure"] and about["shown"]
 
 
 def test_delta_that_means_nothing_is_warned_about(tiny, files, tmp_path, capsys):

@@ -118,7 +118,8 @@ def test_a_run_that_stops_in_either_phase_goes_on(at, tiny, files, finished, tmp
         patch.setattr(passes.Checkpoints, "save", stop_after)
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "run", *SWITCH))
-    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).latest() == at
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert kept.latest() == at and (kept.metadata(at)["epsilon"] == 0) == (at <= 2)
     train.main(arguments(tiny, files, tmp_path / "run", *SWITCH, "--resume"))
     for stage in ("public", "update", "evaluation", "improvement"):
         assert steps_of(tmp_path / "run", stage) == steps_of(finished, stage)

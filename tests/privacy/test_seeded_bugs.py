@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shiq_jax.models import tracked, tracked_vocabulary
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Mechanism, clipped_sum, privatise
+from shiq_jax.privacy.coverage import Coverage
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training import private_gradient
 from shiq_jax.training.state import init_state
@@ -91,7 +92,7 @@ def test_a_weight_is_used_twice(monkeypatch):
 
     with pytest.raises(ValueError, match="would miscount kernel"):
         longest_contribution(losses, weight, x, "ghost")
-    monkeypatch.setattr(CLIPPING, "uncovered", lambda *given: [])
+    monkeypatch.setattr(CLIPPING, "coverage", lambda *given: Coverage([], 0))
     assert longest_contribution(losses, weight, x, "ghost") == pytest.approx(2**0.5, rel=1e-3)
     assert longest_contribution(losses, weight, x, "scan") < SLACK
 
