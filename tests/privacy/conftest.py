@@ -28,33 +28,50 @@ def quickly(quick_compilation):
 
 
 @pytest.fixture(scope="session")
-def buffer(tmp_path_factory):
+def answer():
+    """A record: a prompt and an answer, not all of whose tokens are actions; fewer than `below` of them."""
+
+    def make(rng, prompt, below: int, **about) -> Record:
+        own = rng.integers(7, size=rng.integers(2, below))
+        mask = rng.random(len(own)) < 0.8
+        mask[-1] = True
+        return Record(
+            tokens=np.concatenate([prompt, own]),
+            action_mask=np.concatenate([np.zeros(len(prompt), bool), mask]),
+            rewards=rng.normal(size=int(mask.sum())).astype(np.float32),
+            **about,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def statistics_of():
+    """What a reference might say of the actions of a buffer's records."""
+
+    def make(buffer):
+        rng = np.random.default_rng(3)
+        counts = [len(buffer[number].rewards) for number in range(len(buffer))]
+        return [tuple(rng.normal((-3, 4), 1, (count, 2)).astype(np.float32).T) for count in counts]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def buffer(tmp_path_factory, answer):
     """A prompt and several answers with rewards, a group each; of few different tokens, so that some stand twice."""
     rng, records = np.random.default_rng(0), []
     for number, size in enumerate((3, 2, 4, 2, 3, 2)):
         prompt = rng.integers(7, size=rng.integers(3, 7))
-        for _ in range(size):
-            own = rng.integers(7, size=rng.integers(2, 8))
-            mask = rng.random(len(own)) < 0.8
-            mask[-1] = True
-            records.append(
-                Record(
-                    tokens=np.concatenate([prompt, own]),
-                    action_mask=np.concatenate([np.zeros(len(prompt), bool), mask]),
-                    rewards=rng.normal(size=int(mask.sum())).astype(np.float32),
-                    group=f"group {number}",
-                )
-            )
+        records += [answer(rng, prompt, 8, group=f"group {number}") for _ in range(size)]
     buffer = Buffer.create(tmp_path_factory.mktemp("replay") / "buffer")
     buffer.append(records)
     return buffer
 
 
 @pytest.fixture(scope="session")
-def references(buffer):
-    rng = np.random.default_rng(3)
-    counts = [len(buffer[number].rewards) for number in range(len(buffer))]
-    return [tuple(rng.normal((-3, 4), 1, (count, 2)).astype(np.float32).T) for count in counts]
+def references(buffer, statistics_of):
+    return statistics_of(buffer)
 
 
 @pytest.fixture(scope="session")

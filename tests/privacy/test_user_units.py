@@ -11,7 +11,7 @@ import pytest
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Groupwise, Mechanism, clipped_sum, count_groups
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import Buffer, Record, pack, plan
+from shiq_jax.replay import Buffer, pack, plan
 from shiq_jax.training.examples import examples_of
 from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import init_state
@@ -24,24 +24,13 @@ KINDS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
 
 
 @pytest.fixture(scope="module")
-def owned(tmp_path_factory):
+def owned(tmp_path_factory, answer):
     """Groups of answers that belong to users; some have prompts in common."""
     rng, records = np.random.default_rng(0), []
     for user, sizes in USERS.items():
         for number, size in enumerate(sizes):
             prompt = rng.integers(5, size=rng.integers(2, 5))
-            for _ in range(size):
-                own = rng.integers(7, size=rng.integers(2, 6))
-                mask = rng.random(len(own)) < 0.8
-                mask[-1] = True
-                records.append(
-                    Record(
-                        tokens=np.concatenate([prompt, own]),
-                        action_mask=np.concatenate([np.zeros(len(prompt), bool), mask]),
-                        rewards=rng.normal(size=int(mask.sum())).astype(np.float32),
-                        group=f"{number} of {user}", user=user,
-                    )
-                )  # fmt: skip
+            records += [answer(rng, prompt, 6, group=f"{number} of {user}", user=user) for _ in range(size)]
     buffer = Buffer.create(tmp_path_factory.mktemp("owned") / "buffer")
     # The records of a user need not stand together.
     buffer.append([records[place] for place in rng.permutation(len(records))])
@@ -49,10 +38,8 @@ def owned(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def statistics(owned):
-    rng = np.random.default_rng(3)
-    counts = [len(owned[number].rewards) for number in range(len(owned))]
-    return [tuple(rng.normal((-3, 4), 1, (count, 2)).astype(np.float32).T) for count in counts]
+def statistics(owned, statistics_of):
+    return statistics_of(owned)
 
 
 @pytest.fixture(scope="module")
