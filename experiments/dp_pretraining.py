@@ -15,8 +15,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +26,21 @@ import optax
 import tyro
 
 from experiments import dp_pretraining_page, source_code
+from experiments.dp_pretraining_membership import Attacks
+from experiments.dp_pretraining_noise import LARGE, Reading, curve
+from experiments.dp_pretraining_steps import single_steps
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import (
+    Abadi,
     AutoS,
+    AutoV,
+    ClipRule,
+    Global,
     Mechanism,
-    adam_memory,
-    adam_preconditioner,
     change_over,
-    clipped_sum,
-    improvement,
-    landscape,
     mixing_weight,
+    monitored,
 )
 from shiq_jax.privacy.phases import Reset
 from shiq_jax.privacy.secret import Secret
@@ -78,15 +82,17 @@ class Arm:
     """One way to train.
 
     share: of the steps that are public, or of all data where nothing is private. epsilon: of the private steps, None
-    for none, infinite for clipping without noise. everything: learn from private data as if they were public. reset:
-    what the change-over forgets.
+    for none, infinite for clipping without noise. plain: what steps without privacy learn from. reset: what the
+    change-over forgets. few: of the private data as few as are held out, again and again, in `LONGER` times the steps.
     """
 
     share: float
     epsilon: float | None = None
-    everything: bool = False
+    plain: Literal["public", "private", "everything"] = "public"
     reset: Reset = "momentum"
+    clip: ClipRule = AutoS()
     monitored: bool = False
+    few: bool = False
 
     @property
     def private(self) -> bool:
@@ -95,7 +101,7 @@ class Arm:
 
 
 ARMS = {
-    "fully public": Arm(1.0, everything=True),
+    "fully public": Arm(1.0, plain="everything"),
     "only public": Arm(1.0),
     "clipped, no noise": Arm(0.0, math.inf),
 }
@@ -105,6 +111,25 @@ for _epsilon in EPSILONS:
     ARMS[f"mixed 1%, {_at}"] = Arm(0.01, _epsilon)
     ARMS[f"mixed 10%, {_at}"] = Arm(0.1, _epsilon, monitored=_epsilon == 8)
 RESETS = {f"mixed 10%, epsilon 8, reset {name}": Arm(0.1, 8.0, reset=name) for name in ("none", "squares", "count")}
+# Each at epsilon 8 from scratch, with one seed.
+RULES = {
+    f"{type(rule).__name__}, R = {rule.clip_norm:g}": Arm(0.0, 8.0, clip=rule)
+    for rule in (AutoV(), Abadi(0.1), Abadi(1.0), Abadi(10.0), Global(1.0), Global(10.0))
+}
+ATTACKED = {
+    "only public": ARMS["only public"],
+    "fully private, epsilon 2": Arm(0.0, 2.0),
+    "fully private, epsilon 8": Arm(0.0, 8.0),
+    "not private": Arm(1.0, plain="private"),
+    "few units, fully private, epsilon 8": Arm(0.0, 8.0, few=True),
+    "few units, not private": Arm(1.0, plain="private", few=True),
+}
+# By how much the steps on few units are more than all others, and the sequences in an attack than what is held out.
+LONGER, SEQUENCES = 3, 8
+# Where single steps are measured: in which arm, and after which part of its steps; in the second the public ones are
+# over then. Their batches are parts of that of the experiment.
+POINTS = {"fully private, epsilon 8": 0.5, "mixed 10%, epsilon 8": 0.1}
+BATCHES = (1 / 32, 1 / 8, 1 / 2, 2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +166,42 @@ def main(options: Options) -> None:
             if str(seed) not in place:
                 place[str(seed)] = experiment.run(name, arm, seed, found["rates"])
                 keep()
-    if not options.quick:
-        dp_pretraining_page.write(found, path.with_suffix(".md"))
+    seed, rates = scale.seeds[0], found["rates"]
+    attacks = Attacks(experiment, rates, ARMS["only public"], SEQUENCES)
+    parts: dict[str, dict[str, Callable[[], Any]]] = {
+        "noise": {name: partial(curve, reading, EPSILONS) for name, reading in readings(scale).items()},
+        "attacks": {name: partial(attacks.measure, name, arm, seed) for name, arm in ATTACKED.items()},
+        "rules": {name: partial(experiment.run, name, arm, seed, rates) for name, arm in RULES.items()},
+        "single_steps": {
+            name: partial(single_steps, experiment, name, ARMS[name], rates, at, BATCHES, B2)
+            for name, at in POINTS.items()
+        },
+    }
+    for part, each in parts.items():
+        place = found.setdefault(part, {})
+        for name, measure in each.items():
+            if name not in place:
+                place[name] = measure()
+                keep()
+    dp_pretraining_page.write(found, path.with_suffix(".md"))
+
+
+def readings(scale: Scale) -> dict[str, Reading]:
+    """What noise is asked for, by batch: the experiment's own data, in sixteen steps at least, and many more."""
+    read = scale.batch * scale.steps
+    batches = tuple(2**power for power in range(scale.batch.bit_length() - 4, (read // 16).bit_length()))
+    here = Reading(scale.private, read / scale.private, DELTA, batches)
+    return {"here": here} if scale == QUICK else {"here": here, "large": LARGE}
+
+
+class Plan(NamedTuple):
+    """All steps of an arm, the first private one, what makes them private, and what plain and private steps read."""
+
+    steps: int
+    first: int
+    mechanism: Mechanism | None
+    plain: np.ndarray
+    private: np.ndarray
 
 
 class Experiment:
@@ -157,7 +216,8 @@ class Experiment:
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract_params()))
         self.losses = UnitLosses(self.model, OBJECTIVE, {}, {})
         self._measure = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
-        self._looked = jax.jit(self._look, static_argnames=("batch", "noise"))
+        self._each = jax.jit(lambda params, batch: self.losses(params, batch, None))
+        self._looked = jax.jit(self._look, static_argnames=("mechanism", "probes"))
 
     def tuned(self) -> dict[str, Any]:
         """Learning rates, chosen by public held-out loss: of plain steps, and of private ones that public data stand
@@ -173,40 +233,58 @@ class Experiment:
                 tried[kind][f"{rate:g}"] = self.held_out(state, self.text.public_held_out)
         return {kind: float(min(losses, key=losses.get)) for kind, losses in tried.items()} | {"tried": tried}
 
-    def mechanism(self, epsilon: float, steps: int) -> Mechanism:
-        """Of so many private steps."""
+    def mechanism(
+        self, epsilon: float, steps: int, clip: ClipRule = AutoS(), units: int | None = None
+    ) -> Mechanism:
+        """Of so many private steps on so many units, by default all."""
         if epsilon == math.inf:
-            return dataclasses.replace(self.mechanism(max(EPSILONS), steps), noise_multiplier=0.0)
+            return dataclasses.replace(self.mechanism(max(EPSILONS), steps, clip, units), noise_multiplier=0.0)
         return Mechanism.calibrated(
-            epsilon=epsilon, delta=DELTA, dataset_size=self.scale.private, expected_batch=self.scale.batch, steps=steps,
-            clip=AutoS(),
+            epsilon=epsilon, delta=DELTA, dataset_size=units or self.scale.private, expected_batch=self.scale.batch,
+            steps=steps, clip=clip,
         )  # fmt: skip
 
-    def run(self, name: str, arm: Arm, seed: int, rates: dict) -> dict[str, Any]:
-        """Train an arm: losses on held-out private data by step, the switch, noise, and what was monitored."""
-        scale, began = self.scale, time.monotonic()
-        first = sum(mixing_weight("switch", step, scale.steps, arm.share) == 1 for step in range(scale.steps))
-        mechanism = self.mechanism(arm.epsilon, scale.steps - first) if arm.private else None
+    def plan(self, arm: Arm) -> Plan:
+        """What an arm does when, and what it reads."""
+        steps = self.scale.steps * (LONGER if arm.few else 1)
+        first = sum(mixing_weight("switch", step, steps, arm.share) == 1 for step in range(steps))
+        public, private = self.text.public, self.text.private
+        if arm.few:
+            private = private[:: len(private) // self.scale.held_out][: self.scale.held_out]
+        plain = {"public": [public], "private": [private], "everything": [public, private]}[arm.plain]
+        mechanism = self.mechanism(arm.epsilon, steps - first, arm.clip, len(private)) if arm.private else None
+        return Plan(steps, first, mechanism, np.concatenate(plain), private)
+
+    def states(self, name: str, arm: Arm, plan: Plan, seed: int, rates: dict) -> Iterator[tuple[int, State]]:
+        """Train an arm: its state before every step and after the last; to go on takes the memory of the one before."""
+        steps, first, mechanism = plan.steps, plan.first, plan.mechanism
         state, public = self._begin(seed, rates["plain"], None)
-        known = np.concatenate([self.text.public, self.text.private]) if arm.everything else self.text.public
-        draw = self._draw(known, None, seed)
+        draw = self._draw(plan.plain, None, seed)
         private = self._begin(seed, rates["private"], mechanism)[1] if mechanism else None
-        drawn = self._draw(self.text.private, mechanism, seed) if mechanism else None
-        losses, monitored = [], []
-        for step in track(range(scale.steps), f"{name}, seed {seed}", scale.steps, "steps"):
-            if step % scale.every == 0:
-                losses.append([step, self.held_out(state, self.text.private_held_out)])
-                if arm.monitored and seed == scale.seeds[0]:
-                    monitored.append([step, self.look(state, mechanism, seed)])
+        drawn = self._draw(plan.private, mechanism, seed) if mechanism else None
+        for step in track(range(steps), f"{name}, seed {seed}", steps, "steps"):
+            yield step, state
             if step < first:
                 state = public(state, draw(step), step)
                 continue
             if step == first:
                 state = state._replace(opt_state=change_over(state.opt_state, arm.reset))
             state = private(state, drawn(step), step)
-        losses.append([scale.steps, self.held_out(state, self.text.private_held_out)])
+        yield steps, state
+
+    def run(self, name: str, arm: Arm, seed: int, rates: dict) -> dict[str, Any]:
+        """Train an arm: losses on held-out private data by step, the switch, noise, and what was monitored."""
+        scale, began = self.scale, time.monotonic()
+        plan = self.plan(arm)
+        mechanism, losses, seen = plan.mechanism, [], []
+        for step, state in self.states(name, arm, plan, seed, rates):
+            if step % scale.every == 0 or step == plan.steps:
+                losses.append([step, self.held_out(state, self.text.private_held_out)])
+                if arm.monitored and seed == scale.seeds[0] and step < plan.steps:
+                    seen.append([step, self.look(state, mechanism, seed)])
         return {
-            "losses": losses, "switch": first, "monitored": monitored, "seconds": round(time.monotonic() - began, 1),
+            "losses": losses, "switch": plan.first, "monitored": seen,
+            "seconds": round(time.monotonic() - began, 1),
             "noise_multiplier": mechanism and mechanism.noise_multiplier,
             # JSON has no infinity.
             "epsilon": mechanism.epsilon() if arm.private and arm.epsilon < math.inf else None,
@@ -214,30 +292,29 @@ class Experiment:
 
     def held_out(self, state: State, tokens: np.ndarray) -> float:
         """Mean loss in nats per byte."""
-        return float(self._measure(state.trainable, full_rows(tokens)))
+        return self.loss(state.trainable, tokens)
 
-    def look(self, state: State, mechanism: Mechanism, seed: int) -> dict[str, float]:
-        """What a private step could gain here, of public data alone, in the metric of Adam."""
-        tokens = self.text.public[: 8 * 64].reshape(8, 64, -1)
+    def loss(self, params: Any, tokens: np.ndarray) -> float:
+        """The same, of parameters."""
+        return float(self._measure(params, full_rows(tokens)))
+
+    def each(self, params: Any, tokens: np.ndarray) -> np.ndarray:
+        """Losses of sequences, in nats per byte."""
+        parts = np.array_split(tokens, max(len(tokens) // self.scale.held_out, 1))
+        return np.concatenate([self._each(params, full_rows(part)) for part in parts])
+
+    def look(
+        self, state: State, mechanism: Mechanism, seed: int, units: int = 64, probes: int | None = None
+    ) -> dict[str, float]:
+        """What a private step could gain here, of eight public batches alone, in the metric of Adam."""
+        tokens = self.text.public[: 8 * units].reshape(8, -1, source_code.LENGTH)
         batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(full_rows, tokens))
-        found, gain, clipped = self._looked(
-            state, batches, jax.random.key(seed), batch=self.scale.batch, noise=mechanism.noise_stddev
-        )
-        values = found._asdict() | gain._asdict() | {"clipped": clipped}
-        return {name: float(value) for name, value in values.items()}
+        found = self._looked(state, batches, jax.random.key(seed), mechanism, probes or self.scale.probes)
+        return {name: float(value) for name, value in found.items()}
 
-    def _look(self, state: State, batches, key, batch: int, noise: float):
-        scale = adam_preconditioner(adam_memory(state.opt_state), B2, 1e-8)
-        # Before the first step nothing is known of the squares.
-        scale = jax.tree.map(lambda leaf: jnp.where(adam_memory(state.opt_state).count > 0, leaf, 1.0), scale)
-        found = landscape(
-            lambda params, batch: jnp.mean(self.losses(params, batch, None)), state.trainable, batches, key, units=64,
-            probes=self.scale.probes, preconditioner=scale,
-        )  # fmt: skip
-        one = jax.tree.map(lambda leaf: leaf[0], batches)
-        norms = clipped_sum(self.losses, state.trainable, one, clip=AutoS())[1]
-        clipped = jnp.mean(AutoS()(norms))
-        return found, improvement(found, batch, noise, clipped), clipped
+    def _look(self, state: State, batches, key, mechanism: Mechanism, probes: int):
+        about = dict(mechanism=mechanism, b2=B2, probes=probes)
+        return monitored(self.losses, state.trainable, state.opt_state, batches, key, **about)
 
     def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
         rule = optax.adamw(rate, b2=B2, weight_decay=0.0)
@@ -263,14 +340,26 @@ class Experiment:
                 return full_rows(tokens[chosen])._replace(real=real[:, None])
 
             return sample
-        order, size = self._passes(len(tokens), seed), self.scale.batch
+        numbers = self.numbers(len(tokens), None, seed)
+        return lambda step: full_rows(tokens[numbers(step)])
+
+    def numbers(self, count: int, mechanism: Mechanism | None, seed: int) -> Callable[[int], np.ndarray]:
+        """Which units are drawn, by step; of shuffled passes one step after the other."""
+        if mechanism is not None:
+            sampling = Secret.insecure(seed).sampling
+
+            def sampled(step: int):
+                chosen, real = mechanism.sample(sampling, step)
+                return chosen[real]
+
+            return sampled
+        order, size = self._passes(count, seed), self.scale.batch
         stream: list[int] = []
 
         def shuffled(step: int):
             while len(stream) < size:
                 stream.extend(next(order))
-            chosen = [stream.pop() for _ in range(size)]
-            return full_rows(tokens[chosen])
+            return np.array([stream.pop() for _ in range(size)])
 
         return shuffled
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import dp_pretraining_sections as sections
 from shiq_jax.training import report
 
 SHARES = ("fully private", "mixed 1%", "mixed 10%")
 MONITORED = ("fully private, epsilon 8", "mixed 10%, epsilon 8")
+# What nobody knows where too few probes give a trace below 0.
+OF_THE_TRACE = ("decelerator", "slowdown", "best_batch")
 
 
 def final(found: Mapping[str, Any], name: str) -> np.ndarray:
@@ -53,14 +57,14 @@ def reasons(found: Mapping[str, Any]) -> str:
     step = found["arms"][names[0]]["0"]["losses"][3][0]
     before = [f"{early(found, name, step):.3f}" for name in (names[0], names[2])]
     return f"""
-## Why the paper's ordering is not here
+## Why the paper's ordering may not be here
 
 Public steps help for a while: at step {step} and epsilon 8 the loss is {before[0]} without them and {before[1]} with 10%;
 at the end the arms have come equally far. What the recipe is for is noise, whose length grows with the square root of
-the number of parameters, 10^8 in the paper. Here it is {noise_length(found, names[0]):.1f} long, beside a mean gradient of at most 1, and what was
-monitored says that it hardly slows a step that is of the right length: there is little for public data to cure. The
-larger part of the gap is what clipping takes, and public steps take nothing of that back. The public share alone, read again and
-again, is worth more than private data at these epsilons: both are source code of one language, and the model is small.
+the number of parameters, 10^8 in the paper. Here it is {noise_length(found, names[0]):.1f} long, beside a mean gradient of at most 1; that there is
+little for public data to cure is a conjecture from this, and no arm here proves it. What clipping alone takes public
+steps do not give back. The public share alone, read again and again, is worth more than private data at these epsilons:
+both are source code of one language, and the model is small.
 """
 
 
@@ -100,13 +104,17 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
         part = (clipped - public) / (private - public)
         said.append(
             f"Clipping without noise comes to {clipped:.3f}: of the {private - public:.3f} nats between public and "
-            f"private training at epsilon 8 clipping takes {part:.0%} and noise {1 - part:.0%}."
+            f"private training at epsilon 8 clipping takes {part:.0%} and noise {1 - part:.0%}, "
+            "with the learning rate that was chosen for both."
         )
-    seen = [values["slowdown"] for name in MONITORED for _, values in monitored(found, name)]
-    if seen:
+    seen = [values for name in MONITORED for _, values in monitored(found, name)]
+    known = [values["slowdown"] for values in seen if values["trace"] > 0]
+    if known:
         said.append(
-            f"In all that was monitored noise slows a step by a factor of {max(seen):.2f} at most, where its learning "
-            "rate is the best one."
+            f"Noise would slow a single step along the gradient by a factor of {max(known):.2f} at most, were its "
+            f"learning rate the best one; so say {len(known)} of the {len(seen)} points that were monitored, and in "
+            "the others the trace was below 0 and says nothing. It is not what noise costs an arm, "
+            "[as is said below](#noise-in-a-step-and-in-an-arm)."
         )
     base = final(found, "mixed 10%, epsilon 8")
     resets = {name: final(found, f"mixed 10%, epsilon 8, reset {name}") for name in ("none", "squares", "count")}
@@ -121,6 +129,48 @@ def monitored(found: Mapping[str, Any], name: str) -> list[tuple[int, dict]]:
     """What was monitored of an arm in its first seed."""
     runs = found["arms"].get(name, {})
     return [tuple(each) for each in next(iter(runs.values()))["monitored"]] if runs else []
+
+
+def reconciled(found: Mapping[str, Any]) -> str:
+    """Why noise may take much of the gap between arms although single steps hardly feel it."""
+    rate = found["rates"]["private"]
+    times = [
+        rate * values["clipped"] / values["learning_rate"]
+        for name in MONITORED
+        for _, values in monitored(found, name)
+        if values["trace"] > 0
+    ]
+    if not times:
+        return ""
+    length = noise_length(found, MONITORED[0])
+    inflated = length**2 / (1 + length**2)
+    return f"""
+### Noise in a step and in an arm
+
+The slow-down above and the part of the gap that the arms put down to noise are answers to two questions.
+
+- Known: the slow-down is that of one step of gradient descent in Adam's metric, with the best learning rate of a
+  quadratic. The arms' rate, {rate:g}, is {min(times):.2g} to {max(times):.2g} times that. From twice on, the quadratic
+  says, a step gains nothing; the arms did gain, so it does not describe their steps, which have momentum besides.
+- Known: that metric is the noisy arm's own, with and without noise. Noise is {length:.1f} long and the mean of clipped
+  gradients at most 1, so that noise makes {inflated:.0%} or more of the squares by which Adam divides and shortens what
+  a step goes along the gradient. How much of the gap that takes was not measured.
+- Known: "clipped, no noise" has the rate that was chosen with noise; at its own best one it may do better, and noise's
+  part of the gap would be larger.
+- Conjecture: what a quadratic sees is a few steep directions, across which steps swing back and forth, while what is
+  gained in the long run lies in flat ones, where noise is a larger part of what is seen.
+"""
+
+
+def at_the_end(rates: Mapping[str, Any]) -> str:
+    """Which chosen learning rates are the first or the last that was tried."""
+    said = []
+    for kind, losses in rates["tried"].items():
+        tried = sorted(map(float, losses))
+        for end, word in ((0, "smaller"), (-1, "larger")):
+            if len(tried) > 1 and rates[kind] == tried[end]:
+                said.append(f"That of {kind} steps is the end of what was tried: a {word} one may do better.")
+    return " ".join(said)
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -163,12 +213,16 @@ def text(found: Mapping[str, Any]) -> str:
     for name, each in seen.items():
         for step, values in each[:: max(len(each) // 5, 1)]:
             fields = ("gradient", "curvature", "trace", "decelerator", "slowdown", "best_batch")
-            lines.append(f"| {name} | {step} | " + " | ".join(f"{values[field]:.3g}" for field in fields) + " |")
+            unknown = OF_THE_TRACE if values["trace"] <= 0 else ()
+            cells = ["unknown" if field in unknown else f"{values[field]:.3g}" for field in fields]
+            lines.append(f"| {name} | {step} | {' | '.join(cells)} |")
     said = "\n".join(f"- {sentence}" for sentence in verdicts(found))
     tried = "; ".join(
         f"{kind}: " + ", ".join(f"{rate} {loss:.3f}" for rate, loss in losses.items())
         for kind, losses in rates["tried"].items()
     )
+    end = f"{at_the_end(rates)}\n" if at_the_end(rates) else ""
+    probes = f" ({scale['probes']})" if "probes" in scale else ""
     return f"""# Public, then private pre-training
 
 `python -m experiments.dp_pretraining` trains a decoder of {found["parameters"]:,} parameters, byte by byte, on source code: that of
@@ -191,7 +245,8 @@ sqrt(parameters), and a mean of clipped gradients at most 1.
 ## What was monitored
 
 From public sequences alone, in the metric of Adam, first seed: the squared gradient, the curvature along it, the trace
-of the Hessian, the decelerator, by how much noise slows a step, and the batch whose units gain most.
+of the Hessian, the decelerator, by how much noise slows a step, and the batch whose units gain most. Where the
+probes{probes} give a trace below 0, what follows from it is unknown.
 
 ![What was monitored](dp_pretraining_monitored.png)
 
@@ -199,13 +254,24 @@ of the Hessian, the decelerator, by how much noise slows a step, and the batch w
 
 The learning rates ({rates["plain"]:g} for plain steps, {rates["private"]:g} for private ones) were chosen on public data,
 which stood in for private ones ({tried}).
-"""
+{end}{reconciled(found)}{sections.steps(found)}{sections.noise(found)}{sections.rules(found)}{sections.attacks(found)}"""
 
 
 def write(found: Mapping[str, Any], page: Path) -> None:
     """The page and its figures."""
     page.write_text(text(found))
     draw(found, page.with_suffix(".png"))
-    runs = {name: [values | {"step": step} for step, values in monitored(found, name)] for name in MONITORED}
+    hidden = (*OF_THE_TRACE, "private", "critical_batch")
+    runs = {
+        name: [
+            values | {"step": step} | dict.fromkeys(hidden if values["trace"] <= 0 else (), math.nan)
+            for step, values in monitored(found, name)
+        ]
+        for name in MONITORED
+    }
     path = page.with_name(f"{page.stem}_monitored.png")
     report.draw_improvement(runs, path, "from public data, in Adam's metric, first seed")
+    if found.get("noise"):
+        sections.draw_noise(found, page.with_name(f"{page.stem}_noise.png"))
+    if sections.stepped(found):
+        sections.draw_steps(found, page.with_name(f"{page.stem}_steps.png"))
