@@ -43,10 +43,10 @@ def test_a_row_is_the_plain_step_over_the_fastest_of_its_methods():
     assert all(found[name].goal is None for name in privacy.RATIOS)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_every_setting_takes_a_step(rank):
+@pytest.mark.parametrize(("rank", "parts"), [(0, 2), (2, 1)])
+def test_every_setting_takes_a_step(rank, parts):
     steps = Steps(Work(24, 4, "tiny", rank=rank))
-    known = settings(2)
+    known = settings(parts)
     assert {method for method, _ in known.values()} == {"plain", *METHODS} - {"auto"}
     for method, parts in (*known.values(), ("jax_privacy", 2)):
         before = jax.device_get(steps.state.trainable)
