@@ -18,10 +18,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 MAPPINGS = 25_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_mappings():
-    """Lets go of all compiled programs between two files of tests when they have become many."""
-    yield
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Lets go of all compiled programs when they have become many."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
         import jax
