@@ -17,16 +17,16 @@ from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.layers import PROJECTED, Declaring, Embedding, Layer, Norm, Projection, Settings
 from shiq_jax.models.lora import Lora
-from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked import BOOKED, Accumulator
 from shiq_jax.models.visibility import NEVER, Visibility, cached
 
 # What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
 # "dots": results of the weight matrices and of attention are kept, the rest (activations, norms) is recomputed.
-# "full": only the layer's input is kept.
+# "full": only the layer's input is kept. What book-keeping needs is kept besides, where it is asked for.
 REMAT: Mapping[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, blockwise.SAVED),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, blockwise.SAVED, BOOKED),
+    "full": jax.checkpoint_policies.save_only_these_names(BOOKED),
 }
 
 

@@ -35,6 +35,8 @@ CANCELLED = 2.0**-7
 ROUNDING = 2.0**-20
 # The rule by which rows are scaled with the accumulator's own value, whatever their norms.
 GIVEN = "given"
+# By this name the backward pass keeps the cotangents that, with that rule, the parameters' gradients are made of.
+BOOKED = "cotangent of a tracked operation"
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +66,16 @@ class Link(NamedTuple):
 class Operation(NamedTuple):
     """An operation on an input `[rows, ...]` and one parameter, and its derivatives given the output's cotangent.
 
-    to_weights reads the input, the cotangent (scaled, and without rows that are not finite) and the parameter's shape;
-    squared_norm gives `[rows]`.
+    to_weights reads the input, the cotangent (scaled; both without rows that are not finite) and the parameter's shape;
+    squared_norm gives `[rows]`. of_rows gives both before they are summed, `[rows, ...]` and `[rows]`, where the norm
+    needs every row's gradient anyway and there is room for all of them; else None.
     """
 
     apply: Callable[[Array, Array], Array]
     to_input: Callable[[Array, Array, Array], Array]
     to_weights: Callable[[Array, Array, tuple[int, ...]], Array]
     squared_norm: Callable[[Array, Array], Array]
+    of_rows: Callable[[Array, Array], tuple[Array, Array] | None] = lambda x, s: None
 
 
 def apply(operation: Operation, x: Array, weights: Array, acc: Accumulator | None) -> Array:
@@ -97,10 +101,16 @@ def _backward(operation, rule, kept, cotangent):
     before = operation.to_input(x, weights, s).astype(x.dtype)
     if learns is None:
         return before, None, None
+    if callable(rule) and (rows := operation.of_rows(x, s)):
+        grads, square = rows
+        factors = _over(factor(rule, square), grads)
+        total = jnp.sum(jnp.where(factors > 0, factors * grads, 0), axis=0).reshape(weights.shape)
+        return before, total.astype(weights.dtype), square.astype(squares.dtype)
     square = operation.squared_norm(x, s).astype(squares.dtype)
-    fine = finite(x, s)
-    s = scaled(only(fine, s), rule, square, squares)
-    return before, operation.to_weights(only(fine, x), s, weights.shape).astype(weights.dtype), square
+    # A row of which either is not finite has no norm that is, and no part in the sum.
+    x, s = only(finite(x), x), only(finite(s), s)
+    s = scaled(checkpoint_name(s, BOOKED) if rule is GIVEN else s, rule, square, squares)
+    return before, operation.to_weights(x, s, weights.shape).astype(weights.dtype), square
 
 
 _tracked.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -135,12 +145,15 @@ def scaled(
     """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
     if rule is None:
         return s
-    if rule is GIVEN:
-        return (_over(given, s) * s).astype(s.dtype)
+    factors = given if rule is GIVEN else factor(rule, square, uses)
+    return (_over(factors, s) * s).astype(s.dtype)
+
+
+def factor(rule: Callable, square: Float[Array, " rows"], uses: int = 1) -> Float[Array, " rows"]:
+    """What the rule scales rows by, given their squared norm and one of `uses` of a parameter; 0 if it is no number."""
     norm = jnp.sqrt(jnp.maximum(square, 0))
     # Twice as long as it is, it is clipped to half as much.
-    factor = jnp.where(jnp.isfinite(norm), rule(uses * norm), 0)
-    return (_over(factor, s) * s).astype(s.dtype)
+    return jnp.where(jnp.isfinite(norm), rule(uses * norm), 0)
 
 
 def _over(rows: Array, like: Array) -> Array:
@@ -154,17 +167,36 @@ def _over(rows: Array, like: Array) -> Array:
 def product(contracted: int) -> Operation:
     """The last `contracted` dimensions of the input against the first ones of a kernel."""
 
-    def squared_norm(x, s):
+    def flat(x, s):
         inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - contracted :]))
         outputs = s.reshape(*inputs.shape[:2], -1)
-        return at_least(product_square(inputs, outputs), jnp.sum(norms(inputs) * norms(outputs), axis=1))
+        return inputs, outputs, jnp.sum(norms(inputs) * norms(outputs), axis=1)
+
+    def squared_norm(x, s):
+        inputs, outputs, total = flat(x, s)
+        return at_least(product_square(inputs, outputs), total)
+
+    def of_rows(x, s):
+        inputs, outputs, total = flat(x, s)
+        if by_places(inputs, outputs) or len(x) * inputs.shape[2] * outputs.shape[2] > BUDGET:
+            return None
+        grads = accumulated("bti,bto->bio", inputs, outputs)
+        square = at_least(jnp.sum(jnp.square(grads), axis=(1, 2)), total)
+        return grads.reshape(len(x), *x.shape[x.ndim - contracted :], *s.shape[x.ndim - contracted :]), square
 
     return Operation(
         apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), contracted),
         to_input=lambda x, kernel, s: to_input(kernel.astype(s.dtype), s, contracted),
         to_weights=lambda x, s, shape: to_kernel(*_operands(x, s), contracted, _precise(s)),
         squared_norm=squared_norm,
+        of_rows=of_rows,
     )
+
+
+def by_places(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> bool:
+    """Whether a row's x^T s takes more operations than the products of all pairs of places of x, and of s."""
+    length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
+    return length * (inputs + outputs) <= inputs * outputs
 
 
 def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> Float[Array, " rows"]:
@@ -173,9 +205,9 @@ def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T out
     Either sum_tu (x_t . x_u) (s_t . s_u), in time T^2 (inputs + outputs), or the matrix itself, in time
     T * inputs * outputs, a part of its lines at a time.
     """
-    length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
-    if length * (inputs + outputs) <= inputs * outputs:
+    if by_places(x, s):
         return jnp.sum(accumulated("bti,bui->btu", x, x) * accumulated("bto,buo->btu", s, s), axis=(1, 2))
+    inputs, outputs = x.shape[2], s.shape[2]
     parts = -(-len(x) * inputs * outputs // BUDGET)
     lines = -(-inputs // parts)
 
@@ -183,7 +215,7 @@ def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T out
         return total + jnp.sum(jnp.square(accumulated("bti,bto->bio", part, s)), axis=(1, 2)), None
 
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -inputs % lines)))
-    x = jnp.moveaxis(x.reshape(len(x), length, -1, lines), 2, 0)
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, lines), 2, 0)
     return jax.lax.scan(add, jnp.zeros(len(s), _precise(s)), x)[0]
 
 
