@@ -30,7 +30,7 @@ from benchmarks.peers import OPACUS, quiet
 from benchmarks.private_steps import SHAPES, Steps, Work, settings
 from benchmarks.rows import Row
 from benchmarks.workers import Worker, seconds_per_step, take_turns
-from shiq_jax.data import fetch
+from shiq_jax.tasks import fetch
 
 # Row -> part, methods that it is the best of, goal on an accelerator.
 FLAT = ("vmap", "ghost", "bk", "scan")

@@ -18,11 +18,11 @@ import optax
 from jax_privacy import clipped_grad, noise_addition
 
 from benchmarks import serving
-from shiq_jax.data import fetch
 from shiq_jax.models import DecoderConfig, Lora, Model, init_params, is_adapter, load_hf
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import Abadi, Groupwise, Mechanism, count_groups
 from shiq_jax.replay import Batch, full_rows
+from shiq_jax.tasks import fetch
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State, init_state

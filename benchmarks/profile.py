@@ -19,8 +19,8 @@ import jax
 import tyro
 
 from benchmarks import ours, serving, works
-from shiq_jax.data import fetch
 from shiq_jax.models import load_hf
+from shiq_jax.tasks import fetch
 
 
 class Ran(NamedTuple):

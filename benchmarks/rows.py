@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shiq_jax.training import report
+from shiq_jax.runs import report
 
 
 class Row(NamedTuple):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from benchmarks import ours
 from shiq_jax.models import load_hf
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.passes import Marks, run_passes
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.metrics import MetricsLog
-from shiq_jax.training.passes import Marks, run_passes
 
 
 class Stalls(NamedTuple):

@@ -25,8 +25,8 @@ from benchmarks.peers import TRANSFORMERS, quiet
 from benchmarks.rows import Row
 from benchmarks.workers import Worker, seconds_per_step, take_turns
 from benchmarks.works import WORKS
-from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
+from shiq_jax.tasks import bfcl, fetch
 
 # By work: the goal against the best setting of any peer, and against the faster peer as it comes.
 GOALS = {

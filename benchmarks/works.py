@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
+from shiq_jax.tasks import bfcl, fetch
 
 
 class Work(NamedTuple):

@@ -26,23 +26,21 @@ import jax
 import numpy as np
 import tyro
 
-import train
 from experiments import bfcl_page
-from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.models import load_hf
 from shiq_jax.replay import Buffer, bundles
-from shiq_jax.rollout import rewards
 from shiq_jax.rollout.drawing import Sampling
-from shiq_jax.training import report
-from shiq_jax.training.config import Collection, Evaluation, Job, Precision
+from shiq_jax.runs import commands, report
+from shiq_jax.runs.loss_options import PairLoss, RewardLoss
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.options import Collection, Evaluation, Job, Precision
+from shiq_jax.runs.pipeline import train as run_job
+from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.tasks import bfcl, fetch, rewards
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.losses import PairLoss, RewardLoss
-from shiq_jax.training.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.pipeline import train as run_job
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.run_directory import RunDirectory, write_json, write_jsonl
 
 # Of every policy but the reference.
 RATE = 1.5e-5
@@ -187,13 +185,13 @@ class Seed:
         }  # fmt: skip
         demonstrations = str(self.root / "demonstrations.jsonl")
         if name == "warm_start":
-            return train.Sft(
+            return commands.Sft(
                 model=str(fetch.smollm2()), data=demonstrations, epochs=scale.warm_epochs, batch_size=4,
                 optimizer=Optimizer(learning_rate=5e-5, schedule="cosine"), **shared,
             )  # fmt: skip
         shared["model"] = reference
         if name == "shiq":
-            return train.Shiq(
+            return commands.Shiq(
                 prompts=str(self.root / "prompts.jsonl"), baseline="group_mean", epochs=scale.epochs, batch_size=4,
                 collection=Collection(
                     prompts=scale.prompts, samples_per_prompt=scale.samples,
@@ -205,12 +203,12 @@ class Seed:
             )  # fmt: skip
         buffer = self.root / "shiq" / "buffer"
         if name == "dpo":
-            return train.Dpo(
+            return commands.Dpo(
                 data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=6,
                 loss=PairLoss(), optimizer=Optimizer(learning_rate=RATE), **shared,
             )  # fmt: skip
         data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best(buffer)}[name]
-        return train.Sft(
+        return commands.Sft(
             data=str(data), epochs=self._epochs(data, "trajectory"), batch_size=8,
             optimizer=Optimizer(learning_rate=RATE), **shared,
         )  # fmt: skip

@@ -154,7 +154,7 @@ The learning rate, one for all, and ShiQ's loss options come from a handful of t
 none of which moved accuracy by more than luck would: nobody's options were searched for.
 `python -m experiments.bfcl_tuning` tries more of them.
 
-    pip install -e '.[fetch]' && python -m shiq_jax.data.fetch
+    pip install -e '.[fetch]' && python -m shiq_jax.tasks.fetch
     python -m experiments.bfcl{option}
 
 writes this page; it goes on where it was stopped, and seeds whose numbers are in [bfcl/](bfcl) are not run again. A

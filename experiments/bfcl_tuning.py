@@ -16,11 +16,11 @@ import numpy as np
 import tyro
 
 from experiments.bfcl import SCALES, Seed
-from shiq_jax.data import bfcl, fetch
-from shiq_jax.training.config import Job
-from shiq_jax.training.losses import RewardLoss
+from shiq_jax.runs.loss_options import RewardLoss
+from shiq_jax.runs.options import Job
+from shiq_jax.runs.run_directory import write_json, write_jsonl
+from shiq_jax.tasks import bfcl, fetch
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.run_directory import write_json, write_jsonl
 
 QUESTIONS = 64
 

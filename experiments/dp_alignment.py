@@ -25,22 +25,21 @@ import jax
 import numpy as np
 import tyro
 
-import train
 from experiments import dp_alignment_page
 from experiments.dp_alignment_data import Sizes, read, write_pair_files, write_pairs, write_questions
 from experiments.dp_alignment_measure import loss_of, measure
 from experiments.dp_alignment_plans import plans
-from shiq_jax.data import fetch
 from shiq_jax.models import load_hf
 from shiq_jax.models.lora import only_adapters
-from shiq_jax.training import report
-from shiq_jax.training.config import Adapters, Evaluation, Job, Precision
-from shiq_jax.training.losses import PairLoss, RewardLoss
-from shiq_jax.training.metrics import MetricsLog
+from shiq_jax.runs import commands, report
+from shiq_jax.runs.loss_options import PairLoss, RewardLoss
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.options import Adapters, Evaluation, Job, Precision
+from shiq_jax.runs.pipeline import train as run_job
+from shiq_jax.runs.private_options import Privacy
+from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json
+from shiq_jax.tasks import fetch
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.pipeline import train as run_job
-from shiq_jax.training.private_options import Privacy
-from shiq_jax.training.run_directory import RunDirectory, read_json, write_json
 
 METHODS = ("dpo", "shiq")
 # What a method reads the same answers from.
@@ -184,7 +183,7 @@ class Study:
             self._keep(self.kept / "rates.json", settings, {method: self._tuned(method) for method in METHODS})
 
     def _warm_start(self) -> Job:
-        return train.Sft(
+        return commands.Sft(
             model=str(fetch.smollm2()), data=str(self.root / "demonstrations.jsonl"), epochs=2, batch_size=4,
             optimizer=Optimizer(learning_rate=5e-5, schedule="cosine"), **self._shared("warm_start"),
         )  # fmt: skip
@@ -208,9 +207,9 @@ class Study:
         """A run that tunes adapters on all units at every step."""
         at = self.settings
         kind, loss = {
-            "dpo": (train.Dpo, PairLoss()),
+            "dpo": (commands.Dpo, PairLoss()),
             # As in experiments.bfcl; at beta 0.5 the optimum lies 2 nats between a right and a wrong answer.
-            "shiq": (train.Shiq, RewardLoss(beta=0.5, position_weight="inv_position")),
+            "shiq": (commands.Shiq, RewardLoss(beta=0.5, position_weight="inv_position")),
         }[method]
         return kind(
             model=str(self.reference), data=str(self.root / f"{data}.{KINDS[method]}.jsonl"),

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from shiq_jax.data import bfcl, fetch
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal
 from shiq_jax.models import load_hf
-from shiq_jax.rollout import rewards
+from shiq_jax.runs.run_directory import write_jsonl
+from shiq_jax.tasks import bfcl, fetch, rewards
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.run_directory import write_jsonl
 
 # Characters of a question with its function; a padded row is as long as the longest.
 LONGEST = 800

@@ -15,10 +15,10 @@ from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.models import load_hf
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.rollout import rewards
+from shiq_jax.runs.ingest import READERS, import_records
+from shiq_jax.tasks import rewards
 from shiq_jax.training.annotation import statistics_of
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.filling import READERS, import_records
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.reference import Reference
 

@@ -44,9 +44,9 @@ from shiq_jax.privacy import (
 )
 from shiq_jax.privacy.phases import Reset
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.progress import track
+from shiq_jax.progress import shown, track
 from shiq_jax.replay import full_rows
-from shiq_jax.training import report
+from shiq_jax.runs import report
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State, init_state
 from shiq_jax.training.update import make_update
@@ -142,6 +142,7 @@ class Options:
     """Where the numbers are kept; the page and the figures go beside it."""
 
 
+@shown()
 def main(options: Options) -> None:
     """Run what is missing, keep its numbers, draw the page."""
     scale = QUICK if options.quick else Scale()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments import dp_pretraining_sections as sections
-from shiq_jax.training import report
+from shiq_jax.runs import report
 
 SHARES = ("fully private", "mixed 1%", "mixed 10%")
 MONITORED = ("fully private, epsilon 8", "mixed 10%, epsilon 8")

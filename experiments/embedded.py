@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 
-import train
-from shiq_jax.training.metrics import MetricsLog
-from shiq_jax.training.pipeline import train as run_job
-from shiq_jax.training.run_directory import RunDirectory
+from shiq_jax.runs import commands
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.pipeline import train as run_job
+from shiq_jax.runs.run_directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ def main(options: Options) -> None:
     """Run what is missing and draw it."""
     run = RunDirectory(options.runs)
     if not run.summary.exists():
-        job = train.embedded(train.Shiq())
+        job = commands.embedded(commands.Shiq())
         run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
     draw(MetricsLog(run.metrics), options.out / "embedded.png")
 

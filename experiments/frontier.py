@@ -23,21 +23,21 @@ import numpy as np
 import optax
 import tyro
 
-import train
 from experiments import frontier_page
 from shiq_jax.models import Headed
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
+from shiq_jax.runs import commands
+from shiq_jax.runs.ingest import fill_buffer
+from shiq_jax.runs.pipeline import warm_start
+from shiq_jax.runs.run import set_up
+from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.evaluation import Evaluator
-from shiq_jax.training.filling import fill_buffer
 from shiq_jax.training.optimizers import clip_by_global_norm
-from shiq_jax.training.pipeline import warm_start
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.run import set_up
-from shiq_jax.training.run_directory import RunDirectory, write_json
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -204,8 +204,8 @@ class Lab:
         numbers = self.evaluator(params, None if itself else self.reference, key).numbers
         return numbers["kl"], numbers["reward"]
 
-    def _job(self, directory: Path) -> train.Shiq:
-        job = train.embedded(train.Shiq())
+    def _job(self, directory: Path) -> commands.Shiq:
+        job = commands.embedded(commands.Shiq())
         return dataclasses.replace(
             job, seed=self.seed, output_dir=directory,
             collection=dataclasses.replace(

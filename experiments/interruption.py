@@ -147,9 +147,9 @@ def child(directory: str, place: str, number: str, log: str, *arguments: str) ->
 
 def prepare(root: Path) -> dict[str, list[str]]:
     """The arguments of both jobs; what they read is made in `root`."""
-    from shiq_jax.data.sorting import sorting_rows
-    from shiq_jax.data.tiny import tiny_directory
-    from shiq_jax.training.run_directory import write_jsonl
+    from shiq_jax.runs.run_directory import write_jsonl
+    from shiq_jax.tasks.sorting import sorting_rows
+    from shiq_jax.tasks.tiny import tiny_directory
 
     root.mkdir(parents=True, exist_ok=True)
     model = str(tiny_directory(root / "model", **_SIZES))
@@ -214,7 +214,7 @@ def _processor_seconds(process: int) -> float:
 
 def stage(run: Path, shards: int) -> str:
     """What a killed run was at, as its directory tells; `shards` are those of its whole buffer."""
-    from shiq_jax.training.run_directory import RunDirectory
+    from shiq_jax.runs.run_directory import RunDirectory
 
     here = RunDirectory(run)
     if here.summary.exists():

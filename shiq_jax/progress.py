@@ -19,6 +19,21 @@ BRIEF = 2.0
 SOONEST, LATEST = 10.0, 60.0
 
 
+# Whether anything is shown: the commands say so, a library call prints nothing.
+_shown = False
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Inside, also as a decorator, `track` shows progress on stderr; outside it only passes items through."""
+    global _shown
+    before, _shown = _shown, True
+    try:
+        yield
+    finally:
+        _shown = before
+
+
 def track(
     items: Iterable[Item],
     what: str,
@@ -29,7 +44,7 @@ def track(
     amount: tuple[str, Callable[[Item], float]] | None = None,
     note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
-    """Pass the items on, each when it is asked for, and show on stderr how far they are and how fast.
+    """Pass the items on, each when it is asked for, and show on stderr how far they are and how fast, inside `shown`.
 
     Work inside tracked work shows under it. Rates leave out the first item, in which programs are compiled.
 
@@ -42,6 +57,9 @@ def track(
         amount: a second unit and how much of it an item is, for instance tokens.
         note: more to say behind the numbers, asked for after an item is done.
     """
+    if not _shown:
+        yield from items
+        return
     count = _Count(total, unit, first, amount and amount[0], note)
     with (_bar if _live_terminal() else _lines)(what, count) as show:
         for item in items:

@@ -42,7 +42,7 @@ def quick_compilation():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """Directory of a microscopic random Llama with a byte-level tokenizer, in Hugging Face format."""
-    from shiq_jax.data.tiny import tiny_directory
+    from shiq_jax.tasks.tiny import tiny_directory
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
     return str(tiny_directory(tmp_path_factory.mktemp("tiny") / "model", **sizes))

@@ -81,7 +81,7 @@ def test_a_run_is_evaluated_with_its_adapters_as_its_export_is(tiny, data, finis
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, data, finished, tmp_path, monkeypatch):
-    from shiq_jax.training import passes
+    from shiq_jax.runs import passes
 
     written, targets = passes.MetricsLog.write, ("--lora.targets", "q_proj", "down_proj")
 

@@ -13,7 +13,7 @@ import pytest
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer, to_jsonl
-from shiq_jax.training import passes
+from shiq_jax.runs import passes
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -122,22 +122,22 @@ def test_an_interrupted_run_resumes_bit_for_bit(finished, tiny, tmp_path, monkey
 
 
 def test_sampling_that_stopped_goes_on_with_the_same_samples(finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.training import filling
+    from shiq_jax.runs import ingest
 
     arguments = ["shiq", "--model", tiny, "--output-dir", str(tmp_path / "run"), "--mesh", "fsdp=1", *SMALL]
-    collect = filling.collect
+    collect = ingest.collect
 
     def die(*args, first, **kwargs):
         if first == 8:
             raise KeyboardInterrupt
         return collect(*args, first=first, **kwargs)
 
-    monkeypatch.setattr(filling, "collect", die)
+    monkeypatch.setattr(ingest, "collect", die)
     with pytest.raises(SystemExit) as stop:
         training_door.main(arguments)
     assert stop.value.code == 130
     assert len(Buffer.open(tmp_path / "run" / "buffer")) == 24
-    monkeypatch.setattr(filling, "collect", collect)
+    monkeypatch.setattr(ingest, "collect", collect)
     training_door.main([*arguments, "--resume"])
     assert Buffer.open(tmp_path / "run" / "buffer").read(range(36)) == Buffer.open(finished / "buffer").read(range(36))
 

@@ -7,12 +7,12 @@ import resource
 import pytest
 
 import train as training_door
-from shiq_jax.data.tiny import tiny_directory
 from shiq_jax.models import huggingface
 from shiq_jax.replay import Buffer
-from shiq_jax.training import pipeline
+from shiq_jax.runs import pipeline
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.tasks.tiny import tiny_directory
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.metrics import MetricsLog
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 OPTIONS = [

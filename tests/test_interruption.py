@@ -15,11 +15,13 @@ import pytest
 
 import train as training_door
 from experiments import interruption
+from shiq_jax import stopping
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
 from shiq_jax.replay.locks import exclusive
-from shiq_jax.training import evaluation, filling, passes, reference, stopping
-from shiq_jax.training.run_directory import RunDirectory
+from shiq_jax.runs import ingest, passes
+from shiq_jax.runs.run_directory import RunDirectory
+from shiq_jax.training import evaluation, reference
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -173,7 +175,7 @@ def at_update(stage, step):
 STOPS = {
     "sampled": [
         (passes, "_check", at_update("warm start", 2), "stopped at warm start 2 of 3"),
-        (filling, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
+        (ingest, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
         (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
         (passes, "_check", at_update("update", 1), "stopped at update 1 of 6"),
         (passes, "_check", at_update("update", 3), "stopped at update 3 of 6"),
@@ -276,7 +278,7 @@ def test_other_threads_leave_signals_alone():
 HOLD = """
 import sys, time
 from pathlib import Path
-from shiq_jax.training.run_directory import RunDirectory
+from shiq_jax.runs.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(600)

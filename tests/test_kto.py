@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer
-from shiq_jax.training import passes
+from shiq_jax.runs import passes
 
 DATA = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--batch-size", "2",
@@ -82,7 +82,7 @@ def test_labelled_rows_are_enough(finished, tiny):
 
 @pytest.mark.parametrize("stage", ["labels", "update"])
 def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.training import pipeline
+    from shiq_jax.runs import pipeline
 
     arguments = arguments_of(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")
 
@@ -115,12 +115,12 @@ def test_an_evaluation_couples_all_rows(finished, tmp_path):
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_own_samples_are_labelled_by_the_mean_of_their_prompt(loss, tiny, tmp_path, monkeypatch, capsys):
-    from shiq_jax.training import tasks
+    from shiq_jax.runs import sources
 
-    run, kept = tmp_path / "run", tasks.rewards.resolve
+    run, kept = tmp_path / "run", sources.rewards.resolve
     # A model of three updates answers nothing right, but unlike.
     letters = lambda row, completion: float(sum(map(ord, completion)) % 5)  # noqa: E731
-    monkeypatch.setattr(tasks.rewards, "resolve", lambda name: letters if name == "sorting" else kept(name))
+    monkeypatch.setattr(sources.rewards, "resolve", lambda name: letters if name == "sorting" else kept(name))
     options = ["--loss.name", loss, "--loss.undesirable-weight", "0.5", "--model", tiny, "--output-dir", str(run)]
     training_door.main(["kto", *TOY, *options])
     answers, examples = Buffer.open(run / "buffer"), Buffer.open(run / "labelled")

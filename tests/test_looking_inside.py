@@ -11,9 +11,10 @@ import pytest
 
 import eval as evaluation_door
 import train as training_door
+from shiq_jax.runs import commands
+from shiq_jax.runs.inspection import inspect
+from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training import annotation
-from shiq_jax.training.inspection import inspect
-from shiq_jax.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "run-directory.md").read_text()
@@ -225,16 +226,16 @@ def test_help_without_a_command_lists_the_commands_with_examples():
 @pytest.mark.parametrize(
     "job, said",
     [
-        (training_door.own_data(training_door.Shiq(model="m", data="d")), ()),
-        (training_door.embedded(training_door.Shiq(seed=5)), ()),
+        (commands.own_data(commands.Shiq(model="m", data="d")), ()),
+        (commands.embedded(commands.Shiq(seed=5)), ()),
     ],
 )
 def test_options_that_are_of_use_are_not_complained_of(job, said):
-    assert tuple(training_door.without_effect(job)) == said
+    assert tuple(commands.without_effect(job)) == said
 
 
 def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys):
-    from shiq_jax.training.losses import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
+    from shiq_jax.runs.loss_options import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
 
     assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).configured().unit == "pair" for name in PAIR_LOSSES)
     assert len(REWARD_LOSSES) > 5 and all(
@@ -270,12 +271,12 @@ def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys
 def test_options_in_vain_are_named(tmp_path, capsys):
     from dataclasses import replace
 
-    job = training_door.own_data(training_door.Dpo(model="m", data="d"))
+    job = commands.own_data(commands.Dpo(model="m", data="d"))
     job = replace(job, collection=replace(job.collection, prompts=7), warm_start=replace(job.warm_start, steps=3))
-    assert list(training_door.without_effect(job)) == ["--collection.prompts", "--warm-start.steps"]
-    job = training_door.embedded(training_door.Sft())
+    assert list(commands.without_effect(job)) == ["--collection.prompts", "--warm-start.steps"]
+    job = commands.embedded(commands.Sft())
     job = replace(job, collection=replace(job.collection, sampling=replace(job.collection.sampling, top_k=5)))
-    assert list(training_door.without_effect(job)) == ["--collection.sampling.top-k"]
+    assert list(commands.without_effect(job)) == ["--collection.sampling.top-k"]
     arguments = ["dpo", "--data", str(tmp_path / "no.jsonl"), "--model", str(tmp_path), "--collection.prompts", "7"]
     with pytest.raises(SystemExit) as stop:
         training_door.main([*arguments, "--output-dir", str(tmp_path / "run")])

@@ -7,9 +7,9 @@ import pytest
 
 import train as training_door
 from shiq_jax.data.chat import load_tokenizer
-from shiq_jax.data.sorting import sorting_rows
 from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.rollout.rewards import resolve
+from shiq_jax.tasks.sorting import sorting_rows
 
 SMALL = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.samples-per-prompt", "1",

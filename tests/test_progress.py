@@ -11,6 +11,13 @@ from shiq_jax import progress
 from shiq_jax.progress import track
 
 
+@pytest.fixture(autouse=True)
+def shown():
+    """Progress is shown, as the commands show it."""
+    with progress.shown():
+        yield
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that goes on only when told: `clock.now += seconds`."""
@@ -127,3 +134,9 @@ def test_a_terminal_without_control_sequences_gets_lines(clock, monkeypatch):
     terminal = terminal_of(monkeypatch, "dumb")
     work(clock, 3, range(2), "sampling", 2)
     assert terminal.getvalue() == "sampling: 2/2 items (100%), 0.33 items/s, 0:06 elapsed\n"
+
+
+def test_a_library_call_prints_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_shown", False)
+    assert work(clock, 40, iter("ab"), "sampling", 2) == ["a", "b"]
+    assert capsys.readouterr().err == ""

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 import eval as evaluation_door
 import train as training_door
-from shiq_jax.data.tiny import tiny_directory
 from shiq_jax.replay import Schedule
-from shiq_jax.training import passes, pipeline
+from shiq_jax.runs import passes, pipeline
+from shiq_jax.tasks.tiny import tiny_directory
 from shiq_jax.training.checkpoints import Checkpoints
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}

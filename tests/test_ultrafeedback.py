@@ -9,6 +9,7 @@ import pytest
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer, bundles
+from shiq_jax.runs import commands
 
 DATA = Path(__file__).parent / "data"
 SMALL = [
@@ -108,7 +109,7 @@ def test_options_of_data_need_data(tmp_path, capsys):
 
 
 def test_a_run_is_bound_to_every_file_of_its_data(tmp_path):
-    job = training_door.Shiq(data=str(tmp_path / "part-*.jsonl"))
+    job = commands.Shiq(data=str(tmp_path / "part-*.jsonl"))
     (tmp_path / "part-1.jsonl").write_text("{}")
     one = job.settings()["data_digest"]
     (tmp_path / "part-2.jsonl").write_text("{}")

@@ -9,12 +9,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from shiq_jax.data.sorting import sorting_reward
 from shiq_jax.errors import Refusal
-from shiq_jax.rollout import bfcl_checker
 
 Reward = Callable[[Mapping[str, Any], str], float]
 
@@ -26,24 +24,17 @@ def exact(row: Mapping[str, Any], completion: str) -> float:
     return float(str(row["answer"]) == completion.strip())
 
 
-def resolve(name: str) -> Reward:
+def resolve(name: str, named: Mapping[str, Reward]) -> Reward:
     """The reward that a name stands for, checked on every call to return a finite number.
 
     Args:
-      name: "exact", "sorting", "bfcl", or "module:function" of anything that can be imported, the working directory
-        included.
+      name: a key of `named`, or "module:function" of anything that can be imported, the working directory included.
+      named: rewards by name.
 
-    Raises Refusal when there is no such reward, or when what it needs cannot be had; the returned function raises
-    Refusal, naming the row, when the reward fails or is not a finite number.
+    Raises Refusal when there is no such reward; the returned function raises Refusal, naming the row, when the reward
+    fails or is not a finite number.
     """
-    if name in _NAMED:
-        reward = _NAMED[name]
-        if name == "bfcl":
-            # Fetch and import now: better refused at the door than after an hour of sampling.
-            bfcl_checker.load_official()
-    else:
-        reward = _imported(name)
-    return _checked(name, reward)
+    return _checked(name, named[name] if name in named else _imported(name, named))
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -53,13 +44,10 @@ def describe(row: Mapping[str, Any]) -> str:
     return f"the row with the prompt {json.dumps(row.get('prompt'), default=str, ensure_ascii=False)[:80]}"
 
 
-_NAMED: dict[str, Reward] = {"exact": exact, "sorting": sorting_reward, "bfcl": bfcl_checker.bfcl_reward}
-
-
-def _imported(name: str) -> Reward:
+def _imported(name: str, named: Iterable[str]) -> Reward:
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
-        raise Refusal(f"the reward {name!r} is unknown: expected {', '.join(_NAMED)}, or module:function")
+        raise Refusal(f"the reward {name!r} is unknown: expected {', '.join(named)}, or module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

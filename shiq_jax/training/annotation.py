@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from shiq_jax import stopping
 from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
 from shiq_jax.replay.sampling import split
-from shiq_jax.training import stopping
 from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shiq_jax import stopping
 from shiq_jax.errors import Refusal
 from shiq_jax.progress import track
 from shiq_jax.replay import Record
 from shiq_jax.rollout.collect import collect, decode, in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler, Sampling
-from shiq_jax.training import stopping
 from shiq_jax.training.reference import Reference
 
 # Generations that are kept to be looked at: of the first prompts, so that evaluations can be compared.

@@ -13,9 +13,9 @@ from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.files import rows
 from shiq_jax.data.formats import preferences, prompts, trajectories
 from shiq_jax.data.reading import Reading
-from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer, bundles
+from shiq_jax.tasks.tiny import tiny_tokenizer
 
 HERE = Path(__file__).parent
 ULTRAFEEDBACK, BINARISED, RANKED = (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_completion, encode_prompt, encode_text, end_of_turn, load_tokenizer, stop_tokens
-from shiq_jax.data.tiny import tiny_directory, tiny_tokenizer
 from shiq_jax.errors import Refusal
+from shiq_jax.tasks.tiny import tiny_directory, tiny_tokenizer
 
 USER = {"role": "user", "content": "What is 2+2?"}
 CALL = {"role": "assistant", "content": "add(2, 2)"}

@@ -8,11 +8,11 @@ import pytest
 from shiq_jax.data.chat import encode_completion
 from shiq_jax.data.formats import demonstrations, labelled, preferences, prompts, trajectories
 from shiq_jax.data.reading import Reading
-from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.export import record_to_json, to_dataset, to_jsonl
 from shiq_jax.replay.records import validate
+from shiq_jax.tasks.tiny import tiny_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
 CALL = {"role": "assistant", "content": "add(2, 2)"}

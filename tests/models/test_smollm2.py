@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from shiq_jax.data.fetch import smollm2
 from shiq_jax.models import fingerprint, load_hf, save_hf
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.sharding import make_mesh
+from shiq_jax.tasks.fetch import smollm2
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import train
-from shiq_jax.training import passes, private_run
+from shiq_jax.runs import passes, private_run
 
 PRIVATE = ["--privacy.noise-multiplier", "2", "--privacy.delta", "1e-2"]
 OPTIONS = [

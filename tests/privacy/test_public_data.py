@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 import train
 from shiq_jax.privacy import adam_memory
 from shiq_jax.privacy.phases import MIXING
-from shiq_jax.training import passes, private_run
+from shiq_jax.runs import passes, private_run
+from shiq_jax.runs.inspection import inspect
+from shiq_jax.runs.public_options import Public
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.inspection import inspect
-from shiq_jax.training.public_options import Public
 
 OPTIONS = [
     "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", "--precision.remat", "none", "--optimizer.learning-rate",

@@ -19,7 +19,7 @@ from shiq_jax.privacy import (
     count_groups,
     per_example,
 )
-from shiq_jax.training.private_options import _RULES, Privacy
+from shiq_jax.runs.private_options import _RULES, Privacy
 
 RULES = (Abadi, AutoS, AutoV, Global, Reparametrised)
 NORMS = np.concatenate([[0.0], np.logspace(-30, 30, 241)]).astype(np.float32)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_prompt
-from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
 from shiq_jax.rollout.collect import collect, decode, in_order
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
+from shiq_jax.tasks.tiny import tiny_tokenizer
 
 ROWS = [
     {"id": "first", "prompt": "sort 31:", "answer": "13", "nested": {"numbers": [1, 2.5, None], "text": "zwölf ☃"}},

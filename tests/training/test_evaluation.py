@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_prompt
-from shiq_jax.data.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig, Model
+from shiq_jax.tasks.tiny import tiny_tokenizer
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.reference import Reference
 

@@ -1,0 +1,175 @@
+"""How a run's replay buffer is filled: from somebody's data, from demonstrations, or with scored samples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from shiq_jax.data import formats
+from shiq_jax.data.reading import Reading
+from shiq_jax.errors import Refusal
+from shiq_jax.models import DecoderConfig
+from shiq_jax.progress import track
+from shiq_jax.replay import Buffer, Record, estimate_bytes, is_buffer
+from shiq_jax.replay.records import validate
+from shiq_jax.rollout.collect import collect, in_order, sampled_tokens
+from shiq_jax.rollout.generate import Sampler
+from shiq_jax import stopping
+from shiq_jax.runs.run import Run, Use
+
+# How somebody's rows become records, by the objective that learns from them.
+READERS = {
+    "shiq": formats.trajectories,
+    "dpo": formats.preferences,
+    "kto": formats.labelled,
+    "sft": formats.demonstrations,
+}
+
+
+def fill_buffer(run: Run, model, params) -> Buffer:
+    """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
+    job, path = run.job, run.directory.buffer
+    if job.data:
+        return _imported(run, path, job.data, model)
+    if job.objective == "sft":
+        return demonstrations(run, path, model)
+    buffer = open_or_create(path)
+    options = job.collection
+    done, rows = len(buffer) // options.samples_per_prompt, run.task.train
+    sampler = Sampler(
+        model, options.sampling, run.stops,
+        samples_per_prompt=options.samples_per_prompt, prompts_in_flight=options.prompts_in_flight,
+    )  # fmt: skip
+    starts = range(done, len(rows), options.prompts_per_batch)
+    sampled = (
+        in_order(
+            collect(
+                sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
+                key=run.key(Use.SAMPLING), stop_tokens=run.stops, first=start,
+            )
+        )
+        for start in starts
+    )  # fmt: skip
+    total = -(-len(rows) // options.prompts_per_batch)
+    amount = ("tokens", sampled_tokens)
+    for records in track(sampled, "sampling", total, "batches", first=total - len(starts), amount=amount):
+        if not len(buffer):
+            _announce(records, len(rows) * options.samples_per_prompt / len(records))
+        buffer.append(records, vocab_size=model.config.vocab_size)
+        stopping.check(f"after {len(buffer)} of {len(rows) * options.samples_per_prompt} samples")
+    return buffer
+
+
+def public_buffer(run: Run, model) -> Buffer:
+    """The public data of a private run."""
+    return _imported(run, run.directory.public, run.job.public.data, model)
+
+
+def _imported(run: Run, path: Path, source: str, model) -> Buffer:
+    """A buffer of somebody's rows, as the job's options say that they are read."""
+    job, read = run.job, _replayed if is_buffer(source) else READERS[run.job.objective]
+    return import_records(
+        path, lambda reading: read(source, run.tokenizer, reading), model,
+        score=job.score, reward=run.task.reward, drop_longer_than=job.drop_longer_than,
+    )  # fmt: skip
+
+
+def demonstrations(run: Run, path: Path, model) -> Buffer:
+    """A buffer of the task's demonstrations."""
+    rows = run.directory.data / "demonstrations.jsonl"
+    return import_records(path, lambda reading: formats.demonstrations(rows, run.tokenizer, reading), model)
+
+
+def import_records(
+    path: Path,
+    read: Callable[[Reading], Iterable[Record]],
+    model,
+    *,
+    score: str | None = None,
+    reward: Callable[[Mapping, str], float] | None = None,
+    drop_longer_than: int | None = None,
+) -> Buffer:
+    """A buffer of somebody's records, filled in one atomic append that holds one shard in memory at a time.
+
+    Args:
+        path: of the buffer, made when it is not there; a buffer with records is left as it is.
+        read: gives the records of a source.
+        model: whose context and vocabulary the records must fit.
+        score: the field that holds scores, see `Reading`.
+        reward: scores answers of sources without scores.
+        drop_longer_than: sequences of more tokens than this, or than the context, are left out and counted; None
+            refuses those that are longer than the context.
+
+    Raises:
+        Refusal: a record does not fit into the model's context or vocabulary, or none is left; the buffer is then left
+            as it was.
+    """
+    buffer = open_or_create(path)
+    if not len(buffer):
+        reading = Reading(score=score, reward=reward)
+        reading.accept = _fits(reading, model.config, drop_longer_than)
+        amount = ("tokens", lambda record: len(record.tokens))
+        records = track(read(reading), "reading data", unit="records", amount=amount)
+        added = buffer.append(records, vocab_size=model.config.vocab_size)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in reading.left_out.items() if count)
+        if not added:
+            raise Refusal(f"nothing of the data can be learned from, for all was left out ({left_out}): mend the rows")
+        if left_out:
+            print(f"left out of the data: {left_out}", file=sys.stderr)
+        print(f"the buffer holds {added} sequences in {buffer.bytes / 1e6:.1f} MB", file=sys.stderr)
+    return buffer
+
+
+def _replayed(source: str, tokenizer, reading: Reading) -> Iterator[Record]:
+    """The records of another replay buffer, with the statistics of their sampler."""
+    if reading.score is not None:
+        raise Refusal(f"{source} is a replay buffer, whose records have their rewards: leave --score out")
+    buffer = Buffer.open(source)
+    buffer.verify()
+    for number in range(len(buffer)):
+        record = buffer[number]
+        with formats.at(f"{source}, record {number}"):
+            wanted = reading.accept(record)
+        if wanted:
+            yield record
+
+
+def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Callable[[Record], bool]:
+    """What decides whether a record is short enough, and refuses what the model cannot read at all."""
+    context = config.max_positions
+    limit = context if longest is None else min(longest, context)
+
+    def accept(record: Record) -> bool:
+        stopping.check("while reading the data, which then begins again")
+        validate(record, config.vocab_size)
+        if len(record.tokens) <= limit:
+            return True
+        if longest is None:
+            raise Refusal(
+                f"it has {len(record.tokens)} tokens and the model's context holds {context}: shorten it, leave it "
+                "out, take a model of longer context, or let --drop-longer-than leave out what is too long"
+            )
+        reading.left_out[f"sequences of more than {limit} tokens"] += 1
+        return False
+
+    return accept
+
+
+def open_or_create(path: Path) -> Buffer:
+    """The buffer of a run that goes on, held against its checksums, or an empty one."""
+    if is_buffer(path):
+        buffer = Buffer.open(path)
+        # What a run goes on with is read once as a whole: a damaged number would only be learned from.
+        buffer.verify()
+        return buffer
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Buffer.create(path)
+
+
+def _announce(records: Sequence[Record], times: float = 1) -> None:
+    """Say how large a buffer of `times` as many records like these will be, before it is written."""
+    counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
+    text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
+    size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))
+    print(f"the buffer will hold {round(len(records) * times)} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)

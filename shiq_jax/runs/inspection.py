@@ -1,0 +1,128 @@
+"""A look at a run from outside: how far it is, its latest numbers, and what it generated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shiq_jax.errors import Refusal
+from shiq_jax.replay import Buffer, is_buffer
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.passes import tokens_per_second
+from shiq_jax.runs.run_directory import RunDirectory
+
+_WIDTH = 76
+
+
+def inspect(path: Path, *, prompts: int = 3) -> str:
+    """What a directory holds, as text: a run, or a replay buffer.
+
+    Nothing is written, so it may be a run that is under way.
+
+    Args:
+        path: the directory.
+        prompts: how many prompts of the latest kept generations to show.
+
+    Raises:
+        Refusal: it is neither, or a file of it is damaged.
+    """
+    path = Path(path)
+    run = RunDirectory(path)
+    if is_buffer(path):
+        return Buffer.open(path).report()
+    if not run.config.exists():
+        raise Refusal(
+            f"{path} is neither a run (it has no config.json) nor a replay buffer (no manifest.json): name the "
+            "directory of one"
+        )
+    return "\n".join([*_facts(run), *_table(run), *_generations(run, prompts)])
+
+
+def _facts(run: RunDirectory) -> Iterator[str]:
+    settings = json.loads(run.config.read_text())
+    about = {name: settings.get(name) for name in ("model", "data", "task", "seed")}
+    yield f"run {run.path}: {settings.get('command')}"
+    yield "  options     " + ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
+    yield f"  stage       {_stage(run)}"
+    if is_buffer(run.buffer):
+        buffer = Buffer.open(run.buffer)
+        yield f"  buffer      {len(buffer):,} sequences, mean return {_number(_mean_return(buffer))}"
+    log = MetricsLog(run.metrics)
+    updates = log.rows("update") or log.rows("public")
+    if updates:
+        row = updates[-1]
+        # A private update says nothing of its loss, but now and then what has been spent.
+        said = [f"{name} {_number(row[name])}" for name in ("loss", "epsilon") if name in row]
+        said.append(f"{_number(tokens_per_second(updates))} tokens/s")
+        yield f"  update      {row['step']:,}: {', '.join(said)}"
+    saved = sorted(int(step.name) for step in run.checkpoints.glob("[0-9]*") if step.name.isdigit())
+    if saved:
+        yield "  checkpoints " + ", ".join(map(str, saved))
+
+
+def _stage(run: RunDirectory) -> str:
+    """The last thing that is there, and so the next one that is not."""
+    log = MetricsLog(run.metrics)
+    for reached, text in (
+        (run.summary.exists(), "complete"),
+        (run.export.exists(), "exported; the summary is missing"),
+        (log.rows("update"), "passes over the buffer"),
+        (log.rows("public"), "updates on public data"),
+        (log.rows("evaluation"), "evaluated before the passes"),
+        (is_buffer(run.buffer), "filling and annotating the buffer"),
+        (run.reference.exists(), "the reference is ready"),
+        (log.rows("warm start"), "warm start"),
+    ):
+        if reached:
+            return text
+    return "preparing"
+
+
+def _table(run: RunDirectory) -> Iterator[str]:
+    """Every evaluation, the latest last."""
+    rows = MetricsLog(run.metrics).rows("evaluation")
+    names = [name for name in ("reward", "accuracy", "greedy_reward", "kl", "length") if rows and name in rows[-1]]
+    if rows:
+        yield ""
+        yield "  " + "".join(f"{name:>16}" for name in ["evaluated after", *names])
+    for row in rows:
+        cells = [f"{row['step']} updates"]
+        for name in names:
+            error = row.get(f"{name}_stderr")
+            cells.append(_number(row.get(name)) + ("" if error is None else f" ± {error:.2g}"))
+        yield "  " + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _generations(run: RunDirectory, prompts: int) -> Iterator[str]:
+    files = sorted(run.samples.glob("*.jsonl")) if run.samples.is_dir() else []
+    if not files or prompts < 1:
+        return
+    yield ""
+    yield f"generations of {files[-1]} (earlier ones beside it)"
+    shown: list[str] = []
+    for row in map(json.loads, files[-1].read_text().splitlines()):
+        if row["prompt"] not in shown:
+            if len(shown) == prompts:
+                return
+            shown.append(row["prompt"])
+            yield f"  {_short(row['prompt'], ending=True)}"
+        facts = [f"{name} {_number(row[name])}" for name in ("reward", "logratio") if row.get(name) is not None]
+        yield f"    {row['decoding']:<8} {', '.join(facts)}"
+        yield f"      {_short(row['completion'])}"
+
+
+def _mean_return(buffer: Buffer) -> float | None:
+    return float(buffer.returns().mean()) if len(buffer) else None
+
+
+def _short(text: str, *, ending: bool = False) -> str:
+    """One line; of a long prompt the end says more."""
+    line = json.dumps(text, ensure_ascii=False)
+    if len(line) <= _WIDTH:
+        return line
+    return "..." + line[-_WIDTH:] if ending else line[:_WIDTH] + "..."
+
+
+def _number(value: Mapping | float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,229 @@
+"""The options of a run, grouped as the command line shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from shiq_jax.data.files import matching_files
+from shiq_jax.models.lora import TARGETS, Lora
+from shiq_jax.replay import is_buffer
+from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.runs.loss_options import SftLoss, given_as
+from shiq_jax.training.optimizers import Optimizer
+from shiq_jax.runs.private_options import Privacy
+from shiq_jax.runs.public_options import Public
+
+
+def _at_least(options: Any, **smallest: float) -> None:
+    """ValueError naming the first option that is smaller than it may be, or not a finite number."""
+    for name, least in smallest.items():
+        if not least <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be at least {least} and finite, not {getattr(options, name)}")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A few supervised updates on demonstrations, before anything is sampled, make the reference."""
+
+    steps: int = 0
+    """Updates; 0 starts from the model as it is."""
+    batch_size: int = 32
+    """Demonstrations of an update."""
+    demonstrations: int = 2048
+    """How many demonstrations to use at most."""
+    optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="cosine")
+
+    def __post_init__(self):
+        _at_least(self, steps=0, batch_size=1, demonstrations=1)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What is sampled from the reference into the replay buffer."""
+
+    prompts: int = 512
+    """Prompts of the training split."""
+    samples_per_prompt: int = 4
+    """Answers to each prompt."""
+    prompts_per_batch: int = 128
+    """Prompts whose answers are scored and kept together."""
+    prompts_in_flight: int = 32
+    """Prompts that the sampler works on at once."""
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_per_batch=1, prompts_in_flight=1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fresh temperature-1 samples on held-out prompts."""
+
+    data: Annotated[str | None, given_as("FILE|HUB_ID", "the task's held-out split, or the data's own prompts")] = None
+    """Prompts to evaluate on: rows with `prompt` and what the reward needs."""
+    prompts: int = 128
+    """How many prompts, at most."""
+    samples_per_prompt: int = 4
+    """Samples of each prompt."""
+    prompts_in_flight: int = 32
+    """Prompts that the sampler works on at once."""
+    max_tokens: int = 64
+    """Longest completion, in tokens."""
+    times: int = 4
+    """Evaluations during the passes, evenly spread; the last one comes after the last update."""
+    greedy: bool = True
+    """Also decode greedily."""
+
+    def __post_init__(self):
+        _at_least(self, prompts=1, samples_per_prompt=1, prompts_in_flight=1, max_tokens=1, times=0)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA: a low-rank addition to the layers' linear maps learns, and the model stays as it is."""
+
+    rank: Annotated[int | None, given_as("RANK", "none: all parameters learn")] = None
+    """Rank of the additions; adapters learn where this is given."""
+    alpha: Annotated[float | None, given_as("ALPHA", "twice the rank")] = None
+    """The additions are multiplied by alpha / rank."""
+    targets: tuple[Literal[TARGETS], ...] = TARGETS
+    """Which linear maps have one."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank is None and (self.alpha is not None or self.targets != TARGETS):
+            raise ValueError("alpha and targets say how adapters are: give their rank, or leave both out")
+        self.configured()
+
+    def configured(self) -> Lora | None:
+        """The adapters, None where there are none."""
+        if self.rank is None:
+            return None
+        return Lora(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha, self.targets)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Numbers and memory of the forward pass."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model's layers; parameters, statistics and losses are float32 always."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What is recomputed in the backward pass instead of stored."""
+    attention: Literal["xla", "flash"] = "xla"
+    """The engine: plain XLA, or a kernel for GPU and TPU, lowered for both in tests and timed on neither."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every training command takes."""
+
+    model: Annotated[str | None, given_as("DIR|HUB_ID", "the task's own")] = None
+    """What learns: a directory in Hugging Face format, or a hub id, of the Llama family or Qwen3."""
+    data: Annotated[str | None, given_as("FILE|HUB_ID", "none: sample answers and score them")] = None
+    """Learn from these rows (.jsonl, .json, .parquet, hub id) or replay buffer, sample nothing; see docs/data.md."""
+    prompts: Annotated[str | None, given_as("FILE|HUB_ID", "the task's own")] = None
+    """Sample answers to these prompts and score them with --reward."""
+    task: Literal["sorting", "bfcl"] = "sorting"
+    """Without --data and --prompts: where prompts and rewards come from, the toy or function calling."""
+    reward: Annotated[str | None, given_as("NAME", "the task's own")] = None
+    """exact, sorting, bfcl or module:function(row, completion) -> float; it also scores data that have no scores."""
+    score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
+    """Field of the data that holds the scores."""
+    drop_longer_than: Annotated[int | None, given_as("TOKENS", "refuse what exceeds the context")] = None
+    """Leave out longer sequences of the data."""
+    baseline: Literal["none", "group_mean"] = "none"
+    """What is taken off an answer's last reward; the mean of its prompt's answers does not move the optimum."""
+    epochs: float = 2.0
+    """Passes over the buffer."""
+    batch_size: int = 32
+    """Prompts (with all their answers), pairs, kto's answers, or demonstrations of one update."""
+    seed: int = 0
+    """Of data order, sampling and the embedded model."""
+    output_dir: Annotated[Path | None, given_as("DIR", "runs/COMMAND")] = None
+    """Where everything is written; see docs/run-directory.md."""
+    resume: bool = False
+    """Go on with the run in the output directory, with its own options."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], given_as("{tensorboard,wandb} ...", "neither")] = ()
+    """Show the metrics elsewhere as well; metrics.jsonl is always written."""
+    save_every: int = 100
+    """Updates between checkpoints."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep, besides the best."""
+    mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
+    """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
+    microbatches: int = 1
+    """Slices of a batch that are run one after the other to save memory."""
+    row_length: int = 4096
+    """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
+    loss: Any = SftLoss()
+    optimizer: Optimizer = Optimizer()
+    collection: Collection = Collection()
+    evaluation: Evaluation = Evaluation()
+    warm_start: WarmStart = WarmStart()
+    precision: Precision = Precision()
+    lora: Adapters = Adapters()
+    privacy: Privacy = Privacy()
+    public: Public = Public()
+
+    command: ClassVar[str] = ""
+    objective: ClassVar[str] = ""
+
+    def __post_init__(self):
+        _at_least(self, seed=0, batch_size=1, epochs=0, microbatches=1, save_every=1, keep=1, row_length=2)
+        if self.data is not None and self.prompts is not None:
+            raise ValueError("data are learned from as they are and prompts are sampled for: give one of them")
+        if self.data is None and (self.score is not None or self.drop_longer_than is not None):
+            raise ValueError("score and drop_longer_than say how data are read: give data, or leave them out")
+        if self.score is not None and self.objective == "sft":
+            raise ValueError("sft imitates and reads no scores: leave score out")
+        if self.drop_longer_than is not None:
+            _at_least(self, drop_longer_than=2)
+        if self.lora.rank is not None and not self.loss.configured().policy:
+            raise ValueError(f"the loss {self.loss.name} leaves the policy as it is: leave lora out")
+        if self.public.data is None and self.public != Public():
+            raise ValueError("the options of public data say what becomes of them: give public.data, or leave them out")
+        if self.public.data is not None and not self.privacy.on:
+            raise ValueError("public data go with private ones: give privacy.epsilon, or learn from them with data")
+        if self.public.data is not None and self.optimizer.name != "adamw":
+            raise ValueError(f"public data go with adamw, whose memory they leave behind, not {self.optimizer.name}")
+        if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
+            raise ValueError(
+                "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
+            )
+
+    def directory(self) -> Path:
+        """The output directory."""
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.command
+
+    def settings(self) -> dict[str, Any]:
+        """All options that determine the result, as JSON values."""
+        values = dataclasses.asdict(self)
+        for name in ("resume", "output_dir", "track"):
+            values.pop(name)
+        sources = {
+            "data": self.data, "prompts": self.prompts, "evaluation_data": self.evaluation.data,
+            "public_data": self.public.data,
+        }  # fmt: skip
+        for name, source in sources.items():
+            if digests := [_digest(file) for file in matching_files(source or "")]:
+                values[f"{name}_digest"] = ",".join(digests)
+        if self.data and is_buffer(self.data):
+            values["data_digest"] = _digest(Path(self.data) / "manifest.json")
+        return {"command": self.command, "objective": self.objective} | values
+
+    def told(self) -> dict[str, Any]:
+        """The settings that checkpoints and trackers show: without the digest of private data, by which whoever knows
+        all rows but one could find that one."""
+        hidden = ("data_digest",) if self.privacy.on else ()
+        return {name: value for name, value in self.settings().items() if name not in hidden}

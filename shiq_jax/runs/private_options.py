@@ -1,0 +1,76 @@
+"""The options of a private run, and what they stand for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, Mechanism, Reparametrised, count_groups
+from shiq_jax.runs.loss_options import given_as
+
+_RULES = {"abadi": Abadi, "auto_s": AutoS, "auto_v": AutoV, "global": Global, "reparametrised": Reparametrised}
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of the data that is learned from; see docs/privacy.md."""
+
+    epsilon: Annotated[float | None, given_as("EPSILON", "not private")] = None
+    """What the whole run may cost; the noise is chosen for it. With noise_multiplier or this the run is private."""
+    noise_multiplier: Annotated[float | None, given_as("SIGMA", "what epsilon asks for")] = None
+    """Standard deviation of the noise over the sensitivity, in the place of epsilon."""
+    delta: Annotated[float | None, given_as("DELTA", "none: give one below 1 / units of data")] = None
+    """The probability with which epsilon may fail."""
+    unit: Literal["example", "user"] = "example"
+    """What is protected: a trajectory, pair or group of the objective, or all rows of one user_id."""
+    adjacency: Literal["zero_out", "replace_one"] = "zero_out"
+    """What neighbouring data differ by: a unit that counts for nothing, or another in its place."""
+    clip: Literal["auto_s", "auto_v", "abadi", "reparametrised", "global"] = "auto_s"
+    """The rule by which a unit's gradient is made shorter."""
+    clip_norm: float = 1.0
+    """C: how long it may be afterwards; with reparametrised, from which length on it is made shorter, to 1."""
+    groupwise: bool = False
+    """Clip each parameter of each layer by itself: one backward pass instead of two."""
+    method: Literal["auto", "ghost", "bk", "scan", "vmap", "group"] = "auto"
+    """How clipping is computed, which does not change its result."""
+    secret: Annotated[Path | None, given_as("FILE", "secret.key in the output directory")] = None
+    """Where the root key of sampling and noise is kept, readable by its owner alone."""
+    insecure_deterministic: bool = False
+    """Derive that key from --seed, so that anybody can: for tests, never for data that are private."""
+    log_private: bool = False
+    """Also log losses and gradient norms of private units, which nobody accounts for."""
+
+    def __post_init__(self):
+        for name in ("epsilon", "noise_multiplier", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError("epsilon and noise_multiplier say the same: give one of them")
+        if self.on and self.delta is None:
+            raise ValueError("a private run needs a delta, below 1 over the number of units: give it")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"delta must lie in (0, 1), not {self.delta}")
+        if self.groupwise and self.method not in ("auto", "group"):
+            raise ValueError(f"groupwise clipping is computed by the method group, not {self.method}")
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is private."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    def mechanism(
+        self, trainable, *, dataset_size: int, expected_batch: int, steps: int, multiple: int, example: str
+    ) -> Mechanism:
+        """Sampler, noise and accounting of a run over so many units; `example` is what an objective's example is."""
+        rule = _RULES[self.clip](self.clip_norm)
+        known = dict(
+            dataset_size=dataset_size, expected_batch=expected_batch, steps=steps, delta=self.delta,
+            clip=Groupwise(rule, count_groups(trainable)) if self.groupwise else rule,
+            adjacency=self.adjacency, unit=example if self.unit == "example" else self.unit, multiple=multiple,
+        )  # fmt: skip
+        if self.epsilon is not None:
+            return Mechanism.calibrated(epsilon=self.epsilon, **known)
+        return Mechanism.sized(noise_multiplier=self.noise_multiplier, **known)

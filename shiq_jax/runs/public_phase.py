@@ -1,0 +1,124 @@
+"""What a private run does with public data: a phase before its own, or a part of every update, and what they tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from shiq_jax.objectives import Objective
+from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
+from shiq_jax.replay import Buffer, pack, plan
+from shiq_jax.training.batches import Ahead, Batches, Step
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.training.private_batches import units_of
+from shiq_jax.training.private_gradient import UnitLosses
+from shiq_jax.runs.run import Run, Use
+from shiq_jax.training.state import State
+
+STAGE, MEASURED = "public", "improvement"
+# Units whose losses are looked at, in so many batches.
+LOOKED_AT, BATCHES = 128, 8
+
+
+class PublicData:
+    """Public data of a private run.
+
+    Args:
+        run: its options, mesh, log and keys.
+        buffer, statistics: the data, and what the reference says of them for objectives that have one.
+        objective: of the run.
+        mechanism: of its private updates.
+    """
+
+    def __init__(self, run: Run, buffer: Buffer, statistics, objective: Objective, mechanism: Mechanism):
+        job = run.job
+        self.options, self._run, self._objective, self._mechanism = job.public, run, objective, mechanism
+        self.batches = Batches(
+            buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+            microbatches=job.microbatches, row_length=job.row_length,
+        )  # fmt: skip
+        share = self.options.share
+        # Public updates at most; those that are mixed into private ones come before none.
+        self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
+        # Those that it was in the end, as soon as that is known.
+        self.taken = self.steps
+        self._looked = _cut(buffer, objective.unit, statistics)
+        self._look: Callable | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether public updates come before the private ones, and not into them."""
+        return self.options.rule == "switch"
+
+    def enough(self, done: int) -> bool:
+        """Whether the public phase ends after so many updates, a window's end; the log's public numbers say so."""
+        log, window, options = self._run.log, self.options.window, self.options
+        if done % window or not done:
+            return False
+        losses = np.array([row["loss"] for row in log.rows(STAGE)][:done])
+        if options.stall is not None and stalled(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
+            return True
+        # What is measured after this update is not known yet, except to a run that goes on from here; and where the
+        # trace comes out below 0 nothing is known of noise.
+        rows = [row for row in log.rows(MEASURED) if row["step"] < done and row["trace"] > 0]
+        slowdowns = [row["slowdown"] for row in rows]
+        return options.slowdown is not None and affordable(slowdowns, options.slowdown)
+
+    def changed_over(self, state: State) -> State:
+        """The state as the private phase begins with it."""
+        if self.options.reset == "none":
+            return state
+        return state._replace(opt_state=change_over(state.opt_state, self.options.reset))
+
+    def mixed(self, private: Ahead) -> Ahead:
+        """Batches of private updates, each with a public one beside it."""
+        return private if self.first else _Mixed(private, self.batches)
+
+    def weight(self, step: int) -> float:
+        """Of the public gradient in a private update."""
+        return mixing_weight(self.options.rule, step, self._mechanism.steps, self.options.share)
+
+    def look(self, model, state: State, step: int) -> None:
+        """Log what a private update could gain here, and how much of it noise takes, from public data alone."""
+        if not self.options.probes or self._looked is None:
+            return
+        if self._look is None:
+            about = dict(mechanism=self._mechanism, b2=self._run.job.optimizer.b2, probes=self.options.probes)
+
+            def look(state: State, batches, key):
+                losses = UnitLosses(model, self._objective, state.frozen, state.targets)
+                return monitored(losses, state.trainable, state.opt_state, batches, key, **about)
+
+            self._look = jax.jit(look)
+        key = jax.random.fold_in(self._run.key(Use.CURVATURE), step)
+        log: MetricsLog = self._run.log
+        log.rewind([MEASURED], step - 1)
+        log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
+
+
+class _Mixed(Ahead):
+    """A private batch and a public one for every step."""
+
+    left_out = 0
+
+    def __init__(self, private: Ahead, public: Batches):
+        self._private, self._public = private, public
+        self.records, self.steps = private.records, private.steps
+
+    def __call__(self, step: int) -> Step:
+        private, public = self._private(step), self._public(step)
+        return private._replace(batch=(private.batch, public.batch))
+
+
+def _cut(buffer: Buffer, unit: str, statistics):
+    """Some units, each in a row of its own, as equal batches stacked; None where there are too few for two."""
+    units = units_of(buffer, unit)[:LOOKED_AT]
+    count = min(BATCHES, len(units))
+    if count < 2:
+        return None
+    shape = plan(buffer, units)._replace(slots=1)
+    rows = [pack([each], buffer, statistics, shape).batch for each in units[: len(units) // count * count]]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves).reshape(count, -1, *leaves[0].shape[1:]), *rows)

@@ -1,0 +1,164 @@
+"""What a run leaves for people: the table, the learning curve and the summary."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shiq_jax.runs.metrics import MetricsLog
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """Print names and values in two columns; None is shown as a dash."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", title=title, show_header=False)
+    for name, value in rows:
+        table.add_row(name, "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The lines of the table at the end of a run."""
+    shown = {
+        "reward before": "reward_before",
+        "reward after": "reward_after",
+        "accuracy before": "accuracy_before",
+        "accuracy after": "accuracy_after",
+        "greedy accuracy before": "greedy_accuracy_before",
+        "greedy accuracy after": "greedy_accuracy_after",
+        "KL to the reference (nats per sequence)": "kl",
+        "tokens per second (update step)": "tokens_per_second",
+        "updates": "updates",
+        "seconds": "seconds",
+    }
+    return [(label, summary.get(name)) for label, name in shown.items() if name in summary]
+
+
+def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
+    """Reward of fresh samples and KL to the reference at every evaluation, and the loss of every update, as a PNG.
+
+    The reward's band is one standard error over prompts.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    evaluations, updates = log.rows("evaluation"), log.rows("update")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    steps = [row["step"] for row in evaluations]
+    if evaluations and "reward" in evaluations[0]:
+        reward, error = ([row[name] for row in evaluations] for name in ("reward", "reward_stderr"))
+        axes[0].plot(steps, reward, marker="o", color="tab:green")
+        low, high = ([r + sign * e for r, e in zip(reward, error)] for sign in (-1, 1))
+        axes[0].fill_between(steps, low, high, color="tab:green", alpha=0.2, linewidth=0)
+    axes[0].set(title="reward of fresh samples", xlabel="update")
+    axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
+    axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
+    # A private run says nothing of its loss, but what it has spent.
+    last = "epsilon" if any("epsilon" in row for row in updates) else "loss"
+    shown = [row for row in updates if last in row]
+    axes[2].plot([row["step"] for row in shown], [row[last] for row in shown], color="tab:blue", linewidth=1)
+    axes[2].set(title=last, xlabel="update")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    # Without the time stamp that matplotlib adds, equal runs give equal files.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+# What `privacy.loss_improvement` says, as panels: title, and names with their labels.
+_IMPROVEMENT = {
+    "squared gradient": {"gradient": ""},
+    "curvature that a step meets": {"curvature": "along the gradient", "decelerator": "decelerator"},
+    "trace of the Hessian": {"trace": ""},
+    "improvement by a step": {"plain": "without noise", "private": "with noise"},
+    "slow-down by noise": {"slowdown": ""},
+    "units of a batch": {"best_batch": "best", "critical_batch": "critical"},
+}
+
+
+def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: str) -> None:
+    """What public data said of private updates on the way, as a PNG.
+
+    Args:
+        runs: by label the rows of a run, with `step` and the fields of `privacy.Landscape` and `privacy.Improvement`.
+        path: of the picture.
+        title: over it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, (panel, names) in zip(axes.flat, _IMPROVEMENT.items(), strict=True):
+        for number, (run, rows) in enumerate(runs.items()):
+            for name, style in zip(names, ("o-", "s:")):
+                # What is not above 0 has no place on a logarithmic scale.
+                shown = [row[name] if row[name] > 0 else math.nan for row in rows]
+                label = ", ".join(word for word in (names[name], run) if word)
+                axis.plot(
+                    [row["step"] for row in rows], shown, style, color=f"C{number}", label=label, markersize=3, linewidth=1
+                )
+        axis.set(title=panel, xlabel="update", yscale="log")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize=7)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
+    """Rewards of fresh samples, and how far each sample lies from the reference, as a PNG.
+
+    Args:
+        samples: rows as `Evaluator.shown` gives them; greedy ones are left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [row for row in samples if row["decoding"] == "sampled"]
+    rewards, logratios = ([row[name] for row in drawn if row[name] is not None] for name in ("reward", "logratio"))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    axes[0].set(title="reward of fresh samples", xlabel="reward", ylabel="samples")
+    axes[1].set(title="distance to the reference", xlabel="log-ratio, nats per sequence")
+    if rewards:
+        axes[0].hist(rewards, bins=20, color="tab:green")
+    if logratios and rewards:
+        axes[1].scatter(logratios, rewards, s=12, alpha=0.5, color="tab:red", linewidths=0)
+        axes[1].set_ylabel("reward")
+    elif logratios:
+        axes[1].hist(logratios, bins=20, color="tab:red")
+    for axis, shown in zip(axes, (rewards, logratios), strict=True):
+        if not shown:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)

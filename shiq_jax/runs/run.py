@@ -1,0 +1,86 @@
+"""What all stages of a run share, made once from its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shiq_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
+from shiq_jax.errors import Refusal
+from shiq_jax.models import DecoderConfig, fingerprint, load_hf, locate
+from shiq_jax.rollout import rewards
+from shiq_jax.runs.options import Job
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.training.placement import mesh_of
+from shiq_jax.runs.run_directory import RunDirectory
+from shiq_jax.runs.sources import Task, prepare
+from shiq_jax.runs.trackers import trackers
+
+
+class Use(enum.IntEnum):
+    """What a run draws random numbers for; each use has a key of its own."""
+
+    SAMPLING = 0
+    EVALUATION = 1
+    UPDATES = 2
+    WARM_START = 3
+    HEADS = 4
+    ADAPTERS = 5
+    CURVATURE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    job: Job
+    directory: RunDirectory
+    task: Task
+    mesh: jax.sharding.Mesh | None
+    tokenizer: Any
+    stops: tuple[int, ...]
+    log: MetricsLog
+
+    def key(self, use: Use) -> jax.Array:
+        """The random key of a use."""
+        return jax.random.fold_in(jax.random.key(self.job.seed), int(use))
+
+    def load(self, source: str | Path):
+        """Model and parameters of a directory or hub id, on this run's mesh and in its precision.
+
+        Raises:
+            Refusal: they cannot be had, or are not those that the run has used before.
+        """
+        options = self.job.precision
+        model, params = load_hf(
+            source, mesh=self.mesh, compute_dtype=jnp.dtype(options.compute), remat=options.remat,
+            engine=options.attention,
+        )  # fmt: skip
+        role = "model" if str(source) == str(self.task.model) else "reference"
+        self.directory.keep_weights(role, fingerprint(params), source)
+        return model, params
+
+
+def set_up(job: Job, directory: RunDirectory) -> Run:
+    """Everything that a run needs before it computes anything; what can be refused early is refused here."""
+    task, mesh = prepare(job, directory), mesh_of(job.mesh)
+    source = locate(task.model)
+    # First, for transformers would blame the tokenizer for what is wrong with config.json.
+    config = DecoderConfig.read(source)
+    tokenizer, context = load_tokenizer(source, config.vocab_size), config.max_positions
+    rows = [(row, job.collection.sampling.max_tokens) for row in task.train]
+    rows += [(row, job.evaluation.max_tokens) for row in task.held_out or ()]
+    for row, new in rows:
+        length = len(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
+        if length + new > context:
+            raise Refusal(
+                f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
+                f"context of {context}: leave it out or lower max_tokens"
+            )
+    log = MetricsLog(directory.metrics, trackers(job.track, directory, job.told()))
+    return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), log)

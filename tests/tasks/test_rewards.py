@@ -1,0 +1,93 @@
+"""Rewards by name: what each name stands for, and what is refused at the door."""
+
+import math
+import sys
+
+import pytest
+
+from shiq_jax.errors import Refusal
+from shiq_jax.tasks import rewards
+from shiq_jax.tasks.sorting import sorting_reward
+
+
+def test_exact_compares_without_white_space_around():
+    reward = rewards.resolve("exact")
+    assert reward({"answer": "12"}, " 12\n") == 1.0
+    assert reward({"answer": "12"}, "1 2") == 0.0
+    assert reward({"answer": 12}, "12") == 1.0
+
+
+def test_sorting_is_the_embedded_tasks_reward():
+    row = {"prompt": "sort 31:", "answer": "13"}
+    assert [rewards.resolve("sorting")(row, text) for text in ("13", "11", "")] == [
+        sorting_reward(row, text) for text in ("13", "11", "")
+    ]
+
+
+def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "lengths_reward.py").write_text(
+        "def score(row, completion):\n    return len(completion) * row['weight']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    reward = rewards.resolve("lengths_reward:score")
+    assert reward({"weight": 2}, "abc") == 6.0 and isinstance(reward({"weight": 2}, "abc"), float)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("exakt", "the reward 'exakt' is unknown"),
+        ("math:", "is unknown"),
+        ("no_such_module_here:score", "cannot be imported"),
+        ("math:no_such_function", "no function 'no_such_function'"),
+        ("math:pi", "no function 'pi'"),
+    ],
+)
+def test_unknown_rewards_are_refused(name, said):
+    with pytest.raises(Refusal, match=said):
+        rewards.resolve(name)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high", 10**400])
+def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
+    monkeypatch.setattr(math, "given_reward", lambda row, completion: value, raising=False)
+    reward = rewards.resolve("math:given_reward")
+    with pytest.raises(Refusal, match="the row 'q7'.*finite number"):
+        reward({"id": "q7", "prompt": "a"}, "b")
+    with pytest.raises(Refusal, match='the prompt "a"'):
+        reward({"prompt": "a"}, "b")
+    with pytest.raises(Refusal, match='the prompt "a"'):
+        reward({"id": None, "prompt": "a"}, "b")
+
+
+@pytest.mark.parametrize("error", [KeyError("weight"), ZeroDivisionError("by zero"), RuntimeError("no\nway")])
+def test_rewards_that_fail_name_the_row_and_the_error(error, monkeypatch):
+    def fail(row, completion):
+        raise error
+
+    monkeypatch.setattr(math, "given_reward", fail, raising=False)
+    with pytest.raises(Refusal, match="(?s)'math:given_reward' failed with .* the row 'q7' .* 'hello'") as refused:
+        rewards.resolve("math:given_reward")({"id": "q7"}, "hello")
+    assert f"{type(error).__name__}: {error}" in str(refused.value)
+    assert refused.value.__cause__ is error
+
+
+def test_what_a_reward_refuses_is_told_as_it_is(monkeypatch):
+    def refuse(row, completion):
+        raise Refusal("the judge is away: call again")
+
+    monkeypatch.setattr(math, "given_reward", refuse, raising=False)
+    with pytest.raises(Refusal, match="^the judge is away: call again$"):
+        rewards.resolve("math:given_reward")({}, "b")
+
+
+def test_rows_that_lack_what_a_reward_reads_are_named():
+    with pytest.raises(Refusal, match="'answer'"):
+        rewards.resolve("exact")({"prompt": "a"}, "b")
+    with pytest.raises(
+        Refusal, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""
+    ):
+        rewards.resolve("sorting")({"prompt": "sort 21:"}, "12")
+    with pytest.raises(Refusal, match="'functions'"):
+        rewards.REWARDS["bfcl"]({"id": 1, "prompt": "a"}, "b")
