@@ -86,8 +86,8 @@ def test_a_weight_is_used_twice(monkeypatch):
     x = jnp.asarray(rng.normal(size=(6, 4, 5)), jnp.float32)
     weight = {"kernel": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32)}
 
-    def losses(params, x, acc):
-        first, second = (tracked.apply(tracked.product(1), x, params["kernel"], acc) for _ in range(2))
+    def losses(params, x, tracker):
+        first, second = (tracked.apply(tracked.product(1), x, params["kernel"], tracker) for _ in range(2))
         return jnp.sum(first + second, axis=(1, 2))
 
     with pytest.raises(ValueError, match="would miscount kernel"):
