@@ -128,7 +128,7 @@ def warm_start(run: Run) -> str | Path:
         state = _fit(
             run, model, params, batches, OBJECTIVES["sft"], options.optimizer, options.steps,
             stage="warm start", checkpoints=Checkpoints(run.directory.warm_start / "checkpoints", keep=1),
-            key=run.key(Use.WARM_START), marks=Marks(save=job.save_every),
+            marks=Marks(save=job.save_every),
         )  # fmt: skip
         export(run, model, state.params(), done)
     return done
@@ -212,7 +212,7 @@ def passes(
     return _fit(
         run, model, params, batches, objective, job.optimizer, steps,
         stage="update", checkpoints=Checkpoints(run.directory.checkpoints, keep=job.keep, best=metric),
-        key=run.key(Use.UPDATES), microbatches=job.microbatches, private=private,
+        microbatches=job.microbatches, private=private,
         marks=Marks(math.ceil(planned / options.times) if options.times else None, job.save_every, show=pass_ends),
         evaluate=lambda state, step: evaluate(state.params(), step),
         show=lambda state, step: evaluate(state.params(), step, "samples", SHOWN_PROMPTS),
@@ -264,7 +264,7 @@ def summarise(run: Run, buffer: Buffer, probe: Mapping | None, seconds: float) -
 
 def _fit(
     run: Run, model, params, batches: Batches, objective: Objective, optimizer: Optimizer, steps: int, *,
-    stage: str, checkpoints: Checkpoints, key, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
+    stage: str, checkpoints: Checkpoints, marks: Marks, microbatches: int = 1, evaluate: Callable | None = None,
     show: Callable | None = None, private: Private | None = None,
 ) -> State:  # fmt: skip
     """Update from the newest checkpoint, or from `params`, to the last step; public updates come before private."""
@@ -273,7 +273,7 @@ def _fit(
     rule = optimizer.build(planned)
     slow = {name: params[HEADS][name] for name in objective.slow}
     state = init_state(
-        model, params, rule, key=key, mesh=run.mesh, targets=lambda _: {HEADS: slow} if slow else {},
+        model, params, rule, mesh=run.mesh, targets=lambda _: {HEADS: slow} if slow else {},
         trainable=learns(model, objective),
     )  # fmt: skip
     # Closed also when the passes end early: a save under way is finished before anything else opens the directory.

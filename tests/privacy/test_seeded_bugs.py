@@ -106,7 +106,7 @@ def test_the_mean_of_what_was_drawn_in_the_place_of_the_sum(decoder, batch_of, m
         released = []
         update = make_update(model, objective, rule, privacy=MECHANISM, method="ghost")
         for drawn in (0, 1):
-            state = init_state(model, jax.tree.map(jnp.array, params), rule, key=jax.random.key(0))
+            state = init_state(model, jax.tree.map(jnp.array, params), rule)
             real = batch.real & (np.arange(len(batch.real)) < drawn)[:, None]
             state, _ = update(state, batch._replace(real=real), private_key=jax.random.key(1))
             released.append(jax.tree.map(jnp.subtract, params, state.params()))
