@@ -191,8 +191,8 @@ class Lab:
     def _begin(self, name: str):
         objective = OBJECTIVES[name]
         source = self.best if name == "sft" else self.buffer
-        statistics = self.statistics if "references" in objective.needs else None
-        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, statistics=statistics)
+        references = {"reference": self.statistics} if "references" in objective.needs else {}
+        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, references=references)
         model, params = self.model, jax.tree.map(jax.numpy.copy, self.params)
         if objective.heads:
             model = Headed.of(model, objective.heads)

@@ -146,12 +146,13 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
     objective = OBJECTIVES[name]
     if examples is None or ("references" in objective.needs and reference is None):
         return None, None
-    statistics = None
+    references = {}
     if "references" in objective.needs:
         objective = objective.configure(beta=options.beta)
-        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)[0])
+        identity, _ = reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)
+        references = {"reference": examples.statistics(identity)}
     return name, objective_metrics(
-        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_in_flight
+        model, params, objective, examples, references, prompts_per_batch=options.prompts_in_flight
     )
 
 

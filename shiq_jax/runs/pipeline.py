@@ -22,7 +22,7 @@ from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import save_hf
 from shiq_jax.models.heads import HEADS, Headed
 from shiq_jax.objectives import OBJECTIVES, Objective
-from shiq_jax.replay import Buffer
+from shiq_jax.replay import Buffer, References
 from shiq_jax.runs import private_run, public_phase, report
 from shiq_jax import stopping
 from shiq_jax.training.annotation import annotate, reference_identity
@@ -84,7 +84,7 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
             answers = fill_buffer(run, model, params)
             objective = job.loss.configured()
             buffer = _labelled(run, model, answers, objective) if "labels" in objective.needs else answers
-            statistics, probe = _annotated(job, model, params, buffer, objective)
+            references, probe = _annotated(job, model, params, buffer, objective)
             public = None
             if job.public.data:
                 there = public_buffer(run, model)
@@ -94,7 +94,7 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
                 model, params, objective, lora=job.lora.configured(), steering=getattr(job.loss, "steering", 0.0),
                 keys=(run.key(Use.ADAPTERS), run.key(Use.HEADS)),
             )  # fmt: skip
-            state = passes(run, model, params, reference, buffer, objective, statistics, public)
+            state = passes(run, model, params, reference, buffer, objective, references, public)
     except Refusal:
         if not job.resume:
             directory.discard(samples=not job.data)
@@ -146,33 +146,33 @@ def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
 
 
 def _annotated(job: Job, model, params, buffer: Buffer, objective: Objective):
-    """Reader of the reference's statistics of a buffer, and what the sampler's own were worth, where it is needed."""
+    """References of a buffer by name, and what the probe of the sampler's statistics found, where they are needed."""
     if "references" not in objective.needs:
-        return None, None
+        return {}, None
     identity = reference_identity(model, params)
     probe = annotate(model, params, buffer, identity, prompts_per_batch=job.batch_size, row_length=job.row_length)
     print(f"step-zero probe of the sampler's statistics: {probe or 'there are none'}", file=sys.stderr)
-    return buffer.statistics(identity), probe
+    return {"reference": buffer.statistics(identity)}, probe
 
 
 def passes(
-    run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, statistics,
+    run: Run, model, params, reference: Reference, buffer: Buffer, objective: Objective, references: References,
     public: tuple[Buffer, Any] | None = None,
 ) -> State:  # fmt: skip
     """The policy after all passes over the buffer, evaluated on the way; what it was before is evaluation 0.
 
-    public: a buffer of data that a private run need not protect, with its statistics.
+    public: a buffer of data that a private run need not protect, with its references.
     """
     job, options = run.job, run.job.evaluation
     learned = split(params, learns(model, objective))[0]
-    private = private_run.begin(run, learned, buffer, objective, statistics) if job.privacy.on else None
+    private = private_run.begin(run, learned, buffer, objective, references) if job.privacy.on else None
     if public is not None:
         private = private.beside(PublicData(run, *public, objective, private.mechanism))
     if private is not None:
         batches = private.batches
     else:
         batches = Batches(
-            buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+            buffer, objective.unit, job.batch_size, seed=job.seed, references=references, mesh=run.mesh,
             microbatches=job.microbatches, row_length=job.row_length,
             records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import Buffer
+from shiq_jax.replay import Buffer, References
 from shiq_jax.training.batches import Ahead
 from shiq_jax.runs.options import Job
 from shiq_jax.training.placement import data_devices
@@ -121,7 +121,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
         )
 
 
-def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics) -> Private:
+def begin(run: Run, trainable, buffer: Buffer, objective: Objective, references: References) -> Private:
     """The parts of a run, those of before where it goes on.
 
     Raises:
@@ -143,7 +143,7 @@ def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics)
             file=sys.stderr,
         )
     secret = _secret(run)
-    batches = PrivateBatches(buffer, units, mechanism, secret, statistics=statistics, mesh=run.mesh)
+    batches = PrivateBatches(buffer, units, mechanism, secret, references=references, mesh=run.mesh)
     file, about = run.directory.privacy, _about(mechanism, secret, options)
     if not file.exists():
         write_json(file, about | {"epsilon": mechanism.epsilon()})

@@ -10,7 +10,7 @@ import numpy as np
 
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
-from shiq_jax.replay import Buffer, pack, plan
+from shiq_jax.replay import Buffer, References, pack, plan
 from shiq_jax.training.batches import Ahead, Batches, Step
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training.private_batches import units_of
@@ -28,16 +28,18 @@ class PublicData:
 
     Args:
         run: its options, mesh, log and keys.
-        buffer, statistics: the data, and what the reference says of them for objectives that have one.
+        buffer, references: the data, and by name the statistics that fill `Example.references`.
         objective: of the run.
         mechanism: of its private updates.
     """
 
-    def __init__(self, run: Run, buffer: Buffer, statistics, objective: Objective, mechanism: Mechanism):
+    def __init__(
+        self, run: Run, buffer: Buffer, references: References, objective: Objective, mechanism: Mechanism
+    ):  # fmt: skip
         job = run.job
         self.options, self._run, self._objective, self._mechanism = job.public, run, objective, mechanism
         self.batches = Batches(
-            buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+            buffer, objective.unit, job.batch_size, seed=job.seed, references=references, mesh=run.mesh,
             microbatches=job.microbatches, row_length=job.row_length,
         )  # fmt: skip
         share = self.options.share
@@ -45,7 +47,7 @@ class PublicData:
         self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
         # Those that it was in the end, as soon as that is known.
         self.taken = self.steps
-        self._looked = _cut(buffer, objective.unit, statistics)
+        self._looked = _cut(buffer, objective.unit, references)
         self._look: Callable | None = None
 
     @property
@@ -113,12 +115,12 @@ class _Mixed(Ahead):
         return private._replace(batch=(private.batch, public.batch))
 
 
-def _cut(buffer: Buffer, unit: str, statistics):
+def _cut(buffer: Buffer, unit: str, references: References):
     """Some units, each in a row of its own, as equal batches stacked; None where there are too few for two."""
     units = units_of(buffer, unit)[:LOOKED_AT]
     count = min(BATCHES, len(units))
     if count < 2:
         return None
     shape = plan(buffer, units)._replace(slots=1)
-    rows = [pack([each], buffer, statistics, shape).batch for each in units[: len(units) // count * count]]
+    rows = [pack([each], buffer, shape, references=references).batch for each in units[: len(units) // count * count]]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves).reshape(count, -1, *leaves[0].shape[1:]), *rows)
