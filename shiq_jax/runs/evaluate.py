@@ -18,20 +18,20 @@ from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import Headed, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.tasks import rewards
 from shiq_jax.runs import report
-from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.runs.options import Adapters
-from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.runs.labelling import label, threshold_of
-from shiq_jax.training.trainable import learner
 from shiq_jax.runs.loss_options import steering
+from shiq_jax.runs.options import Adapters
+from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
+from shiq_jax.runs.sources import prompts_of
+from shiq_jax.tasks import rewards
+from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.reference import Reference
-from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
-from shiq_jax.runs.sources import prompts_of
+from shiq_jax.training.trainable import learner
 
 
 @progress.shown()
@@ -146,12 +146,13 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
     objective = OBJECTIVES[name]
     if examples is None or ("references" in objective.needs and reference is None):
         return None, None
-    statistics = None
+    references = {}
     if "references" in objective.needs:
         objective = objective.configure(beta=options.beta)
-        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)[0])
+        identity, _ = reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)
+        references = {"reference": examples.statistics(identity)}
     return name, objective_metrics(
-        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_in_flight
+        model, params, objective, examples, references, prompts_per_batch=options.prompts_in_flight
     )
 
 

@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_before_it_stays
         for seed in range(100)
         if [3 in Batches(broken, "trajectory", 3, seed=seed)(step).members for step in range(3)] == [False, False, True]
     )
-    batches = Batches(broken, "trajectory", 3, seed=seed, statistics=zeros, microbatches=4)
+    batches = Batches(broken, "trajectory", 3, seed=seed, references={"reference": zeros}, microbatches=4)
     members = sorted(int(member) for member in batches(2).members.ravel() if member >= 0)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     shiq = make_update(model, OBJECTIVES["shiq"], RULE)
