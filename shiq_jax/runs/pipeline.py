@@ -17,34 +17,33 @@ from typing import Any
 
 import jax
 
-from shiq_jax import progress
+from shiq_jax import progress, stopping
 from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import save_hf
 from shiq_jax.models.heads import HEADS, Headed
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer, References
 from shiq_jax.runs import private_run, public_phase, report
-from shiq_jax import stopping
+from shiq_jax.runs.ingest import demonstrations, fill_buffer, public_buffer
+from shiq_jax.runs.labelling import check_threshold, label
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.options import Job
+from shiq_jax.runs.passes import Marks, run_passes, tokens_per_second
+from shiq_jax.runs.private_run import Private
+from shiq_jax.runs.public_phase import PublicData
+from shiq_jax.runs.run import Run, Use, set_up
+from shiq_jax.runs.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
+from shiq_jax.runs.sources import prompts_of
+from shiq_jax.runs.trackers import require, trackers
 from shiq_jax.training.annotation import annotate, reference_identity
 from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.runs.options import Job
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
-from shiq_jax.runs.ingest import demonstrations, fill_buffer, public_buffer
-from shiq_jax.runs.labelling import label, threshold_of
-from shiq_jax.training.trainable import learner, learns
-from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.runs.passes import Marks, run_passes, tokens_per_second
-from shiq_jax.runs.private_run import Private
-from shiq_jax.runs.public_phase import PublicData
 from shiq_jax.training.reference import Reference
-from shiq_jax.runs.run import Run, Use, set_up
-from shiq_jax.runs.run_directory import RunDirectory, read_json, refuse_differences, write_json, write_jsonl
 from shiq_jax.training.state import State, init_state, split
-from shiq_jax.runs.sources import prompts_of
-from shiq_jax.runs.trackers import require, trackers
+from shiq_jax.training.trainable import learner, learns
 from shiq_jax.training.update import make_update
 
 
@@ -137,12 +136,9 @@ def warm_start(run: Run) -> str | Path:
 def _labelled(run: Run, model, answers: Buffer, objective: Objective) -> Buffer:
     """The answers as good and bad ones, for an objective that reads labels."""
     job, context = run.job, model.config.max_positions
-    threshold = threshold_of(job.data, job.score, job.threshold)
-    if job.privacy.on and threshold is None:
-        raise Refusal(
-            "good or bad by the mean of a prompt's answers is what other units say: give labels, or a --threshold"
-        )
-    return label(run.directory.labelled, answers, objective, threshold, min(context, job.drop_longer_than or context))
+    check_threshold(answers, job.threshold, job.data, private=job.privacy.on)
+    longest = min(context, job.drop_longer_than or context)
+    return label(run.directory.labelled, answers, objective, job.threshold, longest)
 
 
 def _annotated(job: Job, model, params, buffer: Buffer, objective: Objective):
