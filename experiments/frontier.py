@@ -30,7 +30,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import commands
 from shiq_jax.runs.ingest import fill_buffer
-from shiq_jax.runs.pipeline import warm_start
+from shiq_jax.runs.learning import warm_start
 from shiq_jax.runs.run import set_up
 from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.training.annotation import annotate, reference_identity

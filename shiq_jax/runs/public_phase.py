@@ -7,16 +7,19 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
 from shiq_jax.replay import Buffer, References, pack, plan
-from shiq_jax.training.batches import Ahead, Batches, Step
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.phases import Phase
+from shiq_jax.runs.run import Run, Use
+from shiq_jax.training.batches import Batches, DeviceBatch
 from shiq_jax.training.private_batches import units_of
 from shiq_jax.training.private_gradient import UnitLosses
-from shiq_jax.runs.run import Run, Use
 from shiq_jax.training.state import State
+from shiq_jax.training.update import make_update
 
 STAGE, MEASURED = "public", "improvement"
 # Units whose losses are looked at, in so many batches.
@@ -45,8 +48,6 @@ class PublicData:
         share = self.options.share
         # Public updates at most; those that are mixed into private ones come before none.
         self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
-        # Those that it was in the end, as soon as that is known.
-        self.taken = self.steps
         self._looked = _cut(buffer, objective.unit, references)
         self._look: Callable | None = None
 
@@ -75,13 +76,32 @@ class PublicData:
             return state
         return state._replace(opt_state=change_over(state.opt_state, self.options.reset))
 
-    def mixed(self, private: Ahead) -> Ahead:
-        """Batches of private updates, each with a public one beside it."""
-        return private if self.first else _Mixed(private, self.batches)
+    def phase(self, model, optimizer: optax.GradientTransformation) -> Phase:
+        """Updates on public data alone; where the options say so, they end before `steps`."""
+        run, options = self._run, self.options
+        update = make_update(model, self._objective, optimizer, mesh=run.mesh, microbatches=run.job.microbatches)
+        return Phase(
+            STAGE, update, self.batches, self.steps, on_end=self.changed_over, records=self.batches.records,
+            metadata=lambda done: {"epsilon": 0.0}, window=options.window, enough=self.enough,
+        )  # fmt: skip
+
+    def mixed(self, private: Callable[[int], DeviceBatch]) -> Callable[[int], DeviceBatch]:
+        """Batches of private updates, each with a public one and its weight as keywords of the update."""
+
+        def batches(step: int) -> DeviceBatch:
+            own, public = private(step), self.batches(step)
+            return own._replace(batch=(own.batch, {"public": public.batch, "public_weight": self.weight(step)}))
+
+        return batches
 
     def weight(self, step: int) -> float:
         """Of the public gradient in a private update."""
         return mixing_weight(self.options.rule, step, self._mechanism.steps, self.options.share)
+
+    def begin(self, model, state: State, step: int) -> None:
+        """`look`, unless it has been done before."""
+        if not self._run.log.rows(MEASURED):
+            self.look(model, state, step)
 
     def look(self, model, state: State, step: int) -> None:
         """Log what a private update could gain here, and how much of it noise takes, from public data alone."""
@@ -99,20 +119,6 @@ class PublicData:
         log: MetricsLog = self._run.log
         log.rewind([MEASURED], step - 1)
         log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
-
-
-class _Mixed(Ahead):
-    """A private batch and a public one for every step."""
-
-    left_out = 0
-
-    def __init__(self, private: Ahead, public: Batches):
-        self._private, self._public = private, public
-        self.records, self.steps = private.records, private.steps
-
-    def __call__(self, step: int) -> Step:
-        private, public = self._private(step), self._public(step)
-        return private._replace(batch=(private.batch, public.batch))
 
 
 def _cut(buffer: Buffer, unit: str, references: References):

@@ -13,7 +13,7 @@ from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import NO_REFERENCES, Buffer, References, bundles, pack, plan
 from shiq_jax.replay.sampling import Bundle, Members
-from shiq_jax.training.batches import Ahead, Step
+from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.placement import place
 
 UNITS = ("example", "user")
@@ -48,7 +48,7 @@ def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[B
     return [tuple(owned) for owned in users.values()]
 
 
-class PrivateBatches(Ahead):
+class PrivateBatches:
     """The batch of every step, drawn by a mechanism's sampler with a secret; places without a unit are masked.
 
     It says nothing of a batch: neither its tokens, nor its fill, nor its members. Its shape is that of all batches.
@@ -85,7 +85,7 @@ class PrivateBatches(Ahead):
         """Updates in which every unit is drawn so many times on average."""
         return math.ceil(round(epochs * self.mechanism.dataset_size / self.mechanism.expected_batch, 9))
 
-    def __call__(self, step: int) -> Step:
+    def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
         chosen, real = self.mechanism.sample(self.secret.sampling, step)
         rows = [
@@ -93,4 +93,4 @@ class PrivateBatches(Ahead):
         ]
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
         batch = batch._replace(real=batch.real & real[:, None])
-        return Step(place(batch, self.mesh), np.full((len(chosen), 1, 1), -1), None, None)
+        return DeviceBatch(place(batch, self.mesh))
