@@ -61,8 +61,13 @@ def updates(run):
 
 def test_labelled_rows_are_enough(finished, tiny):
     answers, pairs = (Buffer.open(finished / "run" / name) for name in ("buffer", "labelled"))
-    assert answers.returns().tolist() == [1, 1, 0, 1, 0] and not answers.identities()
-    assert len(pairs) == 10 and pairs.returns()[::2].tolist() == [1, 1, 0, 1, 0] and len(pairs.identities()) == 1
+    labels = [True, True, False, True, False]
+    assert answers.column("label") == labels and answers.returns().tolist() == labels and not answers.identities()
+    assert (
+        len(pairs) == 10
+        and pairs.column("label") == [each for label in labels for each in (label, None)]
+        and len(pairs.identities()) == 1
+    )
     for number in range(5):
         answer, other = pairs[2 * number], pairs[2 * number + 1]
         assert answer.tokens.tolist() == answers[number].tokens.tolist()
@@ -127,16 +132,17 @@ def test_own_samples_are_labelled_by_the_mean_of_their_prompt(loss, tiny, tmp_pa
     returns = answers.returns().reshape(8, 4)
     wanted = np.sign(np.round(returns - returns.mean(1, keepdims=True), 6)).ravel()
     step = 2 if loss == "kto" else 1
-    assert examples.returns()[::step].tolist() == (wanted[wanted != 0] > 0).tolist()
+    assert examples.column("label")[::step] == (wanted[wanted != 0] > 0).tolist()
     said = capsys.readouterr().err
     assert f"{np.sum(wanted > 0)} answers are desirable, {np.sum(wanted < 0)} undesirable" in said
     assert f"{np.sum(wanted == 0)} tie and are left out" in said or np.all(wanted)
     assert {"kl" if loss == "kto" else "rewards/signed", "desirable"} < set(updates(run)[0])
 
 
-def test_a_buffer_and_a_threshold(finished, tiny, tmp_path):
+def test_a_buffer_keeps_its_labels(finished, tiny, tmp_path, capsys):
     data = str(finished / "run" / "buffer")
-    training_door.main(arguments_of(tiny, data, tmp_path / "run", "--threshold", "0.5"))
+    assert "has labels" in refusal(arguments_of(tiny, data, tmp_path / "run", "--threshold", "0.5"), capsys)
+    training_door.main(arguments_of(tiny, data, tmp_path / "run"))
     ours, theirs = Buffer.open(tmp_path / "run" / "labelled"), Buffer.open(finished / "run" / "labelled")
     assert ours.read(range(10)) == theirs.read(range(10))
 

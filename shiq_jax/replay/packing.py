@@ -35,7 +35,8 @@ class Batch(NamedTuple):
         gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
         example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
             references name -> TokenStats float32[rows, slots, K, T], None without any; 0 at padding;
-            labels bool[rows, slots, K], whether the rewards of a sequence sum to more than 0.
+            labels bool[rows, slots, K], the records' labels, and without these whether their rewards sum to more
+            than 0.
         real: bool[rows, slots], the slots that hold an example.
     """
 
@@ -265,7 +266,8 @@ def _fill_sequence(
     batch.gather[place][:count] = actions
     batch.example.action_mask[place][:count] = True
     batch.example.rewards[place][:count] = record.rewards
-    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0
+    label = record.label
+    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0 if label is None else label
     for name, (logp, lse) in known.items():
         if len(logp) != count or len(lse) != count:
             raise ValueError(

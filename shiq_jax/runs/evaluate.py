@@ -21,7 +21,7 @@ from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
 from shiq_jax.runs.ingest import READERS, import_records
-from shiq_jax.runs.labelling import label, threshold_of
+from shiq_jax.runs.labelling import label
 from shiq_jax.runs.loss_options import steering
 from shiq_jax.runs.options import Adapters
 from shiq_jax.runs.policies import find_policy
@@ -129,7 +129,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         examples.append(found.records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
     if examples is not None and "labels" in OBJECTIVES[name or "shiq"].needs:
-        examples = _labelled(OBJECTIVES[name], options, model, examples, out)
+        examples = _labelled(OBJECTIVES[name], model, examples, out)
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     return (
         numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
@@ -137,11 +137,10 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     )
 
 
-def _labelled(objective: Objective, options, model, examples: Buffer, out: RunDirectory) -> Buffer:
-    """The examples as good and bad answers: by the labels of the rows, or by the mean of a prompt's answers."""
-    rows = options.data if examples.path == out.buffer else None
+def _labelled(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:
+    """The examples as good and bad answers: by their labels, or by the mean of a prompt's answers."""
     shutil.rmtree(out.labelled, ignore_errors=True)
-    return label(out.labelled, examples, objective, threshold_of(rows, options.score, None), model.config.max_positions)
+    return label(out.labelled, examples, objective, None, model.config.max_positions)
 
 
 def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer, References
-from shiq_jax.runs.labelling import label, threshold_of
+from shiq_jax.runs.labelling import check_threshold, label
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import RoundDirectory
 from shiq_jax.training.reference import Reference
@@ -62,18 +61,14 @@ def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
     """The answers themselves, or for an objective that reads labels a buffer of good and bad ones.
 
     Raises:
-        Refusal: a private run would tell good answers from bad ones by other units' answers.
+        Refusal: see `check_threshold`.
     """
     if "labels" not in objective.needs:
         return answers
     job, context = round.run.job, round.policy.open()[0].config.max_positions
-    threshold = threshold_of(job.data, job.score, job.threshold)
-    if job.privacy.on and threshold is None:
-        raise Refusal(
-            "good or bad by the mean of a prompt's answers is what other units say: give labels, or a --threshold"
-        )
+    check_threshold(answers, job.threshold, job.data, private=job.privacy.on)
     longest = min(context, job.drop_longer_than or context)
-    return label(round.directory.labelled, answers, objective, threshold, longest)
+    return label(round.directory.labelled, answers, objective, job.threshold, longest)
 
 
 def annotated(

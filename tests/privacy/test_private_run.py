@@ -174,7 +174,7 @@ def test_labels_by_the_mean_of_other_answers_are_refused(tiny, files, tmp_path, 
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = arguments(tiny, files, tmp_path / "run", "--loss.name", "apo_zero_unpaired")
     given = ["kto", *given[1:3], "--data", str(tmp_path / "scored.jsonl"), *given[5:]]
-    assert "is what other units say" in refusal(given, capsys)
+    assert "belong to other units" in refusal(given, capsys)
     given[given.index("--batch-size") + 1] = "2"
     train.main([*given, "--threshold", "1.5"])
     assert json.loads((tmp_path / "run" / "privacy.json").read_text())["dataset_size"] == 3
