@@ -1,6 +1,5 @@
 """Phases: the log, evaluations and checkpoints at their marks, stops, early ends, and resuming in any phase."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -48,7 +47,7 @@ class Shelf:
 
 
 def start() -> State:
-    return State({"x": jnp.zeros(())}, {}, {}, (), jnp.int32(0), jax.random.key(0))
+    return State({"x": jnp.zeros(())}, {}, {}, (), jnp.int32(0))
 
 
 def adding(amount):
