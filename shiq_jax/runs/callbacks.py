@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class EvaluatePolicy(Callback):
         evaluate: (state, step, passes over the data) -> numbers.
         sample: the same, to show what the policy generates; returns nothing.
         every: updates between evaluations; None evaluates after the last one only.
-        also: called with (state, step) before an evaluation.
+        before: called with (state, step) before each evaluation.
 
     Attributes:
         numbers: what was found at the step at hand; empty where nothing was evaluated.
@@ -70,9 +70,9 @@ class EvaluatePolicy(Callback):
     def __init__(
         self, evaluate: Callable[[State, int, float], Mapping[str, float]],
         sample: Callable[[State, int, float], None], *, every: int | None,
-        also: Sequence[Callable[[State, int], None]] = (),
+        before: Callable[[State, int], None] = lambda state, step: None,
     ):  # fmt: skip
-        self.evaluate, self.sample, self.every, self.also = evaluate, sample, every, also
+        self.evaluate, self.sample, self.every, self.before = evaluate, sample, every, before
         self.numbers: Mapping[str, float] = {}
         self.latest: dict[str, float] = {}
         self._began, self._steps_per_pass = 0, None
@@ -95,8 +95,7 @@ class EvaluatePolicy(Callback):
         passes = (step - self._began) / self._steps_per_pass if self._steps_per_pass else 0.0
         with contextlib.suppress(stopping.Stopped):
             if last or (self.every and step % self.every == 0):
-                for call in self.also:
-                    call(state, step)
+                self.before(state, step)
                 self.numbers = self.evaluate(state, step, passes)
                 self.latest.update({name: self.numbers[name] for name in ("reward", "kl") if name in self.numbers})
             elif step in self._pass_ends:

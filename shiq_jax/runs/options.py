@@ -14,9 +14,9 @@ from shiq_jax.models.lora import TARGETS, Lora
 from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.runs.loss_options import SftLoss, given_as
-from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.runs.private_options import Privacy
 from shiq_jax.runs.public_options import Public
+from shiq_jax.training.optimizers import Optimizer
 
 # Of a run's directory; runs of another format are not resumed.
 FORMAT = 2

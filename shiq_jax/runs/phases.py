@@ -59,11 +59,15 @@ class Plan(NamedTuple):
         phases: in order.
         optimizer: optax transformation of all their updates.
         learning_rate: step -> its learning rate, for the log.
+        on_start: called with the state, and its step, that the phases start or resume from.
+        on_evaluation: called with the state and its step before each evaluation.
     """
 
     phases: Sequence[Phase]
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
+    on_start: Callable[[State, int], None] = lambda state, step: None
+    on_evaluation: Callable[[State, int], None] = lambda state, step: None
 
     @property
     def steps(self) -> int:
@@ -116,6 +120,7 @@ def run_phases(
         names = [phase.name for phase in plan.phases]
         current = names.index(found["phase"]) if found else 0
         ledger.log.rewind((*names, *stages), ledger.before + int(state.step))
+        plan.on_start(state, int(state.step))
         began = found.get("began", int(state.step))
         for phase in plan.phases[current:]:
             if found:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import Buffer, Schedule, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, bundles, pack, plan
 from shiq_jax.training.placement import data_devices, place
 
 
@@ -54,7 +54,7 @@ class Batches:
         unit: what an example is: "trajectory", "pair" or "group".
         batch_size: bundles of a step: prompts with their sampled answers, pairs, or demonstrations.
         seed: of the order; the batch of step t is a function of (seed, t) alone.
-        statistics: reader of the reference's statistics, None for objectives without a reference.
+        references: by name, the statistics that fill `Example.references`.
         mesh: where the rows go.
         microbatches: the rows are filled up to a multiple of this and of the data devices.
         row_length: groups of trajectories of more tokens are split, their prompt repeated.
@@ -68,13 +68,13 @@ class Batches:
         batch_size: int,
         *,
         seed: int,
-        statistics=None,
+        references: References = NO_REFERENCES,
         mesh=None,
         microbatches: int = 1,
         row_length: int = 4096,
         records=None,
     ):
-        self.records, self.statistics, self.mesh = buffer if records is None else records, statistics, mesh
+        self.records, self.references, self.mesh = buffer if records is None else records, references, mesh
         self.bundles = bundles(buffer, unit, row_length=row_length)
         if not self.bundles:
             raise Refusal(
@@ -98,6 +98,6 @@ class Batches:
     def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
         chosen = [self.bundles[number] for number in self.schedule.indices(step)]
-        packed = pack(chosen, self.records, self.statistics, self.shape, rows_multiple=self.rows_multiple)
+        packed = pack(chosen, self.records, self.shape, references=self.references, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
         return DeviceBatch(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)

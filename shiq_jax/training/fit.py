@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from shiq_jax.training.batches import DeviceBatch, prefetch
 from shiq_jax.training.state import State
@@ -87,7 +88,7 @@ def fit(
 
     with contextlib.closing(prefetch(batches, start, stop)) as ahead:
         for step, (item, waited) in enumerate(ahead, start + 1):
-            began, shape = time.perf_counter(), tuple(leaf.shape for leaf in jax.tree.leaves(item.batch))
+            began, shape = time.perf_counter(), tuple(map(np.shape, jax.tree.leaves(item.batch)))
             state, metrics = update(state, item.batch)
             if running is not None:
                 ended = finish(running, ended)

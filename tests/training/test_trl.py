@@ -62,7 +62,9 @@ def batch(models, tmp_path_factory):
     buffer.append(records)
     identity = reference_identity(*models["reference"])
     annotate(*models["reference"], buffer, identity)
-    made = Batches(buffer, "pair", len(GOLDEN["pairs"]), seed=0, statistics=buffer.statistics(identity))(0)
+    made = Batches(buffer, "pair", len(GOLDEN["pairs"]), seed=0, references={"reference": buffer.statistics(identity)})(
+        0
+    )
     assert (made.batch.real.sum(), made.fill < 1) == (len(GOLDEN["pairs"]), True)
     return made.batch
 

@@ -136,8 +136,8 @@ def packed(buffer, references):
     def make(objective, mesh=None, *, rows_multiple=8, share_prompts=True, **sizes):
         drawn = bundles(buffer, objective.unit, share_prompts)
         shape = plan(buffer, drawn, multiple=8, **sizes)
-        statistics = references if "references" in objective.needs else None
-        return place(pack(drawn, buffer, statistics, shape, rows_multiple=rows_multiple).batch, mesh)
+        known = {"reference": references} if "references" in objective.needs else {}
+        return place(pack(drawn, buffer, shape, references=known, rows_multiple=rows_multiple).batch, mesh)
 
     return make
 
@@ -400,7 +400,7 @@ def test_microbatches_add_up_in_one_array_of_gradients(tmp_path):
         ]
     )
     drawn = bundles(buffer, "trajectory")
-    batch = pack(drawn, buffer, None, plan(buffer, drawn, multiple=8)._replace(slots=1), rows_multiple=8).batch
+    batch = pack(drawn, buffer, plan(buffer, drawn, multiple=8)._replace(slots=1), rows_multiple=8).batch
     state = init_state(model, init_params(model, jax.random.key(0)), rule)
 
     def beside(microbatches):
