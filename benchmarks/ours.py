@@ -83,7 +83,7 @@ def training(decoder: Model, params, buffer: Buffer, objective: str, groups: int
     statistics = buffer.statistics(reference_identity(decoder, params))
     batches = Batches(buffer, chosen.unit, groups, seed=0, references={"reference": statistics})
     rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
-    state = init_state(decoder, params, rule, key=jax.random.key(0))
+    state = init_state(decoder, params, rule)
     return batches, state, make_update(decoder, chosen, rule)
 
 

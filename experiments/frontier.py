@@ -197,7 +197,7 @@ class Lab:
         if objective.heads:
             model = Headed.of(model, objective.heads)
             params = model.with_heads(params, jax.random.key(self.seed))
-        return batches, _update(model, name), init_state(model, params, _rule(), key=jax.random.key(0))
+        return batches, _update(model, name), init_state(model, params, _rule())
 
     def _evaluate(self, params, step: int, itself: bool = False) -> tuple[float, float]:
         key = jax.random.fold_in(jax.random.key(self.seed), step)

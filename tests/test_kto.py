@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer
-from shiq_jax.runs import passes
+from shiq_jax.training import reference
+from shiq_jax.training.callbacks import RefuseNonFinite
 
 DATA = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--batch-size", "2",
@@ -87,18 +88,17 @@ def test_labelled_rows_are_enough(finished, tiny):
 
 @pytest.mark.parametrize("stage", ["labels", "update"])
 def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.runs import pipeline
-
     arguments = arguments_of(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")
 
     def die(*args):
-        if stage == "labels" or args[2] == 1:
+        if stage == "labels" or args[1].step == 2:
             raise KeyboardInterrupt
         return check(*args)
 
-    check = passes._check
+    check = RefuseNonFinite.on_update
     with monkeypatch.context() as patch:
-        patch.setattr(*((pipeline, "annotate") if stage == "labels" else (passes, "_check")), lambda *a, **_: die(*a))
+        place = (reference, "annotate") if stage == "labels" else (RefuseNonFinite, "on_update")
+        patch.setattr(*place, lambda *a, **_: die(*a))
         with pytest.raises(SystemExit) as stop:
             training_door.main(arguments)
     assert stop.value.code == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.runs.labelling import label
 from shiq_jax.runs.loss_options import steering
 from shiq_jax.runs.options import Adapters
+from shiq_jax.runs.policies import find_policy
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
 from shiq_jax.runs.sources import prompts_of
 from shiq_jax.tasks import rewards
@@ -85,15 +87,16 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
 
-    source, run, step = find_policy(options.model)
+    policy = find_policy(options.model)
+    source, run = policy.base, policy.run
     model, params = load(source)
-    if run is None:
-        model, params = Headed.load(model, params, locate(source))
-    else:
+    model, params = Headed.load(model, params, locate(source))
+    if run is not None:
         model, params = _learner(model, params, read_json(run.config))
-        params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
+        with contextlib.closing(Checkpoints(policy.checkpoints, read_only=True)) as checkpoints:
+            params = checkpoints.restore_params(params, policy.step)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
-    origin = options.reference or (source if run is not None else None)
+    origin = options.reference or (run.start_of(run.begun_rounds()[0]) if run is not None else None)
     reference = Reference(origin, load, model.config.vocab_size) if origin else None
 
     rows = _rows(options)
@@ -155,22 +158,6 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
     return name, objective_metrics(
         model, params, objective, examples, references, prompts_per_batch=options.prompts_in_flight
     )
-
-
-def find_policy(name: str) -> tuple[str | Path, RunDirectory | None, int | None]:
-    """Where the weights' shapes come from; also run and step when `name` is a run or its checkpoints."""
-    path = Path(name)
-    candidates = [(path, None)]
-    if path.name == "checkpoints":
-        candidates.append((path.parent, None))
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        candidates.append((path.parent.parent, int(path.name)))
-    for directory, step in candidates:
-        run = RunDirectory(directory)
-        if run.checkpoints.is_dir() and run.task.exists():
-            source = run.reference if run.reference.exists() else read_json(run.task)["model"]
-            return source, run, step
-    return name, None, None
 
 
 def _rows(options) -> list[dict]:

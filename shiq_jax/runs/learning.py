@@ -12,7 +12,7 @@ from shiq_jax.runs.export import export
 from shiq_jax.runs.ingest import demonstrations
 from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
 from shiq_jax.runs.round import LearningProblem, Round
-from shiq_jax.runs.run import Run, Use
+from shiq_jax.runs.run import Run
 from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
@@ -52,7 +52,7 @@ def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
         evaluations(params, 0)
     copied = {name: params[HEADS][name] for name in problem.objective.slow}
     state = init_state(
-        problem.model, params, plan.optimizer, key=run.key(Use.UPDATES, round.number), mesh=run.mesh,
+        problem.model, params, plan.optimizer, mesh=run.mesh,
         targets=lambda _: {HEADS: copied} if copied else {}, trainable=learns(problem.model, problem.objective),
     )  # fmt: skip
     checkpoints = Checkpoints(
@@ -79,7 +79,7 @@ def warm_start(run: Run):
         update = make_update(model, OBJECTIVES["sft"], optimizer, mesh=run.mesh)
         phase = Phase("warm start", update, batches, options.steps, records=batches.records)
         plan = Plan([phase], optimizer, options.optimizer.learning_rate_at(options.steps))
-        state = init_state(model, params, optimizer, key=run.key(Use.WARM_START), mesh=run.mesh)
+        state = init_state(model, params, optimizer, mesh=run.mesh)
         checkpoints = Checkpoints(run.directory.warm_start / "checkpoints", keep=1)
         state = run_phases(plan, state, Ledger(run.log, checkpoints, run.settings, job.save_every))
         export(run, model, state.params(), done)

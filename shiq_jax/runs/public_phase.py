@@ -82,7 +82,8 @@ class PublicData:
         update = make_update(model, self._objective, optimizer, mesh=run.mesh, microbatches=run.job.microbatches)
         return Phase(
             STAGE, update, self.batches, self.steps, on_end=self.changed_over, records=self.batches.records,
-            metadata=lambda done: {"epsilon": 0.0}, window=options.window, enough=self.enough,
+            metadata=lambda done: {"epsilon": 0.0}, enough=self.enough,
+            window=None if options.stall is None and options.slowdown is None else options.window,
         )  # fmt: skip
 
     def mixed(self, private: Callable[[int], DeviceBatch]) -> Callable[[int], DeviceBatch]:

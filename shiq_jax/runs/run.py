@@ -28,8 +28,6 @@ class Use(enum.IntEnum):
 
     SAMPLING = 0
     EVALUATION = 1
-    UPDATES = 2
-    WARM_START = 3
     HEADS = 4
     ADAPTERS = 5
     CURVATURE = 6

@@ -68,12 +68,15 @@ class RunDirectory(RoundDirectory):
         path = self.rounds / f"{number:03d}"
         return RoundDirectory(path, self.export if number == count - 1 else path / "policy")
 
+    def begun_rounds(self) -> list[RoundDirectory]:
+        """The directories of the rounds that have begun, the newest last; the run's own where it has one round."""
+        numbers = sorted(int(path.name) for path in self.rounds.glob("[0-9]*")) if self.rounds.is_dir() else []
+        count = read_json(self.config)["rounds"] if numbers else 1
+        return [self.round(number, count) for number in numbers] or [self]
+
     def latest_round(self) -> RoundDirectory:
         """The directory of the newest round that has begun."""
-        begun = sorted(self.rounds.glob("[0-9]*")) if self.rounds.is_dir() else []
-        if not begun:
-            return self
-        return self.round(int(begun[-1].name), read_json(self.config)["rounds"])
+        return self.begun_rounds()[-1]
 
     def start_of(self, round: RoundDirectory) -> Path | str:
         """Where the policy is that a round starts from: that of the round before it, the reference, or the model."""

@@ -153,7 +153,7 @@ def test_an_update_takes_rows_of_users(microbatches, drawn, gradients, decoder, 
         unit="user",
     )  # fmt: skip
     objective, rule = OBJECTIVES["dpo"].configure(beta=0.5), optax.sgd(1.0)
-    state = init_state(model, jax.tree.map(jnp.array, params), rule, key=jax.random.key(0))
+    state = init_state(model, jax.tree.map(jnp.array, params), rule)
     update = make_update(model, objective, rule, privacy=mechanism, microbatches=microbatches, method="ghost")
     state, _ = update(state, drawn("pair")[1], private_key=jax.random.key(5))
     moved = jax.tree.map(lambda old, new: old - np.asarray(new), params, jax.device_get(state.params()))

@@ -84,7 +84,7 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(
     )
     rule = optax.sgd(1.0, momentum=0.0)
     update = make_update(model, objective, rule, microbatches=microbatches)
-    state, metrics = update(init_state(model, params, rule, key=jax.random.key(0)), batch)
+    state, metrics = update(init_state(model, params, rule), batch)
     loss, kl, grads = expected[name]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
     assert relative(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE

@@ -50,7 +50,7 @@ def begin(model, host_params, records, references, mesh_of, tmp_path_factory):
         shape = plan(buffer, drawn, multiple=8)
         batch = place(pack(drawn, buffer, shape, references=known, rows_multiple=8).batch, headed.mesh)
         state = init_state(
-            headed, params, RULE, key=jax.random.key(0), targets=lambda _: {HEADS: slow} if slow else {},
+            headed, params, RULE, targets=lambda _: {HEADS: slow} if slow else {},
             trainable=None if objective.policy else lambda path: path[0] == HEADS,
         )  # fmt: skip
         return headed, jax.device_get(params), jax.device_get(slow), state, batch

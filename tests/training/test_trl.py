@@ -6,7 +6,6 @@ TRL's side is kept in `tests/goldens/trl_dpo.*`; `tests/goldens/make_trl_dpo.py`
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -77,7 +76,7 @@ def test_loss_and_gradient_are_those_of_trl(variant, models, batch, tensors, tmp
     model, params = models["policy"]
     rule = optax.sgd(1.0, momentum=0.0)  # a momentum of 0 leaves the gradient in the state
     update = make_update(model, OBJECTIVES["dpo"].configure(**options), rule, donate=False)
-    state, metrics = update(init_state(model, params, rule, key=jax.random.key(0)), batch)
+    state, metrics = update(init_state(model, params, rule), batch)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=LOSS, atol=0)
     # Written as a checkpoint, the gradient has TRL's names and layouts.
     save_hf(model, optax.tree.get(state.opt_state, "trace"), tmp_path)
