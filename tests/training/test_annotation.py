@@ -183,9 +183,12 @@ def test_a_prompt_is_run_once_for_all_answers_that_fit_beside_it():
         )
         for _ in range(16)
     ]  # fmt: skip
-    bundles = trajectory_bundles([tuple(range(16))], group, [43] * 16, 128)
-    assert list(bundles) == [tuple((number,) for number in range(16))]
-    parts = annotation._bundles(group, 64)
+
+    def bundles(row_length):
+        return list(trajectory_bundles([tuple(range(16))], group, [43] * 16, row_length))
+
+    assert bundles(128) == [tuple((number,) for number in range(16))]
+    parts = bundles(64)
     assert len(parts) == 2 and sorted(number for part in parts for (number,) in part) == list(range(16))
     # A group with a sequence that is too long by itself is not lost, but left to be refused by name.
-    assert len(annotation._bundles(group, 20)) == 16
+    assert len(bundles(20)) == 16
