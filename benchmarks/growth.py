@@ -1,4 +1,7 @@
-"""How memory and compile time grow: exponents fitted to what the compiler says, nothing is run."""
+"""How memory and compile time grow: `python -m benchmarks.growth [--quick] --json FILE`.
+
+Exponents are fitted to what the compiler says; nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import rows
+from benchmarks.rows import Row
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, token_stats
 from shiq_jax.replay import Batch
@@ -20,6 +25,23 @@ from shiq_jax.training.update import make_update
 SMALL = DecoderConfig(
     vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, max_positions=8192
 )
+
+
+def measure(quick: bool = False) -> tuple[list[Row], dict[str, list]]:
+    """The rows of the three exponents, and by row what they are fitted to.
+
+    quick: two small sizes each.
+    """
+    kinds = {
+        "growth_memory_T": (memory_in_tokens, ((128, 256),), 1.05),
+        "growth_memory_V": (memory_in_vocabulary, ((32_768, 65_536),), 0.05),
+        "growth_compile_depth": (compile_time_in_depth, ((2, 4), 1), 0.1),
+    }
+    found, details = [], {}
+    for name, (fit, small, goal) in kinds.items():
+        slope, details[name] = fit(*small) if quick else fit()
+        found.append(Row(name, slope, "", goal, at_most=True, note="exponent"))
+    return found, details
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -102,3 +124,7 @@ def _pair(length: int) -> Batch:
 
 def _array(*shape: int, dtype: Callable = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+if __name__ == "__main__":
+    rows.command("growth", __doc__, measure)

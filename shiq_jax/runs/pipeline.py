@@ -53,6 +53,8 @@ def train(job: Job) -> dict[str, Any]:
                 run = set_up(job, directory, settings)
                 stack.callback(run.log.close)
                 rounds = run_rounds(run, recipe_of(job), Reference(warm_start(run), run.load))
+                # A run that was killed between its last line and its summary may have left half a line.
+                run.log.begin()
         except Refusal:
             if not job.resume:
                 directory.discard(samples=not job.data)
