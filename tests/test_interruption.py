@@ -214,15 +214,17 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
     from shiq_jax.replay import Buffer
     from shiq_jax.training import annotation
 
-    statistics_of, shapes = annotation.statistics_of, []
+    compute, shapes = annotation._bundle_statistics, []
 
-    def spied(*args, shape, **options):
-        shapes.append(shape)
-        if len(shapes) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return statistics_of(*args, shape=shape, **options)
+    def spied(model, params, trees, bundles, shape, *options):
+        # Evaluations compute statistics of lists of samples.
+        if isinstance(trees.records, Buffer):
+            shapes.append(shape)
+            if len(shapes) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(model, params, trees, bundles, shape, *options)
 
-    monkeypatch.setattr(annotation, "statistics_of", spied)
+    monkeypatch.setattr(annotation, "_bundle_statistics", spied)
     run(jobs["data"], tmp_path / "run")
     ((_, shards),) = Buffer.open(tmp_path / "run" / "buffer").identities()
     total = len(Buffer.open(tmp_path / "run" / "buffer").shards)
