@@ -208,7 +208,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """All options that determine the result, as JSON values."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"loss": self.loss.settings()}
         for name in ("resume", "output_dir", "track"):
             values.pop(name)
         sources = {

@@ -91,7 +91,7 @@ def _complete(job: Job, directory: RunDirectory, began: float, stack: contextlib
                 public = there, _annotated(job, model, params, there, objective)[0]
             stopping.check("before the updates")
             model, params = learner(
-                model, params, objective, lora=job.lora.configured(), steering=getattr(job.loss, "steering", 0.0),
+                model, params, objective, lora=job.lora.configured(), steering=objective.steering,
                 keys=(run.key(Use.ADAPTERS), run.key(Use.HEADS)),
             )  # fmt: skip
             state = passes(run, model, params, reference, buffer, objective, statistics, public)
