@@ -3,14 +3,16 @@
 import contextlib
 import io
 import re
+from pathlib import Path
 from typing import get_args
 
-import jax.numpy as jnp
 import pytest
 import tyro
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
+from shiq_jax import objectives
 from shiq_jax.objectives import OBJECTIVES, PAIRS, lift
+from shiq_jax.objectives.inputs import check_positive
 from shiq_jax.runs import commands, loss_options
 from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, family, recorded
 from shiq_jax.runs.train_command import parse
@@ -112,24 +114,25 @@ def test_help_shows_every_option_once_with_its_losses_and_defaults(kind):
         assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns: Q / beta is added" in text
 
 
-def toy_loss(chosen_logratio, rejected_logratio, *, beta: ArrayLike, sharpness: ArrayLike = 3.0):
-    """A loss of which nothing else knows.
-
-    Args:
-      sharpness: how sharp it is.
-    """
-    return beta * sharpness * jnp.abs(chosen_logratio - rejected_logratio)
-
-
 def test_a_new_loss_is_one_function_and_one_line():
-    kind = family("Toy", "Pairs and a toy.", {**PairLoss.objectives, "toy": lift(toy_loss, PAIRS)})
-    assert "--sharpness FLOAT toy: how sharp it is. (default: 3.0)" in help_of(kind)
-    assert parsed(kind, name="toy", sharpness=5.0).configured().loss.keywords == {"sharpness": 5.0}
-    assert "sharpness is no option of the loss dpo" in refused(kind, name="dpo", sharpness=3.0)
+    """That of the documentation, which knows a view and a check and nothing of the command line."""
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    function, line = re.findall(r"```python\n(.*?)```", page.split("## Add a loss")[1], re.DOTALL)[:2]
+    known = vars(objectives) | {"check_positive": check_positive, "ArrayLike": ArrayLike, "Array": Array, "Float": Float}
+    exec(function, known)
+    kind = family("Toy", "Pairs and a toy.", PairLoss.objectives | eval(f"{{{line}}}", known))
+    assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(kind)
+    assert parsed(kind, name="margin", target=2.0).configured().loss.keywords == {"target": 2.0}
+    assert "target is -1.0 but must be a positive finite number" in refused(kind, name="margin", target=-1.0)
+    assert "target is no option of the loss dpo" in refused(kind, name="dpo", target=1.0)
+    assert "--target" not in help_of(PairLoss)
 
 
 def test_options_of_one_name_and_several_types_are_refused_where_losses_are_put_together():
     def other_loss(chosen_logratio, *, beta: ArrayLike, sharpness: int = 3):
+        return beta * sharpness * chosen_logratio
+
+    def toy_loss(chosen_logratio, *, beta: ArrayLike, sharpness: ArrayLike = 3.0):
         return beta * sharpness * chosen_logratio
 
     with pytest.raises(ValueError, match="option 'sharpness' is of different types in one and other"):
