@@ -23,7 +23,7 @@ from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
 from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.runs.labelling import label
-from shiq_jax.runs.loss_options import steering
+from shiq_jax.runs.loss_options import recorded
 from shiq_jax.runs.options import Adapters
 from shiq_jax.runs.policies import find_policy
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
@@ -75,10 +75,9 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
 
 def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
-    loss = settings["loss"].get("name", "sft")
-    heads = steering(loss, settings["loss"]["beta"]) if OBJECTIVES[loss].heads else 0.0
+    objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return learner(model, params, OBJECTIVES[loss], lora=lora, steering=heads, keys=(key, key))
+    return learner(model, params, objective, lora=lora, steering=objective.steering, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
