@@ -1,0 +1,34 @@
+"""What the commands have in common: every foreseen end is one sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+from shiq_jax.errors import Refusal
+from shiq_jax.stopping import Stopped
+
+
+@contextlib.contextmanager
+def one_sentence(program: str, resumes: str) -> Iterator[None]:
+    """Inside, a refusal exits with code 2 and an interruption with 130, each after one sentence on stderr.
+
+    Args:
+        program: name at the beginning of the sentence.
+        resumes: says how an interrupted command resumes.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        print(f"{program}: {refusal}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"{program}: {stopped}; {resumes}", file=sys.stderr)
+        # A scheduler that asked with SIGTERM gets exit code 0; a person's interruption must not look like success.
+        if stopped.signal == signal.SIGINT:
+            raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; {resumes}", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,191 @@
+"""The training commands: what each is called, its defaults, and which of its options have no effect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Union
+
+import tyro
+
+from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, given_as
+from shiq_jax.runs.options import Collection, Evaluation, Job, Precision, WarmStart
+from shiq_jax.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class Shiq(Job):
+    """Q-learning on the logits, or another loss on scored answers; learns offline."""
+
+    command: ClassVar[str] = "shiq"
+    objective: ClassVar[str] = "shiq"
+    loss: RewardLoss = RewardLoss()
+
+
+@dataclass(frozen=True)
+class Dpo(Job):
+    """Direct preference optimisation, or another loss on pairs of answers."""
+
+    command: ClassVar[str] = "dpo"
+    objective: ClassVar[str] = "dpo"
+    loss: PairLoss = PairLoss()
+
+
+@dataclass(frozen=True)
+class Kto(Job):
+    """KTO, or another loss on single answers that are good or bad."""
+
+    command: ClassVar[str] = "kto"
+    objective: ClassVar[str] = "kto"
+    loss: LabelLoss = LabelLoss()
+    threshold: Annotated[float | None, given_as("REWARD", "the mean of its prompt's answers")] = None
+    """Where answers have rewards and no labels: good are those above it, bad those below it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, not {self.threshold}")
+
+
+@dataclass(frozen=True)
+class Sft(Job):
+    """Supervised fine-tuning on demonstrations."""
+
+    command: ClassVar[str] = "sft"
+    objective: ClassVar[str] = "sft"
+    loss: SftLoss = SftLoss()
+
+
+@dataclass(frozen=True)
+class ShiqBfcl(Shiq):
+    """ShiQ on function calling: SmolLM2-135M-Instruct and the Berkeley leaderboard."""
+
+    command: ClassVar[str] = "shiq-bfcl"
+
+
+@dataclass(frozen=True)
+class ShiqUltraFeedback(Shiq):
+    """ShiQ on UltraFeedback, or other data with several scored answers per prompt."""
+
+    command: ClassVar[str] = "shiq-ultrafeedback"
+
+
+@dataclass(frozen=True)
+class DpoUltraFeedback(Dpo):
+    """DPO on the best and worst answers of UltraFeedback, or of data like it."""
+
+    command: ClassVar[str] = "dpo-ultrafeedback"
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show a run: how far it is, its numbers, some generations; or a replay buffer."""
+
+    path: tyro.conf.Positional[Path]
+    """Directory of a run or of a buffer, whose files are held against their checksums."""
+    generations: int = 3
+    """How many prompts to show of a run, with what was generated for them."""
+
+
+def embedded(job: Job) -> Job:
+    """The job with defaults for the toy task: a tiny decoder from scratch."""
+    optimizers = {
+        "shiq": Optimizer(learning_rate=3e-4),
+        "dpo": Optimizer(learning_rate=1e-4),
+        "kto": Optimizer(learning_rate=3e-4),
+        "sft": Optimizer(learning_rate=2e-3, schedule="cosine"),
+    }
+    return replace(
+        job,
+        warm_start=WarmStart(steps=200, batch_size=48, demonstrations=4096),
+        collection=Collection(sampling=Sampling(max_tokens=16)),
+        evaluation=Evaluation(max_tokens=16),
+        optimizer=optimizers[job.objective],
+    )
+
+
+def function_calling(job: Job) -> Job:
+    """The job with defaults for SmolLM2-135M on function calling, small enough for two CPU cores."""
+    return replace(
+        job,
+        task="bfcl",
+        baseline="group_mean" if job.objective == "shiq" else "none",
+        batch_size=4,
+        save_every=10,
+        precision=Precision(remat="dots"),
+        warm_start=WarmStart(steps=40, batch_size=4, demonstrations=160, optimizer=Optimizer(learning_rate=5e-5)),
+        collection=Collection(prompts=80, prompts_per_batch=40, prompts_in_flight=16, sampling=Sampling(max_tokens=96)),
+        evaluation=Evaluation(prompts=48, samples_per_prompt=1, prompts_in_flight=32, max_tokens=96, times=1),
+        optimizer=Optimizer(learning_rate=5e-5 if job.objective == "sft" else 1e-5),
+    )
+
+
+def own_data(job: Job) -> Job:
+    """The job with defaults for a pretrained model on somebody's data."""
+    return replace(
+        job,
+        batch_size=8,
+        epochs=1.0,
+        precision=Precision(remat="dots"),
+        evaluation=Evaluation(prompts=64, samples_per_prompt=1, prompts_in_flight=32, max_tokens=256, times=1),
+        optimizer=Optimizer(learning_rate=2e-5 if job.objective == "sft" else 1e-6),
+    )
+
+
+def ultrafeedback(job: Job) -> Job:
+    """The job with defaults for a pretrained chat model on answers of very unlike length that others have scored."""
+    job = replace(own_data(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
+    if job.objective == "shiq":
+        return replace(job, baseline="group_mean", loss=RewardLoss(normalisation="mean_t"))
+    return job
+
+
+def command_line(arguments: Sequence[str]):
+    """The commands as a type for tyro, with the defaults that fit what the arguments are about."""
+    given = " ".join(arguments)
+    defaults = embedded
+    if re.search(r"--(data|prompts)\b", given):
+        defaults = own_data
+    elif re.search(r"--task[= ]bfcl\b", given):
+        defaults = function_calling
+    jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Kto()), defaults(Sft())]
+    jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
+    jobs += [ultrafeedback(ShiqUltraFeedback()), ultrafeedback(DpoUltraFeedback())]
+    kinds = [
+        Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)]
+        for job in jobs
+    ]
+    return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
+
+
+# Options, or groups of them, without effect: where data are given, and where demonstrations are imitated.
+_IDLE_WITH_DATA = ("task", "collection", "warm_start")
+_IDLE_IN_SFT = (
+    *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "prompts_in_flight", "sampling")),
+    *(f"warm_start.{name}" for name in ("steps", "batch_size", "optimizer")),
+)
+
+
+def without_effect(job: Job) -> Iterator[str]:
+    """The flags of options that differ from their defaults although nothing in such a run looks at them."""
+    idle = _IDLE_WITH_DATA if job.data else _IDLE_IN_SFT if job.objective == "sft" else ()
+    if job.prompts:
+        idle = ("task", "warm_start")
+    defaults = own_data if job.data or job.prompts else function_calling if job.task == "bfcl" else embedded
+    usual = dict(_flat(defaults(type(job)())))
+    for name, value in _flat(job):
+        if value != usual[name] and any(f"{name}.".startswith(f"{group}.") for group in idle):
+            yield "--" + name.replace("_", "-")
+
+
+def _flat(options, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value

@@ -1,0 +1,68 @@
+"""Fine-tune a language model offline: ShiQ, DPO, KTO or supervised.
+
+examples:
+  python train.py                                    the embedded toy, minutes
+  python train.py shiq --model DIR --data FILE       on scored samples
+  python train.py shiq --model DIR --prompts FILE --reward MODULE:FUNCTION
+                                                     on answers that it samples
+  python train.py dpo --model DIR --data FILE        on preference pairs
+  python train.py kto --model DIR --data FILE        on good and bad answers
+  python train.py shiq --output-dir DIR --resume     go on after a stop
+  python train.py inspect DIR                        look at a run or a buffer
+
+Options without a command are those of shiq; --help behind a command lists them.
+
+Defaults fit what is learned from: `train.py shiq --data FILE --help` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from shiq_jax import stopping
+from shiq_jax.runs.command_line import one_sentence
+from shiq_jax.runs.commands import Inspect, command_line, without_effect
+
+
+def run(command) -> None:
+    """Carry out a parsed command."""
+    if isinstance(command, Inspect):
+        from shiq_jax.runs.inspection import inspect
+
+        print(inspect(command.path, prompts=command.generations))
+        return
+    if idle := list(without_effect(command)):
+        why = "nothing is sampled, nor warmed up, with data" if command.data else "sft samples nothing to learn from"
+        print(f"train.py: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
+    with stopping.on_signals():
+        from shiq_jax.runs.compilation_cache import keep_programs
+        from shiq_jax.runs.pipeline import train
+
+        keep_programs()
+        train(command)
+
+
+def parse(arguments: Sequence[str]):
+    """The command with its options; SystemExit with code 2 when there is no such command, option or value."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command_line(arguments), args=arguments, description=__doc__)
+    finally:
+        # Groups of options are called there as tyro calls them inside; as many letters keep its frame straight.
+        sys.stderr.write(said.getvalue().replace("__tyro-dummy-inner__.", "the group of options "))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run the command; a refusal is one sentence and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["shiq", *arguments]
+    command = parse(arguments)
+    with one_sentence("train.py", "the same command with --resume goes on"):
+        run(command)
