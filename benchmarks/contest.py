@@ -26,13 +26,14 @@ class Contest:
         model: a Hugging Face directory.
         runs: where the work and the logs are written.
         peers: where the peers are installed.
+        tiny: the model is a tiny one, and so are prompts and answers.
     """
 
-    def __init__(self, work: Work, model: str, runs: Path, peers: Path):
+    def __init__(self, work: Work, model: str, runs: Path, peers: Path, tiny: bool = False):
         self.work, self._model, self._runs, self._peers = work, model, runs, peers
         self._path, self._trial = runs / f"{work.name}.json", runs / f"{work.name}-trial.json"
-        works.write(work, self._path)
-        works.write(work.trial, self._trial)
+        works.write(work, self._path, tiny=tiny)
+        works.write(work.trial, self._trial, tiny=tiny)
 
         found = (peer.settings(work.at_once, work.pairs) for peer in (TRL, TUNIX))
         self._settings = {str(setting): setting for several in found for setting in several}

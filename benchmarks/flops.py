@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,13 @@ def needed(config: DecoderConfig, tokens: int, actions: int, pairs_attended: int
     return matrices + attention + 8.0 * d * config.vocab_size * actions
 
 
-def matmul_peak(repeats: int = 15) -> float:
+SHAPES = ((1024, 1536, 576), (1024, 1024, 1024), (2048, 2048, 2048))
+
+
+def matmul_peak(repeats: int = 15, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> float:
     """Operations per second of the best float32 matrix product found, the median of several runs of each shape."""
     best = 0.0
-    for m, k, n in ((1024, 1536, 576), (1024, 1024, 1024), (2048, 2048, 2048)):
+    for m, k, n in shapes:
         left, right = (jax.random.normal(jax.random.key(0), shape, jnp.float32) for shape in ((m, k), (k, n)))
         product = jax.jit(jnp.matmul)
         product(left, right).block_until_ready()

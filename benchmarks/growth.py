@@ -1,4 +1,7 @@
-"""How memory and compile time grow: exponents fitted to what the compiler says, nothing is run."""
+"""How memory and compile time grow: `python -m benchmarks.growth [--quick] --json FILE`.
+
+Exponents are fitted to what the compiler says; nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import rows
+from benchmarks.rows import Row
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, token_stats
 from shiq_jax.replay import Batch
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.state import State
+from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 SMALL = DecoderConfig(
     vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, max_positions=8192
 )
+
+
+def measure(quick: bool = False) -> tuple[list[Row], dict[str, list]]:
+    """The rows of the three exponents, and by row what they are fitted to.
+
+    quick: two small sizes each.
+    """
+    kinds = {
+        "growth_memory_T": (memory_in_tokens, ((128, 256),), 1.05),
+        "growth_memory_V": (memory_in_vocabulary, ((32_768, 65_536),), 0.05),
+        "growth_compile_depth": (compile_time_in_depth, ((2, 4), 1), 0.1),
+    }
+    found, details = [], {}
+    for name, (fit, small, goal) in kinds.items():
+        slope, details[name] = fit(*small) if quick else fit()
+        found.append(Row(name, slope, "", goal, at_most=True, note="exponent"))
+    return found, details
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -66,9 +88,7 @@ def _compiled(config: DecoderConfig, length: int, remat: str = "dots"):
     """The DPO update step of a row with one pair whose prompt is half of it, compiled anew; and the seconds it took."""
     model, objective = Model.from_config(config, remat=remat), OBJECTIVES["dpo"]
     rule = Optimizer(schedule="constant").build(10)
-    params = model.abstract_params()
-    memory, step, key = jax.eval_shape(lambda params: (rule.init(params), jnp.int32(0), jax.random.key(0)), params)
-    state = State(trainable=params, frozen={}, targets={}, opt_state=memory, step=step, key=key)
+    state = init_state(model, model.abstract_params(), rule)
     step = make_update(model, objective, rule).lower(state, _pair(length))
     began = time.perf_counter()
     with _no_cache():
@@ -104,3 +124,7 @@ def _pair(length: int) -> Batch:
 
 def _array(*shape: int, dtype: Callable = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+if __name__ == "__main__":
+    rows.command("growth", __doc__, measure)

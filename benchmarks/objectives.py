@@ -1,16 +1,13 @@
-"""What losses cost beside the statistics that they read: `python -m benchmarks.objectives --json FILE`."""
+"""What losses cost beside the statistics that they read: `python -m benchmarks.objectives [--quick] --json FILE`."""
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from benchmarks import rows
 from benchmarks.rows import Row
@@ -21,19 +18,9 @@ LONG = (64, 4096)
 COPIES = 30
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure."""
-
-    json: Path
-    """Where the rows go."""
-    quick: bool = False
-    """A small vocabulary: tries the script, says nothing."""
-
-
-def main(options: Options) -> None:
-    """Measure, print, write."""
-    kernel = seconds(*statistics_step(VOCABULARY // 64 if options.quick else VOCABULARY), repeats=3)
+def measure(quick: bool) -> tuple[list[Row], dict]:
+    """The rows, and seconds of the statistics and of every objective; quick: a small vocabulary."""
+    kernel = seconds(*statistics_step(VOCABULARY // 64 if quick else VOCABULARY), repeats=3)
     costs = {name: seconds(*objective_step(objective)) for name, objective in OBJECTIVES.items()}
     worst = max(costs, key=costs.get)
     loss, copies = seconds(*long_step()), seconds(*copying())
@@ -42,8 +29,7 @@ def main(options: Options) -> None:
             f"{worst}: {costs[worst] * 1e3:.2f} ms; statistics: {kernel:.2f} s"),
         Row("shiq_over_30_copies", loss / copies, "", 1.5, True, f"{loss * 1e3:.1f} ms, {copies * 1e3:.1f} ms"),
     ]  # fmt: skip
-    rows.write_json(options.json, found, details={"statistics": kernel, "objectives": costs})
-    rows.show("objectives", found)
+    return found, {"statistics": kernel, "objectives": costs}
 
 
 def seconds(function: Callable, *args, repeats: int = 30) -> float:
@@ -129,4 +115,4 @@ def copying():
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    rows.command("objectives", __doc__, measure)

@@ -5,7 +5,7 @@ is timed and the best one is the row. The goals are set for an accelerator and a
 SmolLM2-135M, only those of memory and of the comparison with Opacus count.
 
     python -m benchmarks.privacy --json FILE               everything, nearly an hour on two cores
-    python -m benchmarks.privacy --quick --json FILE       a tiny model, minutes; rows of peers stay empty
+    python -m benchmarks.privacy --quick --json FILE       a tiny model and our side alone: tries the script
     python -m benchmarks.privacy --only T512 --json FILE   some parts; what FILE holds of the others is kept
 """
 
@@ -74,6 +74,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    rows.refuse_quick_results(options.quick, options.json, options.page)
+    if options.quick:
+        print("quick: a tiny model, and no peers, whose rows stay empty", file=sys.stderr)
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
     details = known.get("details", {})
     for part in options.only:

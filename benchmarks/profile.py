@@ -1,4 +1,4 @@
-"""Where a step's time and a process's memory go: `python -m benchmarks.profile`.
+"""Where a step's time and a process's memory go: `python -m benchmarks.profile [--quick] [--json FILE]`.
 
 The time is that of one step of `pairs` on a CPU, by what ran at each moment; the memory is what was resident after each
 stage of a process that does such steps.
@@ -7,20 +7,23 @@ stage of a process that does such steps.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import tyro
 
-from benchmarks import ours, serving, works
+from benchmarks import ours, rows, serving, works
+from benchmarks.rows import Row
 from shiq_jax.models import load_hf
 from shiq_jax.tasks import fetch
+from shiq_jax.tasks.tiny import tiny_directory
 
 
 class Ran(NamedTuple):
@@ -31,40 +34,64 @@ class Ran(NamedTuple):
     kind: str
 
 
-def main(remat: str = "full") -> None:
-    """Trains three steps and prints both.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
 
-    Args:
-        remat: what the backward pass computes again.
+    json: Path | None = None
+    """Where the rows go."""
+    quick: bool = False
+    """A tiny model: the numbers mean nothing."""
+    remat: str = "full"
+    """What the backward pass computes again: `none`, `dots` or `full`."""
+
+
+def main(options: Options) -> None:
+    """Train three steps and print time and memory."""
+    rows.refuse_quick_results(options.quick, options.json)
+    with tempfile.TemporaryDirectory() as directory:
+        stages, shares = measure(Path(directory), options.remat, options.quick)
+    found = table(stages, shares)
+    rows.show("profile", found)
+    if options.json:
+        rows.write_json(options.json, found)
+
+
+def measure(place: Path, remat: str, quick: bool) -> tuple[dict[str, int], collections.Counter]:
+    """Bytes that were resident after each stage, and nanoseconds of the third step by what ran.
+
+    place: an empty directory.
     """
     stages = {"python, jax and this library": serving.resident_bytes()}
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        works.write(works.WORKS["pairs"], place / "work.json")
-        steps = json.loads((place / "work.json").read_text())
-        model = str(fetch.smollm2())
-        decoder, params = load_hf(model, remat=remat)
-        buffer = ours.filled(place / "buffer", model, decoder, params, steps)
-        batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
-        del params
-        batch = batches(0).batch
-        stages["with parameters and moments"] = serving.resident_bytes()
-        compiled = update.lower(state, batch).compile()
-        stages["with the compiled step"] = serving.resident_bytes()
-        for number in range(3):
-            if number == 2:
-                jax.profiler.start_trace(place / "trace")
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready((state, metrics))
-        jax.profiler.stop_trace()
-        stages["at most, in a step"] = serving.peak_bytes()
-        (trace,) = (place / "trace").rglob("*.xplane.pb")
-        shares = by_moment(list(ran(trace, kinds_of(compiled.as_text()))))
-    for name, size in stages.items():
-        print(f"{size / 1e9:6.2f} GB  {name}")
+    works.write(works.WORKS["pairs"], place / "work.json", tiny=quick)
+    steps = json.loads((place / "work.json").read_text())
+    model = str(tiny_directory(place / "model", num_layers=2) if quick else fetch.smollm2())
+    decoder, params = load_hf(model, remat=remat)
+    buffer = ours.filled(place / "buffer", model, decoder, params, steps)
+    batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
+    del params
+    batch = batches(0).batch
+    stages["with parameters and moments"] = serving.resident_bytes()
+    compiled = update.lower(state, batch).compile()
+    stages["with the compiled step"] = serving.resident_bytes()
+    for number in range(3):
+        if number == 2:
+            jax.profiler.start_trace(place / "trace")
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+    jax.profiler.stop_trace()
+    stages["at most, in a step"] = serving.peak_bytes()
+    (trace,) = (place / "trace").rglob("*.xplane.pb")
+    return stages, by_moment(list(ran(trace, kinds_of(compiled.as_text()))))
+
+
+def table(stages: Mapping[str, int], shares: collections.Counter) -> list[Row]:
+    """Memory by stage, and time by what ran."""
     total = sum(shares.values())
-    for kind, time in shares.most_common():
-        print(f"{time / 1e9:6.2f} s {time / total:4.0%}  {kind}")
+    return [Row(f"memory: {name}", size / 1e9, "GB") for name, size in stages.items()] + [
+        Row(f"time: {kind}", time / 1e9, "s", note=f"{time / total:.0%} of the step")
+        for kind, time in shares.most_common()
+    ]
 
 
 def kinds_of(program: str) -> dict[str, str]:
@@ -111,4 +138,4 @@ def by_moment(pieces: list[Ran]) -> collections.Counter:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(tyro.cli(Options, description=__doc__))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tyro
+
 from shiq_jax.runs import report
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 class Row(NamedTuple):
@@ -41,6 +47,38 @@ class Row(NamedTuple):
         value = "not measured yet" if self.value is None else f"{self.value:.3g} {self.unit}"
         goal = "" if self.goal is None else f"{'at most' if self.at_most else 'at least'} {self.goal:g}"
         return self.name, value, goal, {True: "yes", False: "no", None: ""}[self.met], self.note
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    json: Path
+    """Where the rows go."""
+    quick: bool = False
+    """Small sizes that prove that the script works; the numbers mean nothing."""
+
+
+def command(title: str, about: str | None, measure: Callable[[bool], tuple[list[Row], dict]]) -> None:
+    """A benchmark without options of its own: parse the command line, measure, write, print.
+
+    Args:
+        title: printed above the table.
+        about: shown by `--help`.
+        measure: takes `quick`; returns the rows and the details behind them.
+    """
+    options = tyro.cli(Options, description=about)
+    refuse_quick_results(options.quick, options.json)
+    found, details = measure(options.quick)
+    write_json(options.json, found, details=details)
+    show(title, found)
+
+
+def refuse_quick_results(quick: bool, *files: Path | None) -> None:
+    """Exit with one sentence when quick numbers would be written into docs/results."""
+    for file in files:
+        if quick and file is not None and file.resolve().is_relative_to(RESULTS):
+            sys.exit(f"quick numbers are not results: {file} is in {RESULTS}, choose a file elsewhere")
 
 
 def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:

@@ -1,4 +1,7 @@
-"""What an update waits for besides itself: the next batch, and the call that starts a checkpoint."""
+"""What an update waits for besides itself: `python -m benchmarks.stalls [--quick] --json FILE`.
+
+It waits for the next batch, and for the call that starts a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import ours
+from benchmarks import ours, rows, works
+from benchmarks.rows import Row
 from shiq_jax.models import load_hf
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.passes import Marks, run_passes
+from shiq_jax.tasks import fetch
+from shiq_jax.tasks.tiny import tiny_directory
 from shiq_jax.training.checkpoints import Checkpoints
 
 
@@ -60,7 +66,7 @@ def measure(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls
         batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
         log, checkpoints = MetricsLog(place / "metrics.jsonl"), _Timed(place / "checkpoints")
         state = run_passes(
-            update, state, batches, updates, stage="update", log=log, checkpoints=checkpoints, metadata={},
+            update, state, batches, updates, stage="update", log=log, checkpoints=checkpoints, metadata=lambda _: {},
             learning_rate=lambda _: 1e-6, marks=Marks(save=every),
         )  # fmt: skip
         began = time.perf_counter()
@@ -77,3 +83,26 @@ def measure(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls
         written=written,
         beside=median("seconds", [row for row in rows if row["step"] in after]),
     )
+
+
+def table(found: Stalls) -> list[Row]:
+    """The waits as fractions of an update."""
+    kept = f"{found.written:.1f} s until its files are complete; an update beside that {found.beside:.2f} s"
+    return [
+        Row("input_wait_fraction", found.waited / found.update, "", note=f"of an update of {found.update:.2f} s"),
+        Row("checkpoint_call_fraction", found.save / found.update, "", note=kept),
+    ]
+
+
+def main(quick: bool) -> tuple[list[Row], dict[str, float]]:
+    """The rows and the seconds of a run on `bfcl_pairs`; quick: of a tiny model, with few updates."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        model = tiny_directory(place / "model", num_layers=2) if quick else fetch.smollm2()
+        works.write(works.WORKS["bfcl_pairs"], place / "work.json", tiny=quick)
+        found = measure(str(model), place / "work.json", *((6, 2) if quick else ()))
+    return table(found), found._asdict()
+
+
+if __name__ == "__main__":
+    rows.command("stalls", __doc__, main)

@@ -4,7 +4,7 @@ Same weights (SmolLM2-135M), same data, float32, one process for each contestant
 are ratios of medians. Peers are installed into environments of their own below `--peers`.
 
     python -m benchmarks.throughput --json FILE              everything, an hour or two on two cores
-    python -m benchmarks.throughput --quick --json FILE      our side alone, minutes; peers' rows stay empty
+    python -m benchmarks.throughput --quick --json FILE      a tiny model and our side alone, minutes: tries the script
     python -m benchmarks.throughput --only bfcl_pairs ...    some rows; what FILE holds of the others is kept
 """
 
@@ -27,6 +27,7 @@ from benchmarks.workers import Worker, seconds_per_step, take_turns
 from benchmarks.works import WORKS
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
 from shiq_jax.tasks import bfcl, fetch
+from shiq_jax.tasks.tiny import tiny_directory
 
 # By work: the goal against the best setting of any peer, and against the faster peer as it comes.
 GOALS = {
@@ -55,7 +56,7 @@ class Options:
     json: Path
     """Where the rows go; rows that it holds and that are not measured now stay."""
     quick: bool = False
-    """Our side only, few steps."""
+    """A tiny model, our side only, few steps: the numbers mean nothing."""
     resume: bool = False
     """Keep what FILE holds of a work's contestants, and measure those that it lacks."""
     only: tuple[str, ...] = (*GOALS, *MACHINE)
@@ -72,6 +73,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    rows.refuse_quick_results(options.quick, options.json, options.page)
+    if options.quick:
+        print("quick: a tiny model, and no peers, whose rows stay empty", file=sys.stderr)
     measured, found = Measured(options), rows.read(options.json)
     for part in options.only:
         print(f"measuring {part}", file=sys.stderr)
@@ -88,8 +92,10 @@ class Measured:
     """The measurements; what lies behind the rows is gathered in `details`."""
 
     def __init__(self, options: Options):
-        self.options, self.model = options, str(fetch.smollm2())
-        self.repeats = 2 if options.quick else options.repeats
+        self.options, self.quick = options, options.quick
+        self.runs = options.runs / "quick" if self.quick else options.runs
+        self.model = str(tiny_directory(self.runs / "model", num_layers=2) if self.quick else fetch.smollm2())
+        self.repeats = 2 if self.quick else options.repeats
         earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
         self.details: dict = earlier.get("details", {})
 
@@ -100,7 +106,7 @@ class Measured:
         note = self.details.get(name, {}) if self.options.resume else {}
         self.details[name] = note
         if "tried" not in note:
-            note["tried"] = {} if self.options.quick else contest.tried(3 if short else 1)
+            note["tried"] = {} if self.quick else contest.tried(3 if short else 1)
         finished = {setting: step for setting, step in note["tried"].items() if "seconds" in step}
         goals = {f"{name}_vs_best_peer": (GOALS[name][0], finished)}
         if GOALS[name][1]:
@@ -126,7 +132,7 @@ class Measured:
             with contest.ours("ours", remat) as ours:
                 rates, steps = [], []
                 for _ in range(self.repeats):
-                    rates.append(flops.matmul_peak())
+                    rates.append(flops.matmul_peak(3, flops.SHAPES[:1]) if self.quick else flops.matmul_peak())
                     steps.append(ours.step())
             peak, seconds = statistics.median(rates), seconds_per_step(steps)
             note[remat] = ours.about | {"seconds": seconds, "matmul_peak": peak}
@@ -145,28 +151,27 @@ class Measured:
 
     def stalls(self) -> list[Row]:
         """What the loop of a run adds to its updates."""
-        path = self.options.runs / "bfcl_pairs.json"
-        works.write(WORKS["bfcl_pairs"], path)
-        found = stalls.measure(self.model, path, *((6, 2) if self.options.quick else ()))
+        path = self.runs / "bfcl_pairs.json"
+        works.write(WORKS["bfcl_pairs"], path, tiny=self.quick)
+        found = stalls.measure(self.model, path, *((6, 2) if self.quick else ()))
         self.details["stalls"] = found._asdict()
-        kept = f"{found.written:.1f} s until its files are complete; an update beside that {found.beside:.2f} s"
-        return [
-            Row("input_wait_fraction", found.waited / found.update, "", note=f"of an update of {found.update:.2f} s"),
-            Row("checkpoint_call_fraction", found.save / found.update, "", note=kept),
-        ]
+        return stalls.table(found)
 
     def sampling(self) -> list[Row]:
         """Tokens per second: 16 prompts, 8 answers each, at most 64 tokens."""
-        tokenizer = load_tokenizer(self.model)
-        asked = [encode_prompt(tokenizer, row["prompt"]) for row in bfcl.load(fetch.bfcl(), ("simple_python",))[:16]]
-        path = self.options.runs / "prompts.json"
+        tokenizer, path = load_tokenizer(self.model), self.runs / "prompts.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        asked = [list(b"a prompt of so many bytes")] * 4
+        if not self.quick:
+            questions = bfcl.load(fetch.bfcl(), ("simple_python",))[:16]
+            asked = [encode_prompt(tokenizer, row["prompt"]) for row in questions]
         path.write_text(json.dumps(asked))
-        arguments = [self.model, str(path.absolute()), "8", "64", str(tokenizer.eos_token_id)]
+        sizes = ("2", "8") if self.quick else ("8", "64")
+        arguments = [self.model, str(path.absolute()), *sizes, str(tokenizer.eos_token_id)]
         commands = {"ours": [sys.executable, "-m", "benchmarks.ours_sampling", *arguments]}
-        if not self.options.quick:
+        if not self.quick:
             commands["transformers"] = TRANSFORMERS.command(self.options.peers, arguments)
-        log = self.options.runs / "logs"
+        log = self.runs / "logs"
         with contextlib.ExitStack() as stack:
             workers = [
                 stack.enter_context(Worker(name, command, log / f"sampling-{name}.log", quiet()))
@@ -177,25 +182,18 @@ class Measured:
             name: statistics.median(step["tokens"] / step["seconds"] for step in taken) for name, taken in turns.items()
         }
         self.details["sampling"] = {"tokens_per_second": rates, "turns": turns}
-        ratio = None if self.options.quick else rates["ours"] / rates["transformers"]
+        ratio = None if self.quick else rates["ours"] / rates["transformers"]
         note = ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items())
         return [Row("sampling_vs_transformers", ratio, "x", 5.0, note=note)]
 
     def growth(self) -> list[Row]:
         """Exponents of memory and compile time."""
-        kinds = {
-            "growth_memory_T": (growth.memory_in_tokens, 1.05),
-            "growth_memory_V": (growth.memory_in_vocabulary, 0.05),
-            "growth_compile_depth": (growth.compile_time_in_depth, 0.1),
-        }
-        found = []
-        for name, (measure, goal) in kinds.items():
-            slope, self.details[name] = measure()
-            found.append(Row(name, slope, "", goal, at_most=True, note="exponent"))
+        found, details = growth.measure(self.quick)
+        self.details |= details
         return found
 
     def _contest(self, name: str) -> Contest:
-        return Contest(WORKS[name], self.model, self.options.runs, self.options.peers)
+        return Contest(WORKS[name], self.model, self.runs, self.options.peers, tiny=self.quick)
 
 
 def _finalists(tried: dict[str, dict]) -> list[str]:
@@ -218,7 +216,7 @@ def _cost(measured: dict, setting: str) -> float:
 
 
 def _speed_rows(name: str, goal: float | None, opponent: str, measured: dict) -> list[Row]:
-    """One row per setting of ours."""
+    """One row per setting of ours; without a peer it has no value."""
     found = []
     for setting in OURS:
         note = f"remat {OURS[setting]}: {_cost(measured, setting):.2f} s"

@@ -60,10 +60,14 @@ WORKS = {
 }
 
 
-def write(work: Work, path: Path, seed: int = 0) -> None:
-    """The work's steps as JSON: a list of steps, each a list of groups."""
+def write(work: Work, path: Path, seed: int = 0, tiny: bool = False) -> None:
+    """The work's steps as JSON: a list of steps, each a list of groups.
+
+    tiny: as many groups and answers, but short ones of bytes, for a tiny model.
+    """
     makers = {"pairs": _fixed(64, 192), "groups_k16_long": _fixed(1600, 50)}
-    groups = makers.get(work.name, _bfcl)(work, np.random.default_rng(seed))
+    make = _short if tiny else makers.get(work.name, _bfcl)
+    groups = make(work, np.random.default_rng(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = [list(itertools.islice(groups, work.groups)) for _ in range(work.steps)]
     path.write_text(json.dumps(chosen))
@@ -76,6 +80,13 @@ def _fixed(prompt: int, answer: int):
             yield {"prompt": draw(prompt), "answers": [draw(answer) for _ in range(work.answers)]}
 
     return make
+
+
+def _short(work: Work, random: np.random.Generator) -> Iterator[dict]:
+    """Prompts of 16 to 31 tokens and answers of 4 to 7, all of them bytes."""
+    draw = lambda least: random.integers(0, 256, random.integers(least, 2 * least)).tolist()  # noqa: E731
+    while True:
+        yield {"prompt": draw(16), "answers": [draw(4) for _ in range(work.answers)]}
 
 
 def _bfcl(work: Work, random: np.random.Generator) -> Iterator[dict]:

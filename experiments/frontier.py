@@ -30,7 +30,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import commands
 from shiq_jax.runs.ingest import fill_buffer
-from shiq_jax.runs.pipeline import warm_start
+from shiq_jax.runs.learning import warm_start
 from shiq_jax.runs.run import set_up
 from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.training.annotation import annotate, reference_identity
@@ -191,13 +191,13 @@ class Lab:
     def _begin(self, name: str):
         objective = OBJECTIVES[name]
         source = self.best if name == "sft" else self.buffer
-        statistics = self.statistics if "references" in objective.needs else None
-        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, statistics=statistics)
+        references = {"reference": self.statistics} if "references" in objective.needs else {}
+        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, references=references)
         model, params = self.model, jax.tree.map(jax.numpy.copy, self.params)
         if objective.heads:
             model = Headed.of(model, objective.heads)
             params = model.with_heads(params, jax.random.key(self.seed))
-        return batches, _update(model, name), init_state(model, params, _rule(), key=jax.random.key(0))
+        return batches, _update(model, name), init_state(model, params, _rule())
 
     def _evaluate(self, params, step: int, itself: bool = False) -> tuple[float, float]:
         key = jax.random.fold_in(jax.random.key(self.seed), step)

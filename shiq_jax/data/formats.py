@@ -31,7 +31,8 @@ from shiq_jax.data.files import located_rows, read_jsonl, rows
 from shiq_jax.data.reading import Reading
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.export import record_from_json
-from shiq_jax.replay.records import STATISTICS, Record, validate
+from shiq_jax.replay.preference import chosen_and_rejected
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 _LABEL = "true for a desirable answer, false for an undesirable one"
@@ -66,9 +67,9 @@ def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) 
 def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
     """Two records of one group for every preference, the better answer first.
 
-    Of `chosen` and `rejected`, the rewards are 1 and 0. Of several answers with scores or ranks, the best and the worst
-    that can be used, with their scores, or their ranks negated, as rewards; prompts whose answers tie are left out and
-    counted. `reading.score` makes scores count also where there are `chosen` and `rejected`. Conversational answers may
+    Either `chosen` and `rejected`, or of several answers with scores or ranks the best and the worst that can be used;
+    prompts whose answers tie are left out and counted. Scores are rewards; without scores the better answer has the
+    reward 1 and the other one 0. `reading.score` makes scores count also where there are `chosen` and `rejected`. Conversational answers may
     be given alone or with the whole conversation before them; without `prompt`, what both share at the beginning is the
     prompt. Every row is a group of its own, also when its prompt occurs again.
     """
@@ -88,7 +89,7 @@ def labelled(source: str | Path, tokenizer, reading: Reading | None = None) -> I
     """Records of single answers that are good or bad, or have scores from which that will be told.
 
     A `label` is true or 1 for a desirable answer, false or 0 for an undesirable one. Of `chosen` and `rejected`, the
-    one is desirable and the other is not. Either way the reward is 1 or 0. Other rows, and with `reading.score` all,
+    one is desirable and the other is not. Either way the rewards are 1 and 0. Other rows, and with `reading.score` all,
     are read as `trajectories` reads them. Rows of one source all have labels or all have scores.
     """
     reading = reading or Reading()
@@ -173,7 +174,7 @@ def _from_tokens(row: Mapping[str, Any], reading: Reading) -> Record:
         raise Refusal("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
     # A dataset made from a buffer keeps per-action columns compact and calls the group by its field's name.
     if "group" in row and "group_id" not in row:
-        fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user")
+        fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user", *JUDGEMENTS)
         missing = [name for name in fields[:3] if name not in row]
         if missing:
             raise Refusal(
@@ -207,33 +208,36 @@ def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Re
     for value in values:
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_REWARD:
             raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
-    return _record(row, encoded, values, _group(row))
+    said = {"label": bool(row["label"])} if reading.score is None and row.get("label") in (0, 1) else {}
+    return _record(row, encoded, values, _group(row), **said)
 
 
 def _from_label(row: Mapping[str, Any], tokenizer) -> Record:
-    """An answer with reward 1 or 0, as its label is true or false."""
+    """An answer with its label; its reward is 1 or 0."""
     _check_prompt(row)
     _check_text("completion", _field(row, "completion", "the answer that the label is about"))
     label = row["label"]
     if not isinstance(label, int | float) or label not in (0, 1):
         raise Refusal(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL}")
-    return _record(row, _encode(tokenizer, row, row["completion"]), [float(label)], _group(row))
+    encoded = _encode(tokenizer, row, row["completion"])
+    return _record(row, encoded, [float(label)], _group(row), label=bool(label))
 
 
 def _from_labels(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
-    """The chosen answer with reward 1 and the rejected one with 0."""
+    """The chosen and the rejected answer; their rewards are 1 and 0."""
     found = split_answers(row)
     group = _digest([number, found.row["prompt"], *found.texts])
     for name, answer in zip(("chosen", "rejected"), found.texts, strict=True):
         _check_text(name, answer)
+    scores = found.scores or (None, None)
     return [
-        _record(found.row, _encode(tokenizer, found.row, answer), [reward], group)
-        for answer, reward in zip(found.texts, (1.0, 0.0), strict=True)
+        _record(found.row, _encode(tokenizer, found.row, answer), [float(chosen)], group, chosen=chosen, score=score)
+        for answer, chosen, score in zip(found.texts, (True, False), scores, strict=True)
     ]
 
 
 def _from_answers(row: Mapping[str, Any], tokenizer, reading: Reading, *, ranked: bool) -> list[Record]:
-    """The answers of a row with their rewards; with `ranked`, ranks serve where there are no scores."""
+    """The answers of a row with their rewards; with `ranked`, ranks do where there are no scores."""
     found, left_out = split_answers(row, reading.score), reading.left_out
     _check_prompt(found.row)
     if not found.texts:
@@ -241,31 +245,41 @@ def _from_answers(row: Mapping[str, Any], tokenizer, reading: Reading, *, ranked
         return []
     if ranked and found.scores is None and found.ranks is not None:
         reading.settle("rank", "")
-        rewards = [-rank for rank in found.ranks]
+        rewards = [0.0] * len(found.texts)
     elif reading.settle(found.field, _without_scores(found, row)):
         rewards = found.scores
     else:
         rewards = [reading.reward(found.row, said(text)) if _is_said(text) else None for text in found.texts]
-    records = []
-    for text, reward in zip(found.texts, rewards, strict=True):
+    records, absent = [], [None] * len(found.texts)
+    judged = {
+        "chosen": (True, False) if reading.score is None and holds_pair(row) else absent,
+        "rank": found.ranks or absent,
+        "score": found.scores or absent,
+    }
+    for number, (text, reward) in enumerate(zip(found.texts, rewards, strict=True)):
         if not _is_said(text):
             left_out["empty answers"] += 1
         elif reward is None:
             left_out[f"answers without a number in {found.field!r}"] += 1
         else:
             _check_text("answer", text)
-            records.append(_record(found.row, _encode(tokenizer, found.row, text), [reward], _group(found.row)))
+            encoded = _encode(tokenizer, found.row, text)
+            about = {name: values[number] for name, values in judged.items()}
+            records.append(_record(found.row, encoded, [reward], _group(found.row), **about))
     return records
 
 
 def _extremes(records: list[Record], group: str, reading: Reading) -> list[Record]:
     """The best and the worst of some answers, the earlier of equal ones, in a group of their own; or none."""
-    returns = [float(record.rewards.sum()) for record in records]
-    if len(set(returns)) < 2:
+    said = ([getattr(record, name) for record in records] for name in ("chosen", "rank", "score"))
+    places = chosen_and_rejected(*said, np.array([record.rewards.sum() for record in records])) if records else None
+    if places is None:
         reading.left_out["prompts without two answers that differ in score or rank"] += 1
         return []
-    chosen = (records[returns.index(max(returns))], records[returns.index(min(returns))])
-    return [dataclasses.replace(record, group=group) for record in chosen]
+    pair = [dataclasses.replace(records[place], group=group) for place in places]
+    if all(record.rank is not None and record.score is None for record in pair):
+        pair[0] = dataclasses.replace(pair[0], rewards=[*pair[0].rewards[:-1], 1.0])
+    return pair
 
 
 def _without_scores(found: Answers, row: Mapping[str, Any]) -> str:
@@ -288,8 +302,11 @@ def _encode(tokenizer, row: Mapping[str, Any], completion: Any) -> Encoded:
     return encode_completion(tokenizer, row["prompt"], completion, row.get("tools"))
 
 
-def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], group: str) -> Record:
-    """A record with rewards on the ends of the last `len(rewards)` turns; it keeps the row without its answers."""
+def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], group: str, **said: Any) -> Record:
+    """A record with rewards on the ends of the last `len(rewards)` turns; it keeps the row without its answers.
+
+    said: what the row says of the answer, by the names of `Record`.
+    """
     per_token = np.zeros(len(encoded.tokens), np.float32)
     per_token[encoded.turn_ends[-len(rewards) :]] = rewards
     dropped = ("completion", "reward", "label", "chosen", "rejected", "messages", "group_id", "user_id", "text")
@@ -301,6 +318,7 @@ def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], grou
         group=group,
         prompt=json.dumps(kept, ensure_ascii=False, default=str) if "prompt" in kept else None,
         user=str(row["user_id"]) if "user_id" in row else None,
+        **said,
     )
     validate(record)
     return record

@@ -19,11 +19,12 @@ from jaxtyping import Float64, Int64
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import report, storage
-from shiq_jax.replay.manifest import Manifest, check_vacant, remove_leftovers
-from shiq_jax.replay.records import STATISTICS, Record, validate
+from shiq_jax.replay.manifest import SCHEMA_VERSION, Manifest, check_vacant, remove_leftovers
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
 from shiq_jax.replay.statistics import Identity, Statistics, absent, check_annotations
 
 _COLUMNS = tuple(field.name for field in storage.RECORDS)
+_SCALARS = ("group", "prompt", "user", *JUDGEMENTS)
 
 
 class Buffer:
@@ -72,7 +73,7 @@ class Buffer:
         number, row = self._locate(index)
         shard = self._shard(number)
         lists = {name: shard.get(name, row) for name in ("tokens", "action_mask", "rewards", *STATISTICS)}
-        return Record(**lists, **{name: shard.text(name, row) for name in ("group", "prompt", "user")})
+        return Record(**lists, **{name: shard.value(name, row) for name in _SCALARS})
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """The records of these numbers, in this order; raises IndexError for a number that the buffer does not have."""
@@ -104,7 +105,7 @@ class Buffer:
         columns = {column: [getattr(record, column) for record in records] for column in _COLUMNS}
         written = storage.write_shard(self.path / name, storage.RECORDS, columns)
         tokens, actions = sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records)
-        return {"file": name, "tokens": tokens, "actions": actions, **written}
+        return {"file": name, "schema": SCHEMA_VERSION, "tokens": tokens, "actions": actions, **written}
 
     def _begin_writing(self) -> None:
         if Manifest.load(self.path) != self.manifest:
@@ -136,11 +137,17 @@ class Buffer:
 
     def group_ids(self) -> list[str]:
         """The group of every record, in record order."""
-        return self._texts("group")
+        return self.column("group")
 
     def user_ids(self) -> list[str | None]:
         """The user of every record, in record order."""
-        return self._texts("user")
+        return self.column("user")
+
+    def column(self, name: str) -> list:
+        """One of group, prompt, user, chosen, label, rank and score, of every record; None where it says nothing."""
+        if name not in _SCALARS:
+            raise ValueError(f"column is {name!r}; choose one of {', '.join(_SCALARS)}.")
+        return [value for number in range(len(self.shards)) for value in self._shard(number).values(name)]
 
     def lengths(self) -> Int64[np.ndarray, " records"]:
         """Tokens of every record."""
@@ -156,7 +163,7 @@ class Buffer:
 
     def coverage(self) -> dict[str, int]:
         """How many records carry each of the optional columns."""
-        names = (*STATISTICS, "prompt", "user")
+        names = (*STATISTICS, "prompt", "user", *JUDGEMENTS)
         return {name: sum(self._shard(number).present(name) for number in range(len(self.shards))) for name in names}
 
     def describe(self) -> dict[str, Any]:
@@ -271,16 +278,14 @@ class Buffer:
     def _shard(self, number: int) -> storage.Shard:
         entry = self.manifest.shards[number]
         if entry["file"] not in self._shards:
-            self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], storage.RECORDS, entry["rows"])
+            schema = storage.RECORD_SCHEMAS[entry["schema"]]
+            self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], schema, entry["rows"])
         return self._shards[entry["file"]]
 
     def _sidecar(self, entry: dict[str, Any]) -> storage.Shard:
         if entry["file"] not in self._shards:
             self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], storage.ANNOTATIONS, entry["rows"])
         return self._shards[entry["file"]]
-
-    def _texts(self, name: str) -> list:
-        return [text for number in range(len(self.shards)) for text in self._shard(number).texts(name)]
 
     def _gathered(self, dtype: type, read) -> np.ndarray:
         parts = [read(self._shard(number)) for number in range(len(self.shards))]

@@ -4,7 +4,8 @@ A bundle becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible 
 `enter[k] <= enter[q] < exit[k]`; bundles of one row have disjoint intervals, and padding sees only padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +34,9 @@ class Batch(NamedTuple):
         targets: int32[rows, A], the token id of that action; 0 at padding.
         gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
         example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
-            references {"reference": TokenStats float32[rows, slots, K, T]} or None; 0 at padding;
-            labels bool[rows, slots, K], whether the rewards of a sequence sum to more than 0.
+            references name -> TokenStats float32[rows, slots, K, T], None without any; 0 at padding;
+            labels bool[rows, slots, K], the records' labels, and without these whether their rewards sum to more
+            than 0.
         real: bool[rows, slots], the slots that hold an example.
     """
 
@@ -90,15 +92,18 @@ class Tree(NamedTuple):
 # Whatever gives the Record of a number by `records[number]`.
 Records = Buffer | Mapping[int, Record] | Sequence[Record]
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
-References = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
+# Whatever gives (logp, lse) of a record by its number.
+RecordStatistics = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
+References = Mapping[str, RecordStatistics]
+NO_REFERENCES: References = MappingProxyType({})
 
 
 def pack(
     batch: Sequence[Bundle],
     records: Records,
-    statistics: References | None,
     shape: Shape,
     *,
+    references: References = NO_REFERENCES,
     rows_multiple: int = 1,
 ) -> Packed:
     """Lays bundles out in as few rows as first-fit, longest first, finds.
@@ -106,9 +111,9 @@ def pack(
     Args:
         batch: the bundles of one step.
         records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself.
-        statistics: whatever gives the reference's (logp, lse) float32[A] by record number; None when no reference is
-            needed.
         shape: from `plan`; raises Refusal when a bundle exceeds it.
+        references: by name, the statistics that fill `Example.references`: whatever gives (logp, lse) float32[A] by
+            record number.
         rows_multiple: rows come in a multiple of this, and in few different numbers (`row_count`); padding rows hold
             nothing.
     """
@@ -119,9 +124,9 @@ def pack(
         _check(tree, shape)
     layout = first_fit([tree.demand for tree in trees], shape)
     rows = row_count(len(layout), rows_multiple)
-    out = _blank(rows, shape, statistics is not None)
+    out = _blank(rows, shape, references)
     for row, contents in enumerate(layout):
-        _fill_row(out, row, [trees[number] for number in contents], statistics)
+        _fill_row(out, row, [trees[number] for number in contents], references)
     tokens = sum(len(tree.trie.tokens) for tree in trees)
     return Packed(out.batch, out.members, tokens / (rows * shape.length))
 
@@ -203,12 +208,12 @@ def first_fit(demands: Sequence[tuple[int, int, int]], shape: Shape) -> list[lis
     return rows
 
 
-def _blank(rows: int, shape: Shape, references: bool) -> Packed:
+def _blank(rows: int, shape: Shape, names: Iterable[str]) -> Packed:
     def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
         return np.zeros((rows, *axes), dtype)
 
     dense = (shape.slots, shape.sequences, shape.steps)
-    stats = TokenStats(zeros(*dense, dtype=np.float32), zeros(*dense, dtype=np.float32)) if references else None
+    references = {name: TokenStats(*(zeros(*dense, dtype=np.float32) for _ in range(2))) for name in names}
     intervals = zeros(shape.length, 2)
     intervals[..., 1] = 1
     batch = Batch(
@@ -221,7 +226,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
         example=Example(
             action_mask=zeros(*dense, dtype=np.bool_),
             rewards=zeros(*dense, dtype=np.float32),
-            references={"reference": stats} if references else None,
+            references=references or None,
             labels=zeros(*dense[:2], dtype=np.bool_),
         ),
         real=zeros(shape.slots, dtype=np.bool_),
@@ -229,7 +234,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
     return Packed(batch, np.full((rows, shape.slots, shape.sequences), -1, np.int32), 0.0)
 
 
-def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics: References | None) -> None:
+def _fill_row(out: Packed, row: int, trees: Sequence[Tree], references: References) -> None:
     """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
     batch = out.batch
     token = action = slot = number = 0
@@ -246,30 +251,31 @@ def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics: Referenc
             batch.real[row, slot] = True
             for k, member in enumerate(example):
                 out.members[row, slot, k] = member
-                reference = None if statistics is None else statistics[member]
+                known = {name: statistics[member] for name, statistics in references.items()}
                 record, ranks = next(sequences)
-                _fill_sequence(batch, (row, slot, k), ranks + action, record, reference)
+                _fill_sequence(batch, (row, slot, k), ranks + action, record, known)
             slot += 1
         token, action, number = token + size, action + acts, number + len(tree.ranks)
     batch.intervals[row, token:] = (number, number + 1)
 
 
 def _fill_sequence(
-    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, reference: Statistic | None
+    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, known: Mapping[str, Statistic]
 ) -> None:
     count = len(actions)
     batch.gather[place][:count] = actions
     batch.example.action_mask[place][:count] = True
     batch.example.rewards[place][:count] = record.rewards
-    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0
-    if reference is not None:
-        if any(len(values) != count for values in reference):
+    label = record.label
+    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0 if label is None else label
+    for name, (logp, lse) in known.items():
+        if len(logp) != count or len(lse) != count:
             raise ValueError(
-                f"statistics of {len(reference[0])} and {len(reference[1])} actions came with a record of {count}; "
-                "give the reference's (logp, lse) by the same record numbers."
+                f"statistics of {len(logp)} and {len(lse)} actions came with a record of {count}; give the (logp, lse) "
+                f"of {name!r} by the same record numbers."
             )
-        stats = batch.example.references["reference"]
-        stats.logp[place][:count], stats.lse[place][:count] = reference
+        stats = batch.example.references[name]
+        stats.logp[place][:count], stats.lse[place][:count] = logp, lse
 
 
 def round_up(value: int, multiple: int) -> int:

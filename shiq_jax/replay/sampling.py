@@ -7,11 +7,12 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.preference import chosen_and_rejected
 from shiq_jax.replay.trie import lexicographic
 
 UNITS = ("trajectory", "pair", "group")
 
-# Record numbers of one example: one for a trajectory, (best, worst) for a pair, all of a group.
+# Record numbers of one example: one for a trajectory, (chosen, rejected) for a pair, all of a group.
 Members = tuple[int, ...]
 # The examples that share one tree of tokens and therefore one row.
 Bundle = tuple[Members, ...]
@@ -37,9 +38,9 @@ def bundles(
 
     Args:
         buffer: whose records are bundled.
-        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the (best,
-            worst) record of each group by summed reward, the earlier one among equals; a group whose records tie
-            gives none and is counted in `left_out`. "group": each group is one example.
+        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the
+            (chosen, rejected) records of each group, see `chosen_and_rejected`; a group without two such records gives
+            none and is counted in `left_out`. "group": each group is one example.
         share_prompts: False puts every trajectory into a bundle of its own. A pair or group always shares its prompt.
         max_bundle: examples per bundle at most; larger groups of trajectories are split.
         row_length: tokens per bundle at most, shared ones counted once; larger groups of trajectories are split
@@ -58,7 +59,7 @@ def bundles(
     if unit == "group":
         return Bundles((members,) for members in groups)
     if unit == "pair":
-        return _pairs(groups, buffer.returns())
+        return _pairs(groups, buffer)
     if not share_prompts:
         return Bundles(((number,),) for number in range(len(buffer)))
 
@@ -121,13 +122,14 @@ def _groups(names: Sequence[str]) -> list[Members]:
     return [tuple(members) for members in groups.values()]
 
 
-def _pairs(groups: list[Members], returns: np.ndarray) -> Bundles:
+def _pairs(groups: list[Members], buffer: Buffer) -> Bundles:
+    judged, returns = [buffer.column(name) for name in ("chosen", "rank", "score")], buffer.returns()
     pairs = []
     for members in groups:
-        scores = returns[list(members)]
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if scores[best] > scores[worst]:
-            pairs.append(((members[best], members[worst]),))
+        said = ([column[number] for number in members] for column in judged)
+        found = chosen_and_rejected(*said, returns[list(members)])
+        if found is not None:
+            pairs.append((tuple(members[place] for place in found),))
     return Bundles(pairs, left_out=len(groups) - len(pairs))
 
 

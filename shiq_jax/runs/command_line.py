@@ -1,4 +1,4 @@
-"""What the commands have in common: every foreseen end is one sentence and an exit code."""
+"""What the commands have in common: their names, and that every foreseen end is one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from shiq_jax.errors import Refusal
 from shiq_jax.stopping import Stopped
+
+
+def program(script: str, installed: str) -> str:
+    """The name by which the user called the command: `installed` from an installed wheel, else `script`."""
+    return installed if Path(sys.argv[0]).stem == installed else script
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from shiq_jax.runs.command_line import one_sentence
+from shiq_jax.runs.command_line import one_sentence, program
 from shiq_jax.runs.loss_options import given_as
 
 Objectives = Literal["shiq", "dpo", "kto", "sft"]
@@ -76,8 +76,10 @@ class Evaluate:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and evaluate; a refusal is one sentence and exit code 2."""
-    options = tyro.cli(Evaluate, args=arguments, description=__doc__)
-    with one_sentence("eval.py", "the same command with --resume measures again"):
+    name = program("eval.py", "shiq-eval")
+    about = __doc__ if name == "eval.py" else __doc__.replace("python eval.py", name)
+    options = tyro.cli(Evaluate, args=arguments, prog=name, description=about)
+    with one_sentence(name, "the same command with --resume measures again"):
         from shiq_jax.runs.compilation_cache import keep_programs
         from shiq_jax.runs.evaluate import evaluate
 

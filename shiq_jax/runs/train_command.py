@@ -25,12 +25,12 @@ from collections.abc import Sequence
 import tyro
 
 from shiq_jax import stopping
-from shiq_jax.runs.command_line import one_sentence
+from shiq_jax.runs.command_line import one_sentence, program
 from shiq_jax.runs.commands import Inspect, command_line, without_effect
 
 
-def run(command) -> None:
-    """Carry out a parsed command."""
+def run(command, name: str) -> None:
+    """Carry out a parsed command; `name` begins its warnings."""
     if isinstance(command, Inspect):
         from shiq_jax.runs.inspection import inspect
 
@@ -38,7 +38,7 @@ def run(command) -> None:
         return
     if idle := list(without_effect(command)):
         why = "nothing is sampled, nor warmed up, with data" if command.data else "sft samples nothing to learn from"
-        print(f"train.py: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
+        print(f"{name}: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
     with stopping.on_signals():
         from shiq_jax.runs.compilation_cache import keep_programs
         from shiq_jax.runs.pipeline import train
@@ -47,12 +47,16 @@ def run(command) -> None:
         train(command)
 
 
-def parse(arguments: Sequence[str]):
-    """The command with its options; SystemExit with code 2 when there is no such command, option or value."""
+def parse(arguments: Sequence[str], name: str):
+    """The command with its options; SystemExit with code 2 when there is no such command, option or value.
+
+    name: of the program, for the usage text.
+    """
+    about = __doc__ if name == "train.py" else __doc__.replace("python train.py", name).replace("train.py", name)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(command_line(arguments), args=arguments, description=__doc__)
+            return tyro.cli(command_line(arguments), args=arguments, prog=name, description=about)
     finally:
         # Groups of options are called there as tyro calls them inside; as many letters keep its frame straight.
         sys.stderr.write(said.getvalue().replace("__tyro-dummy-inner__.", "the group of options "))
@@ -63,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shiq", *arguments]
-    command = parse(arguments)
-    with one_sentence("train.py", "the same command with --resume goes on"):
-        run(command)
+    name = program("train.py", "shiq-train")
+    command = parse(arguments, name)
+    with one_sentence(name, "the same command with --resume goes on"):
+        run(command, name)

@@ -57,7 +57,7 @@ def statistics_of(
     forward, out = _forward(model), [None] * len(records)
     starts = range(0, len(bundles), prompts_per_batch)
     batches = (
-        pack(bundles[start : start + prompts_per_batch], records, None, shape, rows_multiple=data_devices(model.mesh))
+        pack(bundles[start : start + prompts_per_batch], records, shape, rows_multiple=data_devices(model.mesh))
         for start in starts
     )
     amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)

@@ -41,7 +41,7 @@ def released(decoder, batch_of):
         if grid is not None:
             given = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         trainable = {"trainable": is_adapter} if model.lora else {}
-        state = init_state(model, given, RULE, key=jax.random.key(0), **trainable)
+        state = init_state(model, given, RULE, **trainable)
         mechanism = MECHANISM
         if method == "group":
             mechanism = dataclasses.replace(MECHANISM, clip=Groupwise(Abadi(0.5), count_groups(state.trainable)))
