@@ -153,5 +153,9 @@ def test_settings_hold_what_was_not_given_too_and_make_the_objective_again():
 
 
 def test_the_whole_command_line_knows_them():
+    said = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
+        parse(["shiq-ultrafeedback", "--help"], "train.py")
+    assert "squared residuals of a sequence. (default: mean_t)" in re.sub(r"[│\s]+", " ", said.getvalue())
     command = parse(["dpo", "--loss.name", "exo", "--loss.label-smoothing", "0.2", "--loss.use-weighting"], "train.py")
     assert command.loss.given() == {"label_smoothing": 0.2, "use_weighting": True}
