@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from shiq_jax import progress
 from shiq_jax.data import formats
-from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
+from shiq_jax.data.answers import prompt_row
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
+from shiq_jax.data.kinds import classify
 from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import Headed, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES, Objective
@@ -99,9 +100,10 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
 
     rows = _rows(options)
     reward = rewards.resolve(options.reward) if options.reward else None
-    name = options.objective or _objective_of(rows[0], options.score)
+    learned_by = classify(rows[0], options.score).objectives
+    name = options.objective or next(iter(learned_by), None)
     examples = None
-    if name and _is_example(rows[0], name, options.score):
+    if name in learned_by:
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         shutil.rmtree(out.buffer, ignore_errors=True)
@@ -166,26 +168,6 @@ def _rows(options) -> list[dict]:
     if not rows:
         raise Refusal(f"{options.data} holds no rows: give at least one with a prompt")
     return rows
-
-
-def _objective_of(row: Mapping, score: str | None) -> str | None:
-    return next((name for name in ("dpo", "shiq", "kto", "sft") if _is_example(row, name, score)), None)
-
-
-def _is_example(row: Mapping, objective: str, score: str | None) -> bool:
-    scored = [{"completion", score or "reward"}, {"tokens", "rewards"}]
-    fields = {
-        "dpo": [{"chosen", "rejected"}],
-        "shiq": scored,
-        "kto": [{"completion", "label"}, {"chosen", "rejected"}, *scored],
-        "sft": [{"completion"}, {"messages"}, {"text"}],
-    }
-    if any(wanted <= row.keys() for wanted in fields[objective]):
-        return True
-    if objective == "sft" or "completion" in row or not holds_answers(row):
-        return False
-    found = split_answers(row, score)
-    return found.scores is not None or (objective == "dpo" and found.ranks is not None)
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
     """
     if "labels" not in objective.needs:
         return answers
-    job, context = round.run.job, round.policy.open()[0].config.max_positions
+    job, context = round.run.job, round.policy.model.config.max_positions
     check_threshold(answers, job.threshold, job.data, private=job.privacy.on)
     longest = min(context, job.drop_longer_than or context)
     return label(round.directory.labelled, answers, objective, job.threshold, longest)

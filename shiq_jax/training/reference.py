@@ -55,6 +55,11 @@ class Reference:
             self._kept = model, hosts.offload(params)
         return model, params
 
+    @property
+    def model(self) -> Any:
+        """The model without its parameters."""
+        return self._kept[0] if self._kept is not None else self.open()[0]
+
     def close(self) -> None:
         """Free the host memory; the next `open` loads again."""
         self._kept = None

@@ -27,9 +27,9 @@ class Offline:
     def collect(self, round: Round) -> Buffer:
         """Given data, the task's demonstrations, or answers of the reference with their rewards."""
         if self.job.data:
-            return imported(round.run, round.directory.buffer, self.job.data, round.policy.open()[0])
+            return imported(round.run, round.directory.buffer, self.job.data, round.policy.model)
         if self.job.objective == "sft":
-            return demonstrations(round.run, round.directory.buffer, round.policy.open()[0])
+            return demonstrations(round.run, round.directory.buffer, round.policy.model)
         return sample_answers(round)
 
     def objective(self, round: Round) -> Objective:
