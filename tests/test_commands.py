@@ -13,7 +13,6 @@ import pytest
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer, to_jsonl
-from shiq_jax.runs import passes
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -93,53 +92,6 @@ def test_the_reference_statistics_of_the_buffer_are_those_of_the_reference(finis
         acting = record.action_mask[1:]
         np.testing.assert_allclose(statistics[index][0], np.asarray(dense.logp)[acting], atol=1e-4)
         np.testing.assert_allclose(statistics[index][1], np.asarray(dense.lse)[acting], atol=1e-4)
-
-
-@pytest.mark.parametrize("stage, step", [("warm start", 2), ("update", 3), ("update", 5)])
-def test_an_interrupted_run_resumes_bit_for_bit(finished, tiny, tmp_path, monkeypatch, stage, step):
-    arguments = ["shiq", "--model", tiny, "--output-dir", str(tmp_path / "run"), "--mesh", "fsdp=1", *SMALL]
-    check = passes._check
-
-    def die(metrics, name, number, *rest):
-        if (name, number + 1) == (stage, step):
-            raise KeyboardInterrupt
-        check(metrics, name, number, *rest)
-
-    monkeypatch.setattr(passes, "_check", die)
-    with pytest.raises(SystemExit) as stop:
-        training_door.main(arguments)
-    assert stop.value.code == 130
-    monkeypatch.setattr(passes, "_check", check)
-    training_door.main([*arguments, "--resume"])
-    same = ("export/model.safetensors", "reference/model.safetensors", "buffer/manifest.json", "samples/000006.jsonl")
-    for name in same:
-        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
-    losses = [
-        [row["loss"] for row in map(json.loads, (where / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-        for where in (finished, tmp_path / "run")
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_sampling_that_stopped_goes_on_with_the_same_samples(finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.runs import ingest
-
-    arguments = ["shiq", "--model", tiny, "--output-dir", str(tmp_path / "run"), "--mesh", "fsdp=1", *SMALL]
-    collect = ingest.collect
-
-    def die(*args, first, **kwargs):
-        if first == 8:
-            raise KeyboardInterrupt
-        return collect(*args, first=first, **kwargs)
-
-    monkeypatch.setattr(ingest, "collect", die)
-    with pytest.raises(SystemExit) as stop:
-        training_door.main(arguments)
-    assert stop.value.code == 130
-    assert len(Buffer.open(tmp_path / "run" / "buffer")) == 24
-    monkeypatch.setattr(ingest, "collect", collect)
-    training_door.main([*arguments, "--resume"])
-    assert Buffer.open(tmp_path / "run" / "buffer").read(range(36)) == Buffer.open(finished / "buffer").read(range(36))
 
 
 def test_a_finished_run_is_shown_again_and_never_overwritten(finished, tiny, capsys):
