@@ -30,7 +30,7 @@ def passes(round: Round, problem: LearningProblem) -> Plan:
         records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
     )  # fmt: skip
     if batches.left_out:
-        print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
+        print(f"{batches.left_out} groups have no two answers of different reward and give no pair", file=sys.stderr)
     steps = batches.steps(job.epochs)
     optimizer = job.optimizer.build(steps)
     phase = Phase(

@@ -199,9 +199,9 @@ class Job:
             what = "data are given once" if self.data is not None else "sft learns from demonstrations"
             raise ValueError(f"rounds sample from the policy, but {what}: leave rounds out")
         if self.rounds == 1 and self.round != Rounds():
-            raise ValueError("round.reference says what several rounds measure from: give rounds, or leave it out")
+            raise ValueError("round.reference names the reference of several rounds: give rounds, or leave it out")
         if self.data is not None and self.prompts is not None:
-            raise ValueError("data are learned from as they are and prompts are sampled for: give one of them")
+            raise ValueError("data and prompts exclude each other: give one of them")
         if self.data is None and (self.score is not None or self.drop_longer_than is not None):
             raise ValueError("score and drop_longer_than say how data are read: give data, or leave them out")
         if self.score is not None and self.objective == "sft":
@@ -211,14 +211,14 @@ class Job:
         if self.lora.rank is not None and not self.loss.configured().policy:
             raise ValueError(f"the loss {self.loss.name} leaves the policy as it is: leave lora out")
         if self.public.data is None and self.public != Public():
-            raise ValueError("the options of public data say what becomes of them: give public.data, or leave them out")
+            raise ValueError("options of public data have no effect without them: give public.data, or leave them out")
         if self.public.data is not None and not self.privacy.on:
-            raise ValueError("public data go with private ones: give privacy.epsilon, or learn from them with data")
+            raise ValueError("public data belong to a private run: give privacy.epsilon, or learn from them with data")
         if self.public.data is not None and self.optimizer.name != "adamw":
             raise ValueError(f"public data go with adamw, whose memory they leave behind, not {self.optimizer.name}")
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
             raise ValueError(
-                "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
+                "a baseline keeps the optimum of ShiQ with gamma 1 only: leave baseline at none"
             )
 
     def directory(self) -> Path:

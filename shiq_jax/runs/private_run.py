@@ -120,16 +120,16 @@ def check_private_job(job: Job, objective: Objective) -> None:
     clipped_by_operations = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
     if clipped_by_operations and (objective.heads or objective.statistics):
         raise Refusal(
-            f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, of which the methods "
-            "ghost, bk and group know nothing: leave --privacy.method and --privacy.groupwise out, or choose another "
+            f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, which the methods "
+            "ghost, bk and group do not support: leave --privacy.method and --privacy.groupwise out, or choose another "
             "loss"
         )
     if job.data is None:
-        raise Refusal("a private run learns from --data: samples of its own are no data of anybody")
+        raise Refusal("a private run learns from --data and samples nothing to learn from: give --data")
     if job.evaluation.data is None:
-        raise Refusal("an evaluation releases what it looks at: give public prompts with --evaluation.data")
+        raise Refusal("an evaluation on private prompts would release them: give public prompts with --evaluation.data")
     if job.baseline != "none":
-        raise Refusal("a baseline of a prompt's other answers is a release of those: leave --baseline out")
+        raise Refusal("a baseline reads the answers of other units, which is not accounted for: leave --baseline out")
     if job.seed and not job.privacy.insecure_deterministic:
         raise Refusal(
             "a seed that is known takes the noise off again: leave --seed out, or add --privacy.insecure-deterministic "
@@ -150,8 +150,8 @@ def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]
     )  # fmt: skip
     if mechanism.delta >= 1 / len(units):
         print(
-            f"warning: delta {mechanism.delta:g} is not below 1 / {len(units)} units of data: publishing one of them "
-            "would be as private",
+            f"warning: delta {mechanism.delta:g} is not below 1 / {len(units)} units of data: publishing a random unit "
+            "would satisfy it too",
             file=sys.stderr,
         )
     private = Private(mechanism, _secret(run), options)
