@@ -38,7 +38,7 @@ def run(command, name: str) -> None:
         print(inspect(command.path, prompts=command.generations))
         return
     if idle := list(without_effect(command)):
-        why = "nothing is sampled and there is no warm start with data" if command.data else "sft samples nothing to learn from"
+        why = "nothing is sampled or warmed up with data" if command.data else "sft samples nothing to learn from"
         print(f"{name}: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
     with stopping.on_signals():
         from shiq_jax.runs.compilation_cache import keep_programs
