@@ -13,7 +13,7 @@ import pytest
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer, to_jsonl
-from shiq_jax.runs import passes
+from shiq_jax.training.callbacks import RefuseNonFinite
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -98,18 +98,18 @@ def test_the_reference_statistics_of_the_buffer_are_those_of_the_reference(finis
 @pytest.mark.parametrize("stage, step", [("warm start", 2), ("update", 3), ("update", 5)])
 def test_an_interrupted_run_resumes_bit_for_bit(finished, tiny, tmp_path, monkeypatch, stage, step):
     arguments = ["shiq", "--model", tiny, "--output-dir", str(tmp_path / "run"), "--mesh", "fsdp=1", *SMALL]
-    check = passes._check
+    check = RefuseNonFinite.on_update
 
-    def die(metrics, name, number, *rest):
-        if (name, number + 1) == (stage, step):
+    def die(self, done):
+        if (self.name, done.step) == (stage, step):
             raise KeyboardInterrupt
-        check(metrics, name, number, *rest)
+        check(self, done)
 
-    monkeypatch.setattr(passes, "_check", die)
+    monkeypatch.setattr(RefuseNonFinite, "on_update", die)
     with pytest.raises(SystemExit) as stop:
         training_door.main(arguments)
     assert stop.value.code == 130
-    monkeypatch.setattr(passes, "_check", check)
+    monkeypatch.setattr(RefuseNonFinite, "on_update", check)
     training_door.main([*arguments, "--resume"])
     same = ("export/model.safetensors", "reference/model.safetensors", "buffer/manifest.json", "samples/000006.jsonl")
     for name in same:
