@@ -13,6 +13,7 @@ from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
 from shiq_jax.replay.sampling import split
+from shiq_jax.sharding import hosts
 from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
 
@@ -63,7 +64,7 @@ def statistics_of(
     amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)
     for packed in track(batches, "token statistics", len(starts), "batches", amount=amount):
         stopping.check("while computing token statistics")
-        stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
+        stats = hosts.gather(forward(params, place(packed.batch, model.mesh)))
         for spot, number in np.ndenumerate(packed.members):
             if number >= 0:
                 actions = len(records[number].rewards)
