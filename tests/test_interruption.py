@@ -10,7 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
 import pytest
 
 import train as training_door
@@ -34,22 +33,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Every run compiles the same few programs: once for the file, and without optimisations that cost more than they
-    gain."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,15 +198,17 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
     from shiq_jax.replay import Buffer
     from shiq_jax.training import annotation
 
-    statistics_of, shapes = annotation.statistics_of, []
+    compute, shapes = annotation._bundle_statistics, []
 
-    def spied(*args, shape, **options):
-        shapes.append(shape)
-        if len(shapes) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return statistics_of(*args, shape=shape, **options)
+    def spied(model, params, trees, bundles, shape, *options):
+        # Evaluations compute statistics of lists of samples.
+        if isinstance(trees.records, Buffer):
+            shapes.append(shape)
+            if len(shapes) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(model, params, trees, bundles, shape, *options)
 
-    monkeypatch.setattr(annotation, "statistics_of", spied)
+    monkeypatch.setattr(annotation, "_bundle_statistics", spied)
     run(jobs["data"], tmp_path / "run")
     ((_, shards),) = Buffer.open(tmp_path / "run" / "buffer").identities()
     total = len(Buffer.open(tmp_path / "run" / "buffer").shards)

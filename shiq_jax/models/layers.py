@@ -114,6 +114,7 @@ class Embedding(nnx.Module):
     def __init__(self, declaring: Declaring, vocabulary: int, size: int, std: float):
         self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
 
+    @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "rows length"], settings: Settings) -> Float[Array, "rows length features"]:
         """The tokens' vectors."""
         # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
@@ -141,6 +142,7 @@ class Attention(nnx.Module):
             Norm(declaring, config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
         )
 
+    @jax.named_scope("attention")
     def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
         q, k, v = (project(x, settings) for project in (self.query, self.key, self.value))
         if self.query_norm is not None:
@@ -162,6 +164,7 @@ class GatedMlp(nnx.Module):
         self.up = Projection(declaring, embed, hidden, bias, std, "up_proj")
         self.down = Projection(declaring, hidden, embed, bias, std, "down_proj")
 
+    @jax.named_scope("mlp")
     def __call__(self, x, settings: Settings):
         inner = jax.nn.silu(self.gate(x, settings)) * self.up(x, settings)
         return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings)

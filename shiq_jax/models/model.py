@@ -101,6 +101,7 @@ class Model:
         positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
         return self._decoder(params).hidden(tokens, positions, forest(intervals, length), self._settings)
 
+    @jax.named_scope("statistics")
     def token_stats(
         self,
         params: Params,

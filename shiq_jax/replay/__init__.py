@@ -10,6 +10,7 @@ from shiq_jax.replay.records import Record, validate
 from shiq_jax.replay.report import estimate_bytes
 from shiq_jax.replay.sampling import Bundle, Bundles, Schedule, bundles
 from shiq_jax.replay.statistics import Identity, Statistics
+from shiq_jax.replay.trees import Trees
 
 __all__ = [
     "NO_REFERENCES",
@@ -24,6 +25,7 @@ __all__ = [
     "Schedule",
     "Shape",
     "Statistics",
+    "Trees",
     "bundles",
     "concatenate",
     "estimate_bytes",

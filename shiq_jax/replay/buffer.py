@@ -82,17 +82,18 @@ class Buffer:
 
     # ---- growing ----
 
-    def append(self, records: Iterable[Record], *, vocab_size: int | None = None) -> int:
+    def append(self, records: Iterable[Record], *, vocab_size: int | None = None, check: bool = True) -> int:
         """Adds all the records, or none when one of them is refused or the process dies; returns how many were added.
 
         Args:
             records: consumed one shard at a time.
             vocab_size: when given, token ids must lie below it.
+            check: whether to `validate` the records; False when whoever made them has done so.
         """
         self._begin_writing()
         made: list[dict[str, Any]] = []
         try:
-            for part in _parts(records, vocab_size):
+            for part in _parts(_validated(records, vocab_size) if check else records):
                 made.append(self._write_records(len(self.manifest.shards) + len(made), part))
         except BaseException:
             hosts.on_writer(remove_leftovers, wait=False)(self.path, self.manifest.files())
@@ -293,12 +294,17 @@ class Buffer:
         return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
-def _parts(records: Iterable[Record], vocab_size: int | None) -> Iterator[list[Record]]:
-    """Validated records in lists of a shard's size."""
-    part: list[Record] = []
-    size = 0
+def _validated(records: Iterable[Record], vocab_size: int | None) -> Iterator[Record]:
     for number, record in enumerate(records):
         validate(record, vocab_size, name=f"record {number} of those appended")
+        yield record
+
+
+def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records in lists of a shard's size."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
         part.append(record)
         size += _record_bytes(record)
         if len(part) >= storage.SHARD_ROWS or size >= storage.SHARD_BYTES:

@@ -13,11 +13,10 @@ from jaxtyping import Bool, Float32, Int, Int32
 
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives.types import Example, TokenStats
-from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.records import Record
 from shiq_jax.replay.sampling import Bundle
 from shiq_jax.replay.statistics import Statistics
-from shiq_jax.replay.trie import Trie, build
+from shiq_jax.replay.trees import Records, Tree, Trees, check_length
 
 
 class Batch(NamedTuple):
@@ -74,23 +73,6 @@ class Packed(NamedTuple):
     fill: float
 
 
-class Tree(NamedTuple):
-    """A bundle with the trie of its sequences."""
-
-    bundle: Bundle
-    records: list[Record]  # of every sequence of the bundle, in order
-    trie: Trie
-    actions: np.ndarray  # indices into the trie of its distinct actions
-    ranks: list[np.ndarray]  # for every sequence, its actions as indices into `actions`
-
-    @property
-    def demand(self) -> tuple[int, int, int]:
-        """The tokens, distinct actions and slots that it takes of a row."""
-        return len(self.trie.tokens), len(self.actions), len(self.bundle)
-
-
-# Whatever gives the Record of a number by `records[number]`.
-Records = Buffer | Mapping[int, Record] | Sequence[Record]
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
 # Whatever gives (logp, lse) of a record by its number.
 RecordStatistics = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
@@ -100,7 +82,7 @@ NO_REFERENCES: References = MappingProxyType({})
 
 def pack(
     batch: Sequence[Bundle],
-    records: Records,
+    records: Records | Trees,
     shape: Shape,
     *,
     references: References = NO_REFERENCES,
@@ -110,7 +92,8 @@ def pack(
 
     Args:
         batch: the bundles of one step.
-        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself.
+        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself; or
+            their `Trees`, which are built once for all batches.
         shape: from `plan`; raises Refusal when a bundle exceeds it.
         references: by name, the statistics that fill `Example.references`: whatever gives (logp, lse) float32[A] by
             record number.
@@ -119,7 +102,8 @@ def pack(
     """
     if not batch:
         raise ValueError("the batch holds no bundle; give at least one.")
-    trees = [make_tree(bundle, records) for bundle in batch]
+    built = Trees.of(records)
+    trees = [built[bundle] for bundle in batch]
     for tree in trees:
         _check(tree, shape)
     layout = first_fit([tree.demand for tree in trees], shape)
@@ -150,31 +134,6 @@ def row_count(rows: int, multiple: int = 1) -> int:
     units = -(-rows // multiple)
     step = 1 << max(units.bit_length() - 4, 0)
     return round_up(units, step) * multiple
-
-
-def make_tree(bundle: Bundle, records: Records) -> Tree:
-    """The tree of a bundle, of the Records of its numbers."""
-    members = [records[number] for example in bundle for number in example]
-    trie = build([record.tokens for record in members])
-    acting = np.zeros(len(trie.tokens), np.bool_)
-    for record, path in zip(members, trie.paths, strict=True):
-        acting[path[record.action_mask]] = True
-    rank = np.cumsum(acting, dtype=np.int32) - 1
-    ranks = [rank[path[record.action_mask]] for record, path in zip(members, trie.paths, strict=True)]
-    return Tree(bundle, members, trie, np.flatnonzero(acting), ranks)
-
-
-def check_length(tree: Tree, length: int) -> None:
-    """Raises Refusal naming a record of the tree when it is longer than a row."""
-    size = len(tree.trie.tokens)
-    if size > length:
-        numbers = [number for example in tree.bundle for number in example]
-        longest = int(np.argmax([len(path) for path in tree.trie.paths]))
-        raise Refusal(
-            f"a bundle of {len(numbers)} sequences takes {size} tokens and a row holds {length} (its longest, record "
-            f"{numbers[longest]}, has {len(tree.trie.paths[longest])}); raise the row length, or split or shorten "
-            "the sequences."
-        )
 
 
 def _check(tree: Tree, shape: Shape) -> None:

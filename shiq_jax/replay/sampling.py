@@ -1,7 +1,7 @@
 """What is drawn together from a buffer, and in which order: a pure function of (seed, step)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -55,7 +55,7 @@ def bundles(
     for name, value in (("max_bundle", max_bundle), ("row_length", row_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a positive number.")
-    groups = _groups(buffer.group_ids())
+    groups = group_members(buffer.group_ids())
     if unit == "group":
         return Bundles((members,) for members in groups)
     if unit == "pair":
@@ -63,13 +63,30 @@ def bundles(
     if not share_prompts:
         return Bundles(((number,),) for number in range(len(buffer)))
 
-    def parts(members: Members) -> list[list[int]]:
-        most = max_bundle or len(members)
-        if row_length is not None:
-            return split([record.tokens for record in buffer.read(members)], row_length, most)
-        return [list(range(at, min(at + most, len(members)))) for at in range(0, len(members), most)]
+    return Bundles(trajectory_bundles(groups, buffer, buffer.lengths(), row_length, max_bundle))
 
-    return Bundles(tuple((members[place],) for place in part) for members in groups for part in parts(members))
+
+def trajectory_bundles(
+    groups: Iterable[Members], records, lengths: Sequence[int], row_length: int | None, most: int | None = None
+) -> Iterator[Bundle]:
+    """Bundles of trajectories: a group's, or several where it exceeds a row or `most` sequences; see `bundles`.
+
+    Args:
+        groups: record numbers of each group.
+        records: gives the Record of a number; asked only for groups that may exceed a row.
+        lengths: tokens of each record, by number.
+        row_length, most: bounds of a bundle, or None.
+    """
+    for members in groups:
+        limit = most or len(members)
+        if row_length is None:
+            parts = [range(at, min(at + limit, len(members))) for at in range(0, len(members), limit)]
+        elif len(members) <= limit and sum(int(lengths[number]) for number in members) <= row_length:
+            # It fits even if its sequences share nothing, so there is nothing to compare.
+            parts = [range(len(members))]
+        else:
+            parts = split([records[number].tokens for number in members], row_length, limit)
+        yield from (tuple((members[place],) for place in part) for part in parts)
 
 
 class Schedule:
@@ -115,7 +132,8 @@ class Schedule:
         return self._recent[epoch]
 
 
-def _groups(names: Sequence[str]) -> list[Members]:
+def group_members(names: Sequence[str]) -> list[Members]:
+    """Record numbers of each group, in order of first appearance; `names` are the groups of all records."""
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         groups.setdefault(name, []).append(number)

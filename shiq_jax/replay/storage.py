@@ -99,12 +99,12 @@ def write_shard(path: Path, schema: pa.Schema, columns: dict[str, Sequence]) -> 
     """
     batch = pa.record_batch([_arrow(field, columns[field.name]) for field in schema], schema=schema)
 
-    def write(file: BinaryIO) -> None:
-        with pa.ipc.new_stream(file, schema) as stream:
-            stream.write_batch(batch)
-
-    size = write_atomically(path, write)
-    return {"rows": batch.num_rows, "bytes": size, "crc32": checksum(path)}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_batch(batch)
+    content = sink.getvalue()
+    size = write_atomically(path, lambda file: file.write(content))
+    return {"rows": batch.num_rows, "bytes": size, "crc32": zlib.crc32(content)}
 
 
 def checksum(path: Path) -> int:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from shiq_jax import progress
 from shiq_jax.data import formats
-from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
+from shiq_jax.data.answers import prompt_row
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
+from shiq_jax.data.kinds import classify
 from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import Headed, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES, Objective
@@ -22,7 +23,7 @@ from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
 from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.runs.labelling import label
-from shiq_jax.runs.loss_options import steering
+from shiq_jax.runs.loss_options import recorded
 from shiq_jax.runs.options import Adapters
 from shiq_jax.runs.policies import find_policy
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
@@ -75,10 +76,9 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
 
 def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
-    loss = settings["loss"].get("name", "sft")
-    heads = steering(loss, settings["loss"]["beta"]) if OBJECTIVES[loss].heads else 0.0
+    objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return learner(model, params, OBJECTIVES[loss], lora=lora, steering=heads, keys=(key, key))
+    return learner(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
@@ -101,9 +101,10 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
 
     rows = _rows(options)
     reward = rewards.resolve(options.reward) if options.reward else None
-    name = options.objective or _objective_of(rows[0], options.score)
+    learned_by = classify(rows[0], options.score).objectives
+    name = options.objective or next(iter(learned_by), None)
     examples = None
-    if name and _is_example(rows[0], name, options.score):
+    if name in learned_by:
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         hosts.on_writer(shutil.rmtree)(out.buffer, ignore_errors=True)
@@ -168,26 +169,6 @@ def _rows(options) -> list[dict]:
     if not rows:
         raise Refusal(f"{options.data} holds no rows: give at least one with a prompt")
     return rows
-
-
-def _objective_of(row: Mapping, score: str | None) -> str | None:
-    return next((name for name in ("dpo", "shiq", "kto", "sft") if _is_example(row, name, score)), None)
-
-
-def _is_example(row: Mapping, objective: str, score: str | None) -> bool:
-    scored = [{"completion", score or "reward"}, {"tokens", "rewards"}]
-    fields = {
-        "dpo": [{"chosen", "rejected"}],
-        "shiq": scored,
-        "kto": [{"completion", "label"}, {"chosen", "rejected"}, *scored],
-        "sft": [{"completion"}, {"messages"}, {"text"}],
-    }
-    if any(wanted <= row.keys() for wanted in fields[objective]):
-        return True
-    if objective == "sft" or "completion" in row or not holds_answers(row):
-        return False
-    found = split_answers(row, score)
-    return found.scores is not None or (objective == "dpo" and found.ranks is not None)
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:

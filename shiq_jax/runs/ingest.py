@@ -13,7 +13,6 @@ from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Record, is_buffer
-from shiq_jax.replay.records import validate
 from shiq_jax.runs.run import Run
 from shiq_jax.sharding import hosts
 
@@ -59,7 +58,7 @@ def import_records(
 
     Args:
         path: of the buffer, made when it is not there; a buffer with records is left as it is.
-        read: gives the records of a source.
+        read: gives the records of a source, those that `Reading.wanted` accepts.
         model: whose context and vocabulary the records must fit.
         score: the field that holds scores, see `Reading`.
         reward: scores answers of sources without scores.
@@ -72,11 +71,12 @@ def import_records(
     """
     buffer = open_or_create(path)
     if not len(buffer):
-        reading = Reading(score=score, reward=reward)
+        reading = Reading(score=score, reward=reward, vocab_size=model.config.vocab_size)
         reading.accept = _fits(reading, model.config, drop_longer_than)
         amount = ("tokens", lambda record: len(record.tokens))
         records = track(read(reading), "reading data", unit="records", amount=amount)
-        added = buffer.append(records, vocab_size=model.config.vocab_size)
+        # The reader validates each record, and names the row in what it says.
+        added = buffer.append(records, check=False)
         left_out = ", ".join(f"{count} {reason}" for reason, count in reading.left_out.items() if count)
         if not added:
             raise Refusal(f"nothing of the data can be learned from, for all was left out ({left_out}): mend the rows")
@@ -95,19 +95,18 @@ def _replayed(source: str, tokenizer, reading: Reading) -> Iterator[Record]:
     for number in range(len(buffer)):
         record = buffer[number]
         with formats.at(f"{source}, record {number}"):
-            wanted = reading.accept(record)
+            wanted = reading.wanted(record)
         if wanted:
             yield record
 
 
 def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Callable[[Record], bool]:
-    """What decides whether a record is short enough, and refuses what the model cannot read at all."""
+    """What decides whether a record is short enough; it refuses one that exceeds the context."""
     context = config.max_positions
     limit = context if longest is None else min(longest, context)
 
     def accept(record: Record) -> bool:
         stopping.check("while reading the data, which then begins again")
-        validate(record, config.vocab_size)
         if len(record.tokens) <= limit:
             return True
         if longest is None:

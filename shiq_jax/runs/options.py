@@ -230,7 +230,7 @@ class Job:
 
         It reads every data file: call it once per run.
         """
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"loss": self.loss.settings()}
         for name in ("resume", "output_dir", "track"):
             values.pop(name)
         sources = {

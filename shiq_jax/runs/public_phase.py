@@ -11,7 +11,7 @@ import optax
 
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
-from shiq_jax.replay import Buffer, References, pack, plan
+from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
 from shiq_jax.runs.run import Run, Use
@@ -129,6 +129,7 @@ def _cut(buffer: Buffer, unit: str, references: References):
     count = min(BATCHES, len(units))
     if count < 2:
         return None
-    shape = plan(buffer, units)._replace(slots=1)
-    rows = [pack([each], buffer, shape, references=references).batch for each in units[: len(units) // count * count]]
+    trees = Trees(buffer)
+    shape = plan(trees, units)._replace(slots=1)
+    rows = [pack([each], trees, shape, references=references).batch for each in units[: len(units) // count * count]]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves).reshape(count, -1, *leaves[0].shape[1:]), *rows)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, Trees, bundles, pack, plan
 from shiq_jax.training.placement import data_devices, place
 
 
@@ -75,6 +75,7 @@ class Batches:
         records=None,
     ):
         self.records, self.references, self.mesh = buffer if records is None else records, references, mesh
+        self.trees = Trees(self.records)
         self.bundles = bundles(buffer, unit, row_length=row_length)
         if not self.bundles:
             raise Refusal(
@@ -84,7 +85,7 @@ class Batches:
         batch_size = min(batch_size, len(self.bundles))
         self.schedule = Schedule(len(self.bundles), batch_size, seed)
         self.rows_multiple = microbatches * data_devices(mesh)
-        self.shape = plan(buffer, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
+        self.shape = plan(self.trees, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     @property
     def left_out(self) -> int:
@@ -98,6 +99,6 @@ class Batches:
     def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
         chosen = [self.bundles[number] for number in self.schedule.indices(step)]
-        packed = pack(chosen, self.records, self.shape, references=self.references, rows_multiple=self.rows_multiple)
+        packed = pack(chosen, self.trees, self.shape, references=self.references, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
         return DeviceBatch(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)

@@ -39,8 +39,14 @@ def objective_sums(
     targets: slow copies of the heads that it reads, as `State` holds them.
     """
     examples = examples_of(model, objective, params, targets, batch, coupled)
+    return jax.tree.map(jnp.sum, losses_of(objective, examples, batch.real))
+
+
+@jax.named_scope("objective")
+def losses_of(objective: Objective, examples: Example, real: Bool[Array, "rows slots"]) -> LossOut:
+    """The loss of every example, `[rows, slots]`; 0 where there is none."""
     out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
-    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+    return jax.tree.map(lambda values: jnp.where(real, values, 0), out)
 
 
 def summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = NOTHING) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import NO_REFERENCES, Buffer, References, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Trees, bundles, pack, plan
 from shiq_jax.replay.sampling import Bundle, Members
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.placement import place
@@ -75,9 +75,10 @@ class PrivateBatches:
                 f"holds {len(units)}: restore the data that it was begun with, or begin another run"
             )
         self.records, self.references, self.mesh = buffer, references, mesh
+        self.trees = Trees(buffer)
         self.units, self.mechanism, self.secret = units, mechanism, secret
         # A row has room for one unit, the longest, and for no more examples than a unit has.
-        self.shape = plan(buffer, units)._replace(slots=max(map(len, units)))
+        self.shape = plan(self.trees, units)._replace(slots=max(map(len, units)))
 
     left_out = 0
 
@@ -89,7 +90,7 @@ class PrivateBatches:
         """The batch of an update step."""
         chosen, real = self.mechanism.sample(self.secret.sampling, step)
         rows = [
-            pack([self.units[number]], self.records, self.shape, references=self.references).batch for number in chosen
+            pack([self.units[number]], self.trees, self.shape, references=self.references).batch for number in chosen
         ]
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
         batch = batch._replace(real=batch.real & real[:, None])

@@ -63,6 +63,7 @@ def make_update(
     if privacy is not None:
         check_private(objective)
 
+    @jax.named_scope("optimizer")
     def step(state: State, grads, metrics):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

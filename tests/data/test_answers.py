@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
+from shiq_jax.data.answers import find_answers, prompt_row, split_answers
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.files import rows
 from shiq_jax.data.formats import preferences, prompts, trajectories
@@ -238,7 +238,8 @@ def test_the_prompts_are_those_that_the_answers_had():
         trained = {json.dumps(json.loads(record.prompt)["prompt"]) for record in trajectories(source, TOKENIZER)}
         assert trained <= {json.dumps(prompt) for prompt in asked}
     assert prompt_row({"prompt": "p", "answers": ["a"]}) == {"prompt": "p", "answers": ["a"]}
-    assert not holds_answers({"prompt": "p", "answer": "a"}) and not holds_answers({"prompt": "p", "chosen": "a"})
+    for row in ({"prompt": "p", "answer": "a"}, {"prompt": "p", "chosen": "a"}):
+        assert not find_answers(row).present
 
 
 @pytest.mark.parametrize("nothing", [math.nan, None, "N/A", "", True])

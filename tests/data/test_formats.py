@@ -222,3 +222,24 @@ def test_rows_of_the_other_formats_are_checked_too(write, read, row, said):
     with pytest.raises(Refusal, match=said) as refusal:
         list(read(write(row), TOKENIZER))
     assert "line 1" in str(refusal.value)
+
+
+def test_a_function_scores_completions_without_rewards(write):
+    """It reads the row without its completion; a completion that has a reward keeps it."""
+    asked = []
+
+    def reward(row, completion):
+        asked.append(row)
+        return len(completion)
+
+    row = {"prompt": "a", "completion": "xyz", "answer": 3}
+    (record,) = trajectories(write(row), TOKENIZER, Reading(reward=reward))
+    assert record.rewards[-1] == 3 and asked == [{"prompt": "a", "answer": 3}]
+
+
+def test_exported_answers_keep_what_was_said_of_them(write):
+    """Rows of tokens are read by kto with their labels, whatever made them."""
+    rows = [{"prompt": "Q:", "completion": " yes", "label": True}, {"prompt": "Q:", "completion": " no", "label": 0}]
+    records = list(labelled(write(*rows), TOKENIZER))
+    again = write(*map(record_to_json, records), name="tokens.jsonl")
+    assert list(labelled(again, TOKENIZER)) == records

@@ -94,9 +94,8 @@ def test_rematerialisation_changes_nothing(method, remat, decoder, batch_of, los
 
 
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
-def test_a_bfloat16_forward_pass(method, decoder, batch_of, losses_of, relative):
+def test_a_bfloat16_forward_pass(method, full_compilation, decoder, batch_of, losses_of, relative):
     # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
-    jax.config.update("jax_disable_most_optimizations", False)
     model, params = decoder("tied")
     half = dataclasses.replace(model, compute_dtype=jnp.dtype(jnp.bfloat16))
     losses = losses_of(half, "trajectory")
@@ -240,9 +239,8 @@ def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of,
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=TOLERANCE), again, said)
 
 
-def test_book_keeping_goes_back_once(decoder, batch_of, losses_of):
+def test_book_keeping_goes_back_once(full_compilation, decoder, batch_of, losses_of):
     """What it computes less than two backward passes do: the way back through the layers, and through the head."""
-    jax.config.update("jax_disable_most_optimizations", False)
     model, params = decoder("untied")
     losses, batch = losses_of(model, "pair"), batch_of("pair")
     work = {}

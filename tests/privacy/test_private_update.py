@@ -87,7 +87,7 @@ def test_microbatches_change_nothing(method, mesh, released, relative):
     assert relative(released(microbatches=4, mesh=mesh, method=method)[0], released()[0]) < 1e-4
 
 
-def test_microbatches_add_up_in_one_array_of_gradients():
+def test_microbatches_add_up_in_one_array_of_gradients(full_compilation):
     """Beside a plain step's, which adds up in place too, the two methods that sum rows at once hold next to nothing."""
     sizes = dict(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=2, num_kv_heads=2)
     model = Model.from_config(DecoderConfig(vocab_size=64, tie_word_embeddings=True, **sizes), remat="full")
@@ -102,7 +102,6 @@ def test_microbatches_add_up_in_one_array_of_gradients():
         )
         return update.lower(state, batch, *key).compile().memory_analysis().temp_size_in_bytes
 
-    jax.config.update("jax_disable_most_optimizations", False)
     plain = beside()
     for mechanism, method in ((SILENT, "ghost"), (grouped, "group")):
         assert beside(dataclasses.replace(mechanism, unit="trajectory"), method, ROOT) < plain + 0.3 * array, method

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shiq_jax.replay import Buffer, Record
+from shiq_jax.replay import Buffer, Record, trees
 
 
 def judgements(rng):
@@ -65,3 +65,11 @@ def make_buffer(tmp_path):
         return buffer
 
     return make
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Collects the sequences of each trie that is built."""
+    seen, build = [], trees.build
+    monkeypatch.setattr(trees, "build", lambda sequences: seen.append(sequences) or build(sequences))
+    return seen

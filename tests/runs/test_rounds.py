@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -204,6 +205,21 @@ def test_a_recipe_names_its_references(tiny, tmp_path, monkeypatch):
     updates = rows_of(run, "update")
     assert all(row["apart"] == 0 for row in updates if row["round"] == 0)
     assert all(row["apart"] > 1e-3 for row in updates if row["round"] == 1)
+
+
+def test_the_recipe_of_the_documentation_runs(tiny, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text().split("## Write a recipe\n")[1]
+    scope: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+    monkeypatch.setattr(pipeline, "recipe_of", scope["ExpertIteration"])
+    run = train(tiny, tmp_path / "run", "--rounds", "2", command="shiq")
+    assert (run / "export" / "model.safetensors").exists()
+    for number in range(2):
+        answers, best = (Buffer.open(run / "rounds" / f"{number:03d}" / name) for name in ("buffer", "best"))
+        largest: dict = {}
+        for group, value in zip(answers.group_ids(), answers.returns(), strict=True):
+            largest[group] = max(value, largest.get(group, value))
+        assert len(answers) == 32 and len(best) == 8 and dict(zip(best.group_ids(), best.returns())) == largest
 
 
 def test_a_recipe_is_a_short_file():

@@ -385,7 +385,7 @@ def _check_born_where_they_belong(params, mesh):
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shares == kernel.size
 
 
-def test_microbatches_add_up_in_one_array_of_gradients(tmp_path):
+def test_microbatches_add_up_in_one_array_of_gradients(full_compilation, tmp_path):
     """What a step needs beside the state is not more for many microbatches than for one, with its gradient."""
     config = DecoderConfig(
         vocab_size=64, hidden_size=128, intermediate_size=512, num_layers=6, num_heads=2, num_kv_heads=2
@@ -407,5 +407,4 @@ def test_microbatches_add_up_in_one_array_of_gradients(tmp_path):
         update = make_update(model, OBJECTIVES["sft"], rule, microbatches=microbatches)
         return update.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
-    jax.config.update("jax_disable_most_optimizations", False)
     assert beside(8) < 1.05 * beside(1)
