@@ -1,10 +1,10 @@
 """Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
 
-Two small jobs of `train.py`, one that samples its buffer and one that annotates somebody's data, are run once to the
+Two small jobs of `train.py`, one that samples its buffer and one that annotates given data, are run once to the
 end. Then each is begun again and again, killed with SIGKILL, resumed (and sometimes killed once more), and what it
 leaves is compared with the undisturbed run. Half of the kills come at random times, the other half from inside, before
 a random one of the operations by which the process changes its directory, so that they fall into the short moments in
-which files are written. `--kills 4` tries the script itself.
+which files are written. `--quick` tries the script itself with two kills.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Options:
     """Where the runs are kept; must be empty or missing."""
     out: Path | None = None
     """Directory of the page; default: docs/results, or beside the runs with fewer than 30 kills."""
+    quick: bool = False
+    """Two kills of the first job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +299,8 @@ def _compare_checkpoints(ours: Path, theirs: Path) -> list[str]:
 
 def main(options: Options) -> None:
     """Kill, resume, compare, and write the page."""
+    if options.quick:
+        options = dataclasses.replace(options, kills=2, jobs=options.jobs[:1])
     random, root = np.random.default_rng(options.seed), options.runs.absolute()
     jobs = {name: arguments for name, arguments in prepare(root).items() if name in options.jobs}
     moments, lengths, outcomes = {}, {}, []
