@@ -19,7 +19,7 @@ from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, token_stats
 from shiq_jax.replay import Batch
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.state import State
+from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 SMALL = DecoderConfig(
@@ -88,9 +88,7 @@ def _compiled(config: DecoderConfig, length: int, remat: str = "dots"):
     """The DPO update step of a row with one pair whose prompt is half of it, compiled anew; and the seconds it took."""
     model, objective = Model.from_config(config, remat=remat), OBJECTIVES["dpo"]
     rule = Optimizer(schedule="constant").build(10)
-    params = model.abstract_params()
-    memory, step, key = jax.eval_shape(lambda params: (rule.init(params), jnp.int32(0), jax.random.key(0)), params)
-    state = State(trainable=params, frozen={}, targets={}, opt_state=memory, step=step, key=key)
+    state = init_state(model, model.abstract_params(), rule)
     step = make_update(model, objective, rule).lower(state, _pair(length))
     began = time.perf_counter()
     with _no_cache():

@@ -81,9 +81,9 @@ def training(decoder: Model, params, buffer: Buffer, objective: str, groups: int
     """Batches of so many groups, the state, which takes the parameters over, and the update step."""
     chosen = OBJECTIVES[objective]
     statistics = buffer.statistics(reference_identity(decoder, params))
-    batches = Batches(buffer, chosen.unit, groups, seed=0, statistics=statistics)
+    batches = Batches(buffer, chosen.unit, groups, seed=0, references={"reference": statistics})
     rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
-    state = init_state(decoder, params, rule, key=jax.random.key(0))
+    state = init_state(decoder, params, rule)
     return batches, state, make_update(decoder, chosen, rule)
 
 

@@ -79,7 +79,7 @@ class Steps:
             params, trainable = self.model.with_adapters(params, jax.random.key(1)), is_adapter
         drawn = np.random.default_rng(0).integers(self.model.config.vocab_size, size=(work.units, work.length))
         self.batch = jax.tree.map(jnp.asarray, full_rows(drawn))
-        self.state = init_state(self.model, params, self._rule, key=jax.random.key(0), trainable=trainable)
+        self.state = init_state(self.model, params, self._rule, trainable=trainable)
         self.numbers = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
         self._updates: dict[tuple[str, int], Callable] = {}
 

@@ -15,11 +15,13 @@ from typing import NamedTuple
 from benchmarks import ours, rows, works
 from benchmarks.rows import Row
 from shiq_jax.models import load_hf
+from shiq_jax.runs.callbacks import LogUpdates
 from shiq_jax.runs.metrics import MetricsLog
-from shiq_jax.runs.passes import Marks, run_passes
 from shiq_jax.tasks import fetch
 from shiq_jax.tasks.tiny import tiny_directory
+from shiq_jax.training.callbacks import SaveCheckpoints
 from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.fit import fit
 
 
 class Stalls(NamedTuple):
@@ -65,10 +67,9 @@ def run(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
         buffer = ours.filled(place / "buffer", model, decoder, params, steps)
         batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
         log, checkpoints = MetricsLog(place / "metrics.jsonl"), _Timed(place / "checkpoints")
-        state = run_passes(
-            update, state, batches, updates, stage="update", log=log, checkpoints=checkpoints, metadata=lambda _: {},
-            learning_rate=lambda _: 1e-6, marks=Marks(save=every),
-        )  # fmt: skip
+        callbacks = [LogUpdates(log, "update", lambda step: 1e-6), SaveCheckpoints(checkpoints, every=every)]
+        state = fit(state, update, batches, start=0, stop=updates, callbacks=callbacks)
+        checkpoints.wait()
         began = time.perf_counter()
         checkpoints.save(state._replace(step=state.step + 1), {})
         checkpoints.wait()

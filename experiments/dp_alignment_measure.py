@@ -65,7 +65,7 @@ def loss_of(objective: Objective, method: str, policy: Path, reference: Path, ro
     tokenizer = load_tokenizer(str(policy))
     buffer = _buffer(path, lambda reading: READERS[method](rows, tokenizer, reading), model)
     identity, _ = Reference(str(reference), load_hf).annotate(buffer)
-    return objective_metrics(model, params, objective, buffer, buffer.statistics(identity))["loss"]
+    return objective_metrics(model, params, objective, buffer, {"reference": buffer.statistics(identity)})["loss"]
 
 
 def _buffer(path: Path, read_rows, model) -> Buffer:

@@ -320,7 +320,7 @@ class Experiment:
     def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
         rule = optax.adamw(rate, b2=B2, weight_decay=0.0)
         params = init_params(self.model, jax.random.key(seed))
-        state = init_state(self.model, params, rule, key=jax.random.key(seed))
+        state = init_state(self.model, params, rule)
         # Of all methods the quickest for a model of this size.
         update = make_update(self.model, OBJECTIVE, rule, privacy=mechanism, method="scan")
         key = {} if mechanism is None else {"private_key": Secret.insecure(seed).noise}

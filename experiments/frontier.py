@@ -29,12 +29,12 @@ from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import commands
-from shiq_jax.runs.ingest import fill_buffer
-from shiq_jax.runs.pipeline import warm_start
+from shiq_jax.runs.learning import warm_start
+from shiq_jax.runs.round import Round
 from shiq_jax.runs.run import set_up
 from shiq_jax.runs.run_directory import RunDirectory, write_json
-from shiq_jax.training.annotation import annotate, reference_identity
-from shiq_jax.training.batches import Batches
+from shiq_jax.runs.sampling import sample_answers
+from shiq_jax.training.batches import Batches, prefetch
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.optimizers import clip_by_global_norm
 from shiq_jax.training.reference import Reference
@@ -146,15 +146,14 @@ class Lab:
     def __init__(self, scale: Scale, seed: int, runs: Path):
         self.scale, self.seed = scale, seed
         self.job = self._job(runs / f"{'quick' if scale is QUICK else 'full'}-{seed}")
-        path = RunDirectory(self.job.output_dir)
-        directory = RunDirectory.begin(path.path, self.job.settings(), resume=path.config.exists())
+        path, settings = RunDirectory(self.job.output_dir), self.job.settings()
+        directory = RunDirectory.begin(path.path, settings, resume=path.config.exists())
         with directory.locked():
-            run = set_up(self.job, directory)
+            run = set_up(self.job, directory, settings)
             self.reference = Reference(warm_start(run), run.load)
+            buffer = sample_answers(Round(run, 0, directory, self.reference, self.reference, before=0))
+            identity, _ = self.reference.annotate(buffer)
             self.model, self.params = self.reference.open()
-            buffer = fill_buffer(run, self.model, self.params)
-            identity = reference_identity(self.model, self.params)
-            annotate(self.model, self.params, buffer, identity)
             run.log.close()
         self.statistics, self.buffer = buffer.statistics(identity), buffer
         self.best = _best_of_each(buffer, directory.path / "best")
@@ -180,7 +179,7 @@ class Lab:
         batches, update, state = self._begin(name)
         strength, points = np.float32(beta), []
         state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=np.float32(rate)))
-        for item in batches.ahead(0, self.scale.updates[-1]):
+        for item, _ in prefetch(batches, 0, self.scale.updates[-1]):
             state, _ = update(state, item.batch, strength)
             done = int(state.step)
             if done in self.scale.updates:
@@ -191,13 +190,13 @@ class Lab:
     def _begin(self, name: str):
         objective = OBJECTIVES[name]
         source = self.best if name == "sft" else self.buffer
-        statistics = self.statistics if "references" in objective.needs else None
-        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, statistics=statistics)
+        references = {"reference": self.statistics} if "references" in objective.needs else {}
+        batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, references=references)
         model, params = self.model, jax.tree.map(jax.numpy.copy, self.params)
         if objective.heads:
             model = Headed.of(model, objective.heads)
             params = model.with_heads(params, jax.random.key(self.seed))
-        return batches, _update(model, name), init_state(model, params, _rule(), key=jax.random.key(0))
+        return batches, _update(model, name), init_state(model, params, _rule())
 
     def _evaluate(self, params, step: int, itself: bool = False) -> tuple[float, float]:
         key = jax.random.fold_in(jax.random.key(self.seed), step)

@@ -1,10 +1,10 @@
 """Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
 
-Two small jobs of `train.py`, one that samples its buffer and one that annotates given data, are run once to the
-end. Then each is begun again and again, killed with SIGKILL, resumed (and sometimes killed once more), and what it
-leaves is compared with the undisturbed run. Half of the kills come at random times, the other half from inside, before
-a random one of the operations by which the process changes its directory, so that they fall into the short moments in
-which files are written. `--quick` tries the script itself with two kills.
+Three small jobs of `train.py` are run once to the end: one samples its buffer, one annotates given rows, and one samples
+and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes killed
+once more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the other
+half from inside, before a random one of the operations by which the process changes its directory, so that they fall
+into the short moments in which files are written. `--quick` tries the script itself.
 """
 
 from __future__ import annotations
@@ -40,22 +40,30 @@ _SAMPLED = [
     "--collection.prompts", "48", "--collection.prompts-per-batch", "4", "--collection.samples-per-prompt", "2",
     "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4", "--epochs", "2",
 ]  # fmt: skip
+_ROUNDS = [
+    "--warm-start.steps", "3", "--warm-start.batch-size", "8", "--warm-start.demonstrations", "16", "--rounds", "3",
+    "--round.reference", "previous", "--collection.prompts", "12", "--collection.prompts-per-batch", "4",
+    "--collection.samples-per-prompt", "4", "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4",
+    "--optimizer.learning-rate", "1e-3", "--epochs", "2",
+]  # fmt: skip
+# Moments at which each job is killed.
+KILLS = {"sampled": 20, "data": 10, "rounds": 30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How many kills, and where everything goes."""
 
-    kills: int = 30
-    """Moments at which a run is killed, over both jobs."""
+    kills: int | None = None
+    """Moments at which each job is killed; by default 20, 10 and 30."""
     seed: int = 0
     """Of the moments."""
-    jobs: tuple[str, ...] = ("sampled", "data")
-    """Which jobs; the first gets two thirds of the kills of both."""
+    jobs: tuple[str, ...] = tuple(KILLS)
+    """Which jobs."""
     runs: Path = Path("runs/interruption")
     """Where the runs are kept; must be empty or missing."""
     out: Path | None = None
-    """Directory of the page; default: docs/results, or beside the runs with fewer than 30 kills."""
+    """Directory of the page; default: docs/results, or beside the runs where `kills` is given or with `quick`."""
     quick: bool = False
     """Two kills of the first job."""
 
@@ -121,6 +129,11 @@ def _audit(event: str, arguments: tuple) -> None:
             change(os.path.relpath(path, directory))
 
 
+def _within(path: str, place: str) -> bool:
+    """Whether a changed path lies in a directory of this name, or anywhere for an empty one."""
+    return not place or place in Path(path).parts
+
+
 def child(directory: str, place: str, number: str, log: str, *arguments: str) -> None:
     """Run `train.py` with arguments; SIGKILL comes before the n-th change in a place, and `log` gets all changes."""
     seen = 0
@@ -130,7 +143,7 @@ def child(directory: str, place: str, number: str, log: str, *arguments: str) ->
         if log:
             with open(log, "a") as file:
                 file.write(path + "\n")
-        if number and path.startswith(place):
+        if number and _within(path, place):
             seen += 1
             if seen == int(number):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -148,7 +161,7 @@ def child(directory: str, place: str, number: str, log: str, *arguments: str) ->
 
 
 def prepare(root: Path) -> dict[str, list[str]]:
-    """The arguments of both jobs; what they read is made in `root`."""
+    """The arguments of the jobs by name; what they read is made in `root`."""
     from shiq_jax.runs.run_directory import write_jsonl
     from shiq_jax.tasks.sorting import sorting_rows
     from shiq_jax.tasks.tiny import tiny_directory
@@ -168,6 +181,7 @@ def prepare(root: Path) -> dict[str, list[str]]:
     rate = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
     return {
         "sampled": ["shiq", "--model", model, *_COMMON, *_SAMPLED],
+        "rounds": ["dpo", "--model", model, *_COMMON, *_ROUNDS],
         "data": ["shiq", "--model", model, *_COMMON, *given, *rate],
     }
 
@@ -218,10 +232,11 @@ def stage(run: Path, shards: int) -> str:
     """What a killed run was at, as its directory tells; `shards` are those of its whole buffer."""
     from shiq_jax.runs.run_directory import RunDirectory
 
-    here = RunDirectory(run)
-    if here.summary.exists():
+    whole = RunDirectory(run)
+    if whole.summary.exists():
         return "over"
-    if here.export.exists() or here.export.with_name("export.partial").exists():
+    here = whole.latest_round()
+    if here.policy.exists() or here.policy.with_name(f"{here.policy.name}.partial").exists():
         return "exporting"
     if here.checkpoints.exists():
         saving = any(not path.name.isdigit() for path in here.checkpoints.iterdir())
@@ -235,11 +250,11 @@ def stage(run: Path, shards: int) -> str:
         if found - named or (here.buffer / "manifest.json.tmp").exists():
             return "writing the buffer"
         if len(listed) < shards:
-            return "reading data" if json.loads(here.config.read_text())["data"] else "sampling"
+            return "reading data" if json.loads(whole.config.read_text())["data"] else "sampling"
         return "evaluating" if len(covered) == shards else "annotating"
     if here.buffer.exists():
         return "writing the buffer"
-    if here.warm_start.exists() and not here.reference.exists():
+    if whole.warm_start.exists() and not whole.reference.exists():
         return "warm start"
     return "setting up"
 
@@ -258,9 +273,8 @@ def differences(run: Path, whole: Path) -> list[str]:
         read = _without_clocks if name in ("metrics.jsonl", "summary.json") else Path.read_bytes
         if read(run / name) != read(whole / name):
             found.append(f"{name} differs")
-    for place in ("checkpoints", "warm_start/checkpoints"):
-        if (whole / place).exists():
-            found += _compare_checkpoints(run / place, whole / place)
+    for place in sorted(whole.rglob("checkpoints")):
+        found += _compare_checkpoints(run / place.relative_to(whole), place)
     return found
 
 
@@ -304,21 +318,20 @@ def main(options: Options) -> None:
     random, root = np.random.default_rng(options.seed), options.runs.absolute()
     jobs = {name: arguments for name, arguments in prepare(root).items() if name in options.jobs}
     moments, lengths, outcomes = {}, {}, []
-    for number, (name, arguments) in enumerate(jobs.items()):
+    for name, arguments in jobs.items():
         whole, log = root / name, root / f"{name}.changes"
         # Twice, because the first time compiles what later ones find in the cache.
         first, _ = start(arguments, root / f"{name}-first", root / "cache")
         second, lengths[name] = start(arguments, whole, root / "cache", log=log)
         if first or second:
             raise SystemExit(f"an undisturbed run failed: see {whole}*.log")
-        last = number == len(jobs) - 1
-        count = options.kills - sum(map(len, moments.values())) if last else options.kills * 2 // 3
+        count = KILLS[name] if options.kills is None else options.kills
         moments[name] = [_moment(random, index, lengths[name], log.read_text().split()) for index in range(count)]
     for name, kills in moments.items():
         for index, kill in enumerate(kills):
             outcomes.append(_try(jobs[name], name, kill, root, index, lengths[name], random))
             print(_row(outcomes[-1]), flush=True)
-    out = options.out or (ROOT / "docs" / "results" if options.kills >= 30 else root / "page")
+    out = options.out or (ROOT / "docs" / "results" if options.kills is None else root / "page")
     out.mkdir(parents=True, exist_ok=True)
     (out / "interruption.md").write_text(render(outcomes, lengths, options))
     if any(outcome.differences for outcome in outcomes):
@@ -329,13 +342,16 @@ def _moment(random, index: int, length: float, changes: list[str]) -> Kill:
     if index % 2 == 0:
         return Kill(seconds=float(random.uniform(0, length)))
     place = ("buffer", "checkpoints", "")[index // 2 % 3]
-    behind = [path for path in changes if path.startswith(place) and path != "config.json"]
+    behind = [path for path in changes if _within(path, place) and path != "config.json"]
     return Kill(place=place, change=int(random.integers(1, len(behind) + 1)))
 
 
 def _try(arguments, name: str, kill: Kill, root: Path, index: int, length: float, random) -> Outcome:
+    from shiq_jax.runs.run_directory import RunDirectory
+
     run, whole = root / f"{name}-{index:02d}", root / name
-    shards = len(json.loads((whole / "buffer" / "manifest.json").read_text())["shards"])
+    buffer = RunDirectory(whole).latest_round().buffer
+    shards = len(json.loads((buffer / "manifest.json").read_text())["shards"])
     again = [Kill(seconds=float(random.uniform(0, length)))] if random.random() < 0.3 else []
     stages = []
     for starts, each in enumerate([kill, *again, None], 1):
@@ -369,9 +385,9 @@ Of {len(outcomes)} runs that were killed with SIGKILL and resumed with `--resume
 did: the same files, with the same bytes in the exported weights, the reference, the buffer and its statistics and the
 samples, the same arrays in the same checkpoints, and the same log but for its clocks.
 
-`sampled` makes a warm start, samples, scores, updates, evaluates and exports; `data` annotates given rows, and goes on
-alike. From its `config.json` on each takes {seconds} of processor time, of which the
-moments given in seconds are random parts. Every other kill comes from inside, just before an operation by which Python
+`sampled` makes a warm start, samples, scores, updates, evaluates and exports; `data` annotates given rows instead of
+sampling; `rounds` samples, scores and learns three times, each time from the policy before. From its `config.json` on
+each takes {seconds} of processor time, of which the moments given in seconds are random parts. Every other kill comes from inside, just before an operation by which Python
 changes the run's directory: in the buffer, among the checkpoints, or anywhere. Some resumed runs were killed again.
 "Over" is a run that was killed after its summary was written. The kills fell into: {", ".join(fell)}.
 

@@ -57,15 +57,38 @@ def track(
         amount: a second unit and how much of it an item is, for instance tokens.
         note: more to say behind the numbers, asked for after an item is done.
     """
-    if not _shown:
-        yield from items
-        return
-    count = _Count(total, unit, first, amount and amount[0], note)
-    with (_bar if _live_terminal() else _lines)(what, count) as show:
+    name, size = amount or (None, lambda item: 0.0)
+    with counting(what, total, unit, first=first, amount=name, note=note) as advance:
         for item in items:
             yield item
-            count.advance(amount[1](item) if amount else 0.0)
+            advance(size(item))
+
+
+@contextlib.contextmanager
+def counting(
+    what: str,
+    total: int | None = None,
+    unit: str = "items",
+    *,
+    first: int = 0,
+    amount: str | None = None,
+    note: Callable[[], str] | None = None,
+) -> Iterator[Callable[[float], None]]:
+    """Inside, call the returned function once per item that is done, with its size in the unit `amount`.
+
+    For work that is not an iteration; the arguments are those of `track`.
+    """
+    if not _shown:
+        yield lambda size=0.0: None
+        return
+    count = _Count(total, unit, first, amount, note)
+    with (_bar if _live_terminal() else _lines)(what, count) as show:
+
+        def advance(size: float = 0.0) -> None:
+            count.advance(size)
             show(False)
+
+        yield advance
         show(True)
 
 

@@ -81,9 +81,9 @@ def test_a_run_is_evaluated_with_its_adapters_as_its_export_is(tiny, data, finis
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, data, finished, tmp_path, monkeypatch):
-    from shiq_jax.runs import passes
+    from shiq_jax.runs.metrics import MetricsLog
 
-    written, targets = passes.MetricsLog.write, ("--lora.targets", "q_proj", "down_proj")
+    written, targets = MetricsLog.write, ("--lora.targets", "q_proj", "down_proj")
 
     def stopped(log, stage, step, **values):
         if stage == "update" and step == 5:
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, data, finished, tm
         written(log, stage, step, **values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.MetricsLog, "write", stopped)
+        patch.setattr(MetricsLog, "write", stopped)
         with pytest.raises(SystemExit):
             training_door.main(arguments(tiny, data, tmp_path / "run", *targets))
     training_door.main(arguments(tiny, data, tmp_path / "run", *targets, "--resume"))

@@ -17,9 +17,10 @@ def test_an_example_learns(name):
     assert after > (-0.75 if name == "plain_jax" else 0.8)
 
 
-def test_the_documentation_shows_what_runs():
-    page = (EXAMPLES.parent / "privacy.md").read_text()
-    shown = re.search(r"examples/private_loop\.py.*?```python\n(.*?)```", page, re.DOTALL)[1]
-    runs = iter([line.strip() for line in (EXAMPLES / "private_loop.py").read_text().splitlines()])
+@pytest.mark.parametrize(("page", "name"), [("privacy.md", "private_loop"), ("training.md", "own_loop")])
+def test_the_documentation_shows_what_runs(page, name):
+    text = (EXAMPLES.parent / page).read_text()
+    shown = re.search(rf"examples/{name}\.py.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    runs = iter([line.strip() for line in (EXAMPLES / f"{name}.py").read_text().splitlines()])
     missing = [line for line in shown.splitlines() if line and line.strip() not in runs]
     assert not missing

@@ -10,7 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
 import pytest
 
 import train as training_door
@@ -19,9 +18,10 @@ from shiq_jax import stopping
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
 from shiq_jax.replay.locks import exclusive
-from shiq_jax.runs import ingest, passes
+from shiq_jax.runs import sampling
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.training import evaluation, reference
+from shiq_jax.training.callbacks import RefuseNonFinite
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -33,22 +33,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Every run compiles the same few programs: once for the file, and without optimisations that cost more than they
-    gain."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,10 +46,11 @@ def small_shards():
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Arguments of a job that samples, and of one that annotates somebody's data in several shards."""
+    """Arguments of a job that samples, of one that annotates given rows in several shards, and of one in rounds."""
     made = interruption.prepare(tmp_path_factory.mktemp("inputs"))
     data = [*made["data"], "--epochs", "0.5"]
-    return {"sampled": [*made["sampled"][:3], *SMALL], "data": data}
+    rounds = [*SMALL, "--collection.samples-per-prompt", "4", "--epochs", "1", "--rounds", "3"]
+    return {"sampled": [*made["sampled"][:3], *SMALL], "data": data, "rounds": [*made["rounds"][:3], *rounds]}
 
 
 def run(arguments, out, *more):
@@ -98,7 +84,7 @@ class Photographer:
     def __call__(self, path):
         with self.lock:
             self.count += 1
-            part = "/".join(Path(path).parts[:2])
+            part = "/".join(Path(path).parts[: 4 if path.startswith("rounds") else 2])
             wanted = part not in self.seen or self.random.random() < self.share
             self.seen.add(part)
             if wanted and (self.directory / "config.json").exists():
@@ -133,13 +119,13 @@ def resume_images(name, jobs, whole, tmp_path, count, seed):
     return found
 
 
-@pytest.mark.parametrize("name", ["sampled", "data"])
+@pytest.mark.parametrize("name", ["sampled", "data", "rounds"])
 def test_what_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
     assert resume_images(name, jobs, whole, tmp_path, 2, seed=1) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sampled", "data"])
+@pytest.mark.parametrize("name", ["sampled", "data", "rounds"])
 def test_whatever_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
     assert resume_images(name, jobs, whole, tmp_path, 10, seed=2) == {}
 
@@ -147,7 +133,7 @@ def test_whatever_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_p
 @pytest.mark.slow
 def test_kills_in_earnest(tmp_path):
     """Real processes and real SIGKILLs; the experiment stops with an error when a run ends otherwise."""
-    options = interruption.Options(kills=3, seed=3, runs=tmp_path / "runs", jobs=("sampled",))
+    options = interruption.Options(kills=3, seed=3, runs=tmp_path / "runs", jobs=("rounds",))
     interruption.main(options)
     page = (tmp_path / "runs" / "page" / "interruption.md").read_text()
     assert "Of 3 runs" in page and page.count("| yes |") == 3
@@ -168,20 +154,21 @@ def asks(number, at, function):
 
 
 def at_update(stage, step):
-    return lambda metrics, name, number, *_: (name, number + 1) == (stage, step)
+    """When the metrics of an update arrive: the next one is running, unless something waits for the state."""
+    return lambda callback, done: (callback.name, done.step) == (stage, step)
 
 
 # Where the signal comes, and what the run then says; in the order in which a run gets there.
 STOPS = {
     "sampled": [
-        (passes, "_check", at_update("warm start", 2), "stopped at warm start 2 of 3"),
-        (ingest, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
+        (RefuseNonFinite, "on_update", at_update("warm start", 2), "stopped at warm start 2 of 3"),
+        (sampling, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
         (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
-        (passes, "_check", at_update("update", 1), "stopped at update 1 of 6"),
-        (passes, "_check", at_update("update", 3), "stopped at update 3 of 6"),
+        (RefuseNonFinite, "on_update", at_update("update", 1), "stopped at update 2 of 6"),
+        (RefuseNonFinite, "on_update", at_update("update", 3), "stopped at update 3 of 6"),
         (reference, "statistics_of", lambda *_, **__: True, "stopped at update 3 of 6"),
     ],
-    "data": [(passes, "_check", at_update("update", 2), "stopped at update 2 of")],
+    "data": [(RefuseNonFinite, "on_update", at_update("update", 2), "stopped at update 2 of")],
 }
 
 
@@ -211,15 +198,17 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
     from shiq_jax.replay import Buffer
     from shiq_jax.training import annotation
 
-    statistics_of, shapes = annotation.statistics_of, []
+    compute, shapes = annotation._bundle_statistics, []
 
-    def spied(*args, shape, **options):
-        shapes.append(shape)
-        if len(shapes) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return statistics_of(*args, shape=shape, **options)
+    def spied(model, params, trees, bundles, shape, *options):
+        # Evaluations compute statistics of lists of samples.
+        if isinstance(trees.records, Buffer):
+            shapes.append(shape)
+            if len(shapes) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(model, params, trees, bundles, shape, *options)
 
-    monkeypatch.setattr(annotation, "statistics_of", spied)
+    monkeypatch.setattr(annotation, "_bundle_statistics", spied)
     run(jobs["data"], tmp_path / "run")
     ((_, shards),) = Buffer.open(tmp_path / "run" / "buffer").identities()
     total = len(Buffer.open(tmp_path / "run" / "buffer").shards)
@@ -229,23 +218,23 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
     assert interruption.differences(tmp_path / "run", whole("data")[0]) == []
 
 
-@pytest.mark.parametrize("times, said", [(1, "stopped at warm start 1 of 3"), (2, "interrupted")])
+@pytest.mark.parametrize("times, said", [(1, "stopped at warm start 2 of 3"), (2, "interrupted")])
 def test_an_interrupt_stops_after_the_step_and_a_second_at_once(times, said, jobs, tmp_path, monkeypatch, capfd):
-    check = passes._check
+    check = RefuseNonFinite.on_update
 
     def interrupt(*args):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
         check(*args)
 
-    monkeypatch.setattr(passes, "_check", interrupt)
+    monkeypatch.setattr(RefuseNonFinite, "on_update", interrupt)
     with pytest.raises(SystemExit) as stop:
         run(jobs["sampled"], tmp_path / "run")
     assert stop.value.code == 130
     error = capfd.readouterr().err
     assert "interrupt again to stop at once" in error
     assert error.endswith(f"train.py: {said}; the same command with --resume goes on\n")
-    assert (tmp_path / "run" / "warm_start" / "checkpoints" / "1").is_dir() == (times == 1)
+    assert (tmp_path / "run" / "warm_start" / "checkpoints" / "2").is_dir() == (times == 1)
 
 
 def test_nobody_who_did_not_ask_is_stopped():

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer
-from shiq_jax.runs import passes
+from shiq_jax.training import reference
+from shiq_jax.training.callbacks import RefuseNonFinite
 
 DATA = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--batch-size", "2",
@@ -60,8 +61,13 @@ def updates(run):
 
 def test_labelled_rows_are_enough(finished, tiny):
     answers, pairs = (Buffer.open(finished / "run" / name) for name in ("buffer", "labelled"))
-    assert answers.returns().tolist() == [1, 1, 0, 1, 0] and not answers.identities()
-    assert len(pairs) == 10 and pairs.returns()[::2].tolist() == [1, 1, 0, 1, 0] and len(pairs.identities()) == 1
+    labels = [True, True, False, True, False]
+    assert answers.column("label") == labels and answers.returns().tolist() == labels and not answers.identities()
+    assert (
+        len(pairs) == 10
+        and pairs.column("label") == [each for label in labels for each in (label, None)]
+        and len(pairs.identities()) == 1
+    )
     for number in range(5):
         answer, other = pairs[2 * number], pairs[2 * number + 1]
         assert answer.tokens.tolist() == answers[number].tokens.tolist()
@@ -82,18 +88,17 @@ def test_labelled_rows_are_enough(finished, tiny):
 
 @pytest.mark.parametrize("stage", ["labels", "update"])
 def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path, monkeypatch):
-    from shiq_jax.runs import pipeline
-
     arguments = arguments_of(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")
 
     def die(*args):
-        if stage == "labels" or args[2] == 1:
+        if stage == "labels" or args[1].step == 2:
             raise KeyboardInterrupt
         return check(*args)
 
-    check = passes._check
+    check = RefuseNonFinite.on_update
     with monkeypatch.context() as patch:
-        patch.setattr(*((pipeline, "annotate") if stage == "labels" else (passes, "_check")), lambda *a, **_: die(*a))
+        place = (reference, "annotate") if stage == "labels" else (RefuseNonFinite, "on_update")
+        patch.setattr(*place, lambda *a, **_: die(*a))
         with pytest.raises(SystemExit) as stop:
             training_door.main(arguments)
     assert stop.value.code == 130
@@ -127,16 +132,17 @@ def test_own_samples_are_labelled_by_the_mean_of_their_prompt(loss, tiny, tmp_pa
     returns = answers.returns().reshape(8, 4)
     wanted = np.sign(np.round(returns - returns.mean(1, keepdims=True), 6)).ravel()
     step = 2 if loss == "kto" else 1
-    assert examples.returns()[::step].tolist() == (wanted[wanted != 0] > 0).tolist()
+    assert examples.column("label")[::step] == (wanted[wanted != 0] > 0).tolist()
     said = capsys.readouterr().err
     assert f"{np.sum(wanted > 0)} answers are desirable, {np.sum(wanted < 0)} undesirable" in said
     assert f"{np.sum(wanted == 0)} tie and are left out" in said or np.all(wanted)
     assert {"kl" if loss == "kto" else "rewards/signed", "desirable"} < set(updates(run)[0])
 
 
-def test_a_buffer_and_a_threshold(finished, tiny, tmp_path):
+def test_a_buffer_keeps_its_labels(finished, tiny, tmp_path, capsys):
     data = str(finished / "run" / "buffer")
-    training_door.main(arguments_of(tiny, data, tmp_path / "run", "--threshold", "0.5"))
+    assert "has labels" in refusal(arguments_of(tiny, data, tmp_path / "run", "--threshold", "0.5"), capsys)
+    training_door.main(arguments_of(tiny, data, tmp_path / "run"))
     ours, theirs = Buffer.open(tmp_path / "run" / "labelled"), Buffer.open(finished / "run" / "labelled")
     assert ours.read(range(10)) == theirs.read(range(10))
 

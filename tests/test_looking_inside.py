@@ -241,14 +241,10 @@ def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys
     assert len(REWARD_LOSSES) > 5 and all(
         "rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES
     )
-    assert RewardLoss(horizon="n_step", n=3).configured().loss.keywords == {"beta": 0.1, "horizon": "n_step", "n": 3}
-    assert PairLoss(name="dpop", penalty=2.0).configured().loss.keywords == {"beta": 0.1, "penalty": 2.0}
-    shared = {"rpo_alpha": 1.0, "ld_alpha": 0.5, "use_weighting": True, "f_divergence": "js_divergence"}
-    assert PairLoss(**shared).configured().loss.keywords == {"beta": 0.1} | shared
     for arguments, words in (
         (["--loss.name", "ipo", "--loss.margin", "1"], "margin is no option of the loss ipo, which takes beta"),
-        (["--loss.name", "exo", "--loss.label-smoothing", "0"], "label_smoothing must be positive with the loss exo"),
-        (["--loss.name", "discopop", "--loss.tau", "-1"], "tau must be positive and finite, not -1.0"),
+        (["--loss.name", "exo", "--loss.label-smoothing", "0"], "label_smoothing is 0.0 but must be a positive"),
+        (["--loss.name", "discopop", "--loss.tau", "-1"], "tau is -1.0 but must be a positive finite number"),
         (["--loss.name", "cpo", "--loss.rpo-alpha", "1"], "rpo_alpha is no option of the loss cpo, which takes beta"),
         (["--loss.name", "ipo", "--loss.ld-alpha", "0"], "ld_alpha is no option of the loss ipo, which takes beta"),
         (["--loss.name", "aot", "--loss.use-weighting"], "use_weighting is no option of the loss aot, which takes"),

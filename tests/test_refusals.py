@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Schedule
-from shiq_jax.runs import passes, pipeline
+from shiq_jax.runs import pipeline
 from shiq_jax.tasks.tiny import tiny_directory
+from shiq_jax.training.callbacks import RefuseNonFinite
 from shiq_jax.training.checkpoints import Checkpoints
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
@@ -284,15 +285,15 @@ def stopped(original, tmp_path_factory):
     """Where a run lies that was stopped after its second update of four, and a copy to bring it back from."""
     place = tmp_path_factory.mktemp("stopped")
     shutil.copytree(original, place / "root")
-    check = passes._check
+    check = RefuseNonFinite.on_update
 
-    def stop(metrics, stage, number, *rest):
-        if number == 2:
+    def stop(callback, done):
+        if done.step == 3:
             raise KeyboardInterrupt
-        check(metrics, stage, number, *rest)
+        check(callback, done)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(passes, "_check", stop)
+        patch.setattr(RefuseNonFinite, "on_update", stop)
         training_door.main(arguments_of(place / "root"))
     shutil.copytree(place / "root", place / "kept")
     return place

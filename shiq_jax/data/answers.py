@@ -50,26 +50,43 @@ class Answers(NamedTuple):
     ranks: list[float] | None
 
 
-def holds_answers(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a prompt with several answers, compared or not."""
-    return _list_of(row) is not None or holds_pair(row)
+class Found(NamedTuple):
+    """Where a row has its answers.
+
+    Attributes:
+        field: the list of answers, None where there is none.
+        sides: whether its answers are a chosen and a rejected one; a list with scores or ranks counts more.
+        scored, ranked: whether the answers have scores or ranks.
+    """
+
+    field: str | None
+    sides: bool
+    scored: bool
+    ranked: bool
+
+    @property
+    def present(self) -> bool:
+        """Whether the row has several answers."""
+        return self.field is not None or self.sides
 
 
-def holds_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a chosen and a rejected answer, and no list of answers that says more."""
-    return all(side in row or f"{side}_response" in row for side in _SIDES) and not _compared(row, _list_of(row))
+def find_answers(row: Mapping[str, Any]) -> Found:
+    """Where the answers of a row are, by the names of its fields."""
+    field, scored, ranked = _list_of(row)
+    sides = all(side in row or f"{side}_response" in row for side in _SIDES) and not (scored or ranked)
+    return Found(field, sides, _scores_of_pair(row, None)[0] is not None if sides else scored, ranked)
 
 
 def split_answers(row: Mapping[str, Any], score: str | None = None) -> Answers:
-    """The answers of a row that `holds_answers`, with the scores of the field `score` (default: the first of SCORES).
+    """The answers of a row that has several, with the scores of the field `score` (default: the first of SCORES).
 
     Where UltraFeedback's `fine-grained_score` is missing, it is the mean of those ratings in `annotations` that are
     numbers. Texts that are numbers count as numbers; null, NaN and other texts as none.
 
     Raises Refusal when answers, scores and ranks do not belong together, or one of them cannot be what it should be.
     """
-    name = _list_of(row)
-    if name is None or holds_pair(row):
+    name, sides, *_ = find_answers(row)
+    if name is None or sides:
         return _split_pair(row, score)
     entries = row[name]
     if all(isinstance(entry, Mapping) for entry in entries):
@@ -108,10 +125,12 @@ def said(answer: str | Messages) -> str:
     )
 
 
-def _list_of(row: Mapping[str, Any]) -> str | None:
-    """The field with the list of answers; one that comes with scores or ranks before one that does not."""
+def _list_of(row: Mapping[str, Any]) -> tuple[str | None, bool, bool]:
+    """The list of answers, and whether it has scores and ranks; one that has either before one that does not."""
     present = [name for name in LISTS if isinstance(row.get(name), list) and _like_answers(row[name])]
-    return next((name for name in present if _compared(row, name)), present[0] if present else None)
+    compared = ((name, *_comparisons(row, row[name])) for name in present)
+    plain = (present[0] if present else None, False, False)
+    return next((found for found in compared if any(found[1:])), plain)
 
 
 def _like_answers(entries: list) -> bool:
@@ -122,14 +141,14 @@ def _like_answers(entries: list) -> bool:
     )
 
 
-def _compared(row: Mapping[str, Any], name: str | None) -> bool:
-    entries = row.get(name) if name else None
+def _comparisons(row: Mapping[str, Any], entries: list) -> tuple[bool, bool]:
+    """Whether the answers of a list have scores, and whether they have ranks."""
     if not entries:
-        return False
+        return False, False
     if all(isinstance(entry, Mapping) for entry in entries):
-        return _scores_of_objects(entries, None)[0] is not None or any("rank" in entry for entry in entries)
-    known = (*RANKS, *SCORES, *(score + "s" for score in SCORES))
-    return any(isinstance(row.get(field), list) for field in known)
+        return _scores_of_objects(entries, None)[0] is not None, any("rank" in entry for entry in entries)
+    scores = (*SCORES, *(score + "s" for score in SCORES))
+    return tuple(any(isinstance(row.get(field), list) for field in known) for known in (scores, RANKS))
 
 
 def _text_of(entry: Mapping[str, Any], name: str, number: int) -> str | Messages:

@@ -25,13 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from shiq_jax.data.answers import SCORES, Answers, holds_answers, holds_pair, prompt_row, said, split_answers
+from shiq_jax.data.answers import SCORES, Answers, prompt_row, said, split_answers
 from shiq_jax.data.chat import Encoded, encode_completion, encode_text
+from shiq_jax.data.fields import check_prompt, check_text, field, split_conversation
 from shiq_jax.data.files import located_rows, read_jsonl, rows
+from shiq_jax.data.kinds import Kind, classify
 from shiq_jax.data.reading import Reading
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.export import record_from_json
-from shiq_jax.replay.records import STATISTICS, Record, validate
+from shiq_jax.replay.preference import chosen_and_rejected
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 _LABEL = "true for a desirable answer, false for an undesirable one"
@@ -39,7 +42,6 @@ _LABEL = "true for a desirable answer, false for an undesirable one"
 __all__ = [
     "Reading",
     "demonstrations",
-    "holds_labels",
     "labelled",
     "preferences",
     "prompts",
@@ -59,27 +61,29 @@ def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) 
     reading = reading or Reading()
     for place, row in located_rows(source):
         with at(place):
-            found = [record for record in _scored(row, tokenizer, reading) if reading.accept(record)]
+            kind = classify(row, reading.score)
+            found = [record for record in _scored(row, kind, tokenizer, reading) if reading.wanted(record)]
         yield from found
 
 
 def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
     """Two records of one group for every preference, the better answer first.
 
-    Of `chosen` and `rejected`, the rewards are 1 and 0. Of several answers with scores or ranks, the best and the worst
-    that can be used, with their scores, or their ranks negated, as rewards; prompts whose answers tie are left out and
-    counted. `reading.score` makes scores count also where there are `chosen` and `rejected`. Conversational answers may
-    be given alone or with the whole conversation before them; without `prompt`, what both share at the beginning is the
-    prompt. Every row is a group of its own, also when its prompt occurs again.
+    Either `chosen` and `rejected`, or of several answers with scores or ranks the best and the worst that can be used;
+    prompts whose answers tie are left out and counted. Scores are rewards; without scores the better answer has the
+    reward 1 and the other one 0. `reading.score` makes scores count also where there are `chosen` and `rejected`.
+    Conversational answers may be given alone or with the whole conversation before them; without `prompt`, what both
+    share at the beginning is the prompt. Every row is a group of its own, also when its prompt occurs again.
     """
     reading = reading or Reading()
     for number, (place, row) in enumerate(located_rows(source)):
         with at(place):
-            if not holds_answers(row) or (reading.score is None and holds_pair(row)):
-                found = _from_labels(row, tokenizer, number)
-                found = found if all(reading.accept(record) for record in found) else ()
+            kind = classify(row, reading.score)
+            if kind.pair or not kind.answers:
+                found = _from_pair(row, tokenizer, number)
+                found = found if all(reading.wanted(record) for record in found) else ()
             else:
-                found = filter(reading.accept, _from_answers(row, tokenizer, reading, ranked=True))
+                found = filter(reading.wanted, _from_answers(row, kind, tokenizer, reading, ranked=True))
                 found = _extremes(list(found), _digest([number, row]), reading)
         yield from found
 
@@ -88,28 +92,25 @@ def labelled(source: str | Path, tokenizer, reading: Reading | None = None) -> I
     """Records of single answers that are good or bad, or have scores from which that will be told.
 
     A `label` is true or 1 for a desirable answer, false or 0 for an undesirable one. Of `chosen` and `rejected`, the
-    one is desirable and the other is not. Either way the reward is 1 or 0. Other rows, and with `reading.score` all,
+    one is desirable and the other is not. Either way the rewards are 1 and 0. Other rows, and with `reading.score` all,
     are read as `trajectories` reads them. Rows of one source all have labels or all have scores.
     """
     reading = reading or Reading()
     for number, (place, row) in enumerate(located_rows(source)):
         with at(place):
-            if holds_labels(row, reading.score):
+            kind = classify(row, reading.score)
+            if kind.tokens:
+                reading.settle("label" if kind.label else "rewards", "")
+                found = [_from_tokens(row, reading)]
+            elif kind.labelled:
                 reading.settle("label", "")
-                found = _from_labels(row, tokenizer, number) if holds_pair(row) else [_from_label(row, tokenizer)]
+                found = _from_pair(row, tokenizer, number) if kind.pair else [_from_label(row, tokenizer)]
             else:
-                if "completion" in row and "reward" not in row and (reading.score or reading.reward) is None:
-                    _field(row, "label", _LABEL)
-                if "tokens" in row:
-                    reading.settle("rewards", "")
-                found = _scored(row, tokenizer, reading)
-            found = [record for record in found if reading.accept(record)]
+                if kind.completion and not kind.scored and (reading.score or reading.reward) is None:
+                    field(row, "label", _LABEL)
+                found = _scored(row, kind, tokenizer, reading)
+            found = [record for record in found if reading.wanted(record)]
         yield from found
-
-
-def holds_labels(row: Mapping[str, Any], score: str | None = None) -> bool:
-    """Whether `labelled` takes the row's answers for good or bad as they are, and not by their scores."""
-    return score is None and ("label" in row or holds_pair(row))
 
 
 def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
@@ -121,17 +122,18 @@ def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None
     reading = reading or Reading()
     for place, row in located_rows(source):
         with at(place):
-            if "messages" in row:
-                row = row | _split_conversation(row["messages"])
-            if "text" in row and "completion" not in row:
-                _check_text("text", row["text"])
+            kind = classify(row)
+            if kind.messages:
+                row = row | split_conversation(row["messages"])
+            if kind.text and not kind.messages and not kind.completion:
+                check_text("text", row["text"])
                 group = str(row.get("group_id", _digest(row["text"])))
                 record = _record(row, encode_text(tokenizer, row["text"]), [0.0], group)
             else:
-                _check_prompt(row)
-                _check_text("completion", _field(row, "completion", "the answer that is to be imitated"))
+                check_prompt(row)
+                check_text("completion", field(row, "completion", "the answer that is to be imitated"))
                 record = _record(row, _encode(tokenizer, row, row["completion"]), [0.0], _group(row))
-            wanted = reading.accept(record)
+            wanted = reading.wanted(record)
         if wanted:
             yield record
 
@@ -145,7 +147,7 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
     for place, row in located_rows(source):
         with at(place):
             row = prompt_row(row)
-            _check_prompt(row)
+            check_prompt(row)
         found.append(row)
     return found
 
@@ -159,12 +161,12 @@ def at(place: str) -> Iterator[None]:
         raise Refusal(f"{place}: {error}") from error
 
 
-def _scored(row: Mapping[str, Any], tokenizer, reading: Reading) -> list[Record]:
+def _scored(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Reading) -> list[Record]:
     """The answers of a row with their rewards."""
-    if "tokens" in row:
+    if kind.tokens:
         return [_from_tokens(row, reading)]
-    if "completion" not in row and holds_answers(row):
-        return _from_answers(row, tokenizer, reading, ranked=False)
+    if kind.answers and not kind.completion:
+        return _from_answers(row, kind, tokenizer, reading, ranked=False)
     return [_from_scored_text(row, tokenizer, reading)]
 
 
@@ -173,24 +175,22 @@ def _from_tokens(row: Mapping[str, Any], reading: Reading) -> Record:
         raise Refusal("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
     # A dataset made from a buffer keeps per-action columns compact and calls the group by its field's name.
     if "group" in row and "group_id" not in row:
-        fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user")
+        fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user", *JUDGEMENTS)
         missing = [name for name in fields[:3] if name not in row]
         if missing:
             raise Refusal(
                 f"field {missing[0]!r} is missing: a row with 'tokens' also needs 'action_mask' and 'rewards'"
             )
-        record = Record(**{name: row[name] for name in fields if name in row})
-        validate(record)
-        return record
-    return record_from_json(row)
+        return Record(**{name: row[name] for name in fields if name in row})
+    return record_from_json(row, check=False)
 
 
 def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Record:
-    _check_prompt(row)
-    _check_text("completion", _field(row, "completion", "the answer whose reward this is"))
+    check_prompt(row)
+    check_text("completion", field(row, "completion", "the answer whose reward this is"))
     name = reading.score or "reward"
     if name in row or reading.reward is None:
-        reward = _field(row, name, "a number, or a list with one number per assistant turn")
+        reward = field(row, name, "a number, or a list with one number per assistant turn")
         reading.settle(name, "")
     else:
         reading.settle(None, "")
@@ -207,72 +207,87 @@ def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Re
     for value in values:
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_REWARD:
             raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
-    return _record(row, encoded, values, _group(row))
+    judged = {"label": bool(row["label"])} if reading.score is None and row.get("label") in (0, 1) else {}
+    if reading.score is not None and not isinstance(reward, list):
+        judged["score"] = reward
+    return _record(row, encoded, values, _group(row), **judged)
 
 
 def _from_label(row: Mapping[str, Any], tokenizer) -> Record:
-    """An answer with reward 1 or 0, as its label is true or false."""
-    _check_prompt(row)
-    _check_text("completion", _field(row, "completion", "the answer that the label is about"))
+    """An answer with its label; its reward is 1 or 0."""
+    check_prompt(row)
+    check_text("completion", field(row, "completion", "the answer that the label is about"))
     label = row["label"]
     if not isinstance(label, int | float) or label not in (0, 1):
         raise Refusal(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL}")
-    return _record(row, _encode(tokenizer, row, row["completion"]), [float(label)], _group(row))
+    encoded = _encode(tokenizer, row, row["completion"])
+    return _record(row, encoded, [float(label)], _group(row), label=bool(label))
 
 
-def _from_labels(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
-    """The chosen answer with reward 1 and the rejected one with 0."""
+def _from_pair(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
+    """The chosen and the rejected answer; their rewards are 1 and 0."""
     found = split_answers(row)
     group = _digest([number, found.row["prompt"], *found.texts])
     for name, answer in zip(("chosen", "rejected"), found.texts, strict=True):
-        _check_text(name, answer)
+        check_text(name, answer)
+    scores = found.scores or (None, None)
     return [
-        _record(found.row, _encode(tokenizer, found.row, answer), [reward], group)
-        for answer, reward in zip(found.texts, (1.0, 0.0), strict=True)
+        _record(found.row, _encode(tokenizer, found.row, answer), [float(chosen)], group, chosen=chosen, score=score)
+        for answer, chosen, score in zip(found.texts, (True, False), scores, strict=True)
     ]
 
 
-def _from_answers(row: Mapping[str, Any], tokenizer, reading: Reading, *, ranked: bool) -> list[Record]:
-    """The answers of a row with their rewards; with `ranked`, ranks serve where there are no scores."""
+def _from_answers(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Reading, *, ranked: bool) -> list[Record]:
+    """The answers of a row with their rewards; with `ranked`, ranks do where there are no scores."""
     found, left_out = split_answers(row, reading.score), reading.left_out
-    _check_prompt(found.row)
+    check_prompt(found.row)
     if not found.texts:
         left_out["prompts without an answer"] += 1
         return []
     if ranked and found.scores is None and found.ranks is not None:
         reading.settle("rank", "")
-        rewards = [-rank for rank in found.ranks]
-    elif reading.settle(found.field, _without_scores(found, row)):
+        rewards = [0.0] * len(found.texts)
+    elif reading.settle(found.field, _without_scores(found, kind)):
         rewards = found.scores
     else:
         rewards = [reading.reward(found.row, said(text)) if _is_said(text) else None for text in found.texts]
-    records = []
-    for text, reward in zip(found.texts, rewards, strict=True):
+    records, absent = [], [None] * len(found.texts)
+    judged = {
+        "chosen": (True, False) if kind.pair else absent,
+        "rank": found.ranks or absent,
+        "score": found.scores or absent,
+    }
+    for number, (text, reward) in enumerate(zip(found.texts, rewards, strict=True)):
         if not _is_said(text):
             left_out["empty answers"] += 1
         elif reward is None:
             left_out[f"answers without a number in {found.field!r}"] += 1
         else:
-            _check_text("answer", text)
-            records.append(_record(found.row, _encode(tokenizer, found.row, text), [reward], _group(found.row)))
+            check_text("answer", text)
+            encoded = _encode(tokenizer, found.row, text)
+            about = {name: values[number] for name, values in judged.items()}
+            records.append(_record(found.row, encoded, [reward], _group(found.row), **about))
     return records
 
 
 def _extremes(records: list[Record], group: str, reading: Reading) -> list[Record]:
     """The best and the worst of some answers, the earlier of equal ones, in a group of their own; or none."""
-    returns = [float(record.rewards.sum()) for record in records]
-    if len(set(returns)) < 2:
+    judged = ([getattr(record, name) for record in records] for name in ("chosen", "rank", "score"))
+    places = chosen_and_rejected(*judged, np.array([record.rewards.sum() for record in records])) if records else None
+    if places is None:
         reading.left_out["prompts without two answers that differ in score or rank"] += 1
         return []
-    chosen = (records[returns.index(max(returns))], records[returns.index(min(returns))])
-    return [dataclasses.replace(record, group=group) for record in chosen]
+    pair = [dataclasses.replace(records[place], group=group) for place in places]
+    if all(record.rank is not None and record.score is None for record in pair):
+        pair[0] = dataclasses.replace(pair[0], rewards=[*pair[0].rewards[:-1], 1.0])
+    return pair
 
 
-def _without_scores(found: Answers, row: Mapping[str, Any]) -> str:
+def _without_scores(found: Answers, kind: Kind) -> str:
     asked = "score the answers with --reward module:function"
     if found.ranks is not None:
         return f"ranks are no rewards, so {asked}, or learn from their order with dpo"
-    if holds_pair(row):
+    if kind.pair:
         return f"add score_chosen and score_rejected, {asked}, or learn from chosen and rejected with dpo"
     return f"{asked}, or name the field that holds them (known are {', '.join(SCORES)}) with --score"
 
@@ -288,69 +303,24 @@ def _encode(tokenizer, row: Mapping[str, Any], completion: Any) -> Encoded:
     return encode_completion(tokenizer, row["prompt"], completion, row.get("tools"))
 
 
-def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], group: str) -> Record:
-    """A record with rewards on the ends of the last `len(rewards)` turns; it keeps the row without its answers."""
+def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], group: str, **judged: Any) -> Record:
+    """A record with rewards on the ends of the last `len(rewards)` turns; it keeps the row without its answers.
+
+    judged: what the row says of the answer, by the names of `Record`.
+    """
     per_token = np.zeros(len(encoded.tokens), np.float32)
     per_token[encoded.turn_ends[-len(rewards) :]] = rewards
     dropped = ("completion", "reward", "label", "chosen", "rejected", "messages", "group_id", "user_id", "text")
     kept = {name: value for name, value in row.items() if name not in dropped}
-    record = Record(
+    return Record(
         tokens=encoded.tokens,
         action_mask=encoded.action_mask,
         rewards=per_token[encoded.action_mask],
         group=group,
         prompt=json.dumps(kept, ensure_ascii=False, default=str) if "prompt" in kept else None,
         user=str(row["user_id"]) if "user_id" in row else None,
+        **judged,
     )
-    validate(record)
-    return record
-
-
-def _field(row: Mapping[str, Any], name: str, meaning: str) -> Any:
-    if name not in row:
-        raise Refusal(f"field {name!r} is missing (found: {', '.join(map(str, row)) or 'none'}): expected {meaning}")
-    return row[name]
-
-
-def _check_prompt(row: Mapping[str, Any]) -> None:
-    prompt = _field(row, "prompt", "text, or a list of messages")
-    if isinstance(prompt, str):
-        return
-    _check_messages("prompt", prompt)
-
-
-def _check_text(name: str, value: Any) -> None:
-    """A completion: text that is not empty, or messages."""
-    if isinstance(value, str):
-        if not value:
-            raise Refusal(f"field {name!r} is empty: expected text, or leave the row out")
-        return
-    _check_messages(name, value)
-
-
-def _check_messages(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not value:
-        found = f"of type {type(value).__name__}" if not isinstance(value, list) else "an empty list"
-        raise Refusal(f"field {name!r} is {found}: expected text, or a list of messages with role and content")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise Refusal(f'field {name!r}, message {number} has no \'role\': expected {{"role": ..., "content": ...}}')
-        if "content" not in message and "tool_calls" not in message:
-            raise Refusal(
-                f'field {name!r}, message {number} has no \'content\': expected {{"role": ..., "content": ...}}'
-            )
-
-
-def _split_conversation(messages: Any) -> dict[str, Any]:
-    _check_messages("messages", messages)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles or roles.index("assistant") == 0:
-        raise Refusal(
-            f"field 'messages' has the roles {', '.join(roles)}: expected a user's message and an assistant's answer "
-            "to it"
-        )
-    first = roles.index("assistant")
-    return {"prompt": messages[:first], "completion": messages[first:]}
 
 
 def _group(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a reader of somebody's rows is told besides the rows, and what it counts."""
+"""The options of a reader of data files, and what it counts."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay.records import Record
+from shiq_jax.replay.records import Record, validate
 
 
 @dataclasses.dataclass
 class Reading:
-    """What a reader is told besides the rows, and what it left out of one source.
+    """The options with which one source is read, and what was left out of it.
 
     Attributes:
         score: the field that holds scores; by default `reward`, or the first of `answers.SCORES` that a row knows.
         reward: scores the text of an answer to a row, for sources without scores.
-        accept: whether a record is wanted; it may raise Refusal, to which the row's place is added.
+        vocab_size: when given, token ids must lie below it.
+        accept: whether a valid record is wanted; it may raise Refusal, to which the row's place is added.
         left_out: how many answers or prompts gave no record, by reason.
         scale: where the scores of the source stand, settled by its first row: a field, or "" for `reward`.
     """
 
     score: str | None = None
     reward: Callable[[Mapping[str, Any], str], float] | None = None
+    vocab_size: int | None = None
     accept: Callable[[Record], bool] = lambda record: True
     left_out: Counter = dataclasses.field(default_factory=Counter)
     scale: str | None = None
+
+    def wanted(self, record: Record) -> bool:
+        """Whether a record that was read is wanted; raises Refusal when it is not valid.
+
+        Every reader asks this of each record that it made, once; nothing else validates them.
+        """
+        validate(record, self.vocab_size)
+        return self.accept(record)
 
     def settle(self, field: str | None, otherwise: str) -> bool:
         """Whether scores stand in `field`; if in None, `reward` gives them. All rows of a source must agree.

@@ -4,9 +4,12 @@ The trick is a detour of the parameters through the carry of the scan over layer
 cotangent of a carry is itself a carry, which begins as the sums and to which each layer adds its own part in place.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 LAYERS = "layers"  # of the parameters, those that the scan goes over
@@ -14,15 +17,46 @@ LAYERS = "layers"  # of the parameters, those that the scan goes over
 Leaves = dict[tuple[str, ...], jax.Array]
 
 
-def continuing(params: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Parameters whose gradients are added to `before`, and what of that `Model.hidden` is to be given as `sums`."""
-    rest = {name: jax.tree.map(begin, part, before[name]) for name, part in params.items() if name != LAYERS}
-    return {**params, **rest}, before.get(LAYERS)
+def continuing(model, params: dict[str, Any], before: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model and parameters of it whose gradients are added to `before`.
+
+    model: a `Model` adds those of its layers in place, layer by layer; any other model adds whole arrays.
+    """
+    in_place = LAYERS in before and hasattr(model, "accumulating")
+    rest = {
+        name: jax.tree.map(begin, part, before[name])
+        for name, part in params.items()
+        if not (in_place and name == LAYERS)
+    }
+    return model.accumulating(before[LAYERS]) if in_place else model, {**params, **rest}
+
+
+def scan(layer: Callable, x: Array, weights: dict[str, Any], sums: dict[str, Any] | None) -> tuple[Array, Any]:
+    """`jax.lax.scan(layer, x, weights)`, in which the gradients of those weights that have sums are added to these.
+
+    weights: nested dict, leading axis the layers. sums: some of its leaves, by the same names; the others then have no
+    gradient. None: an ordinary scan.
+    """
+    if sums is None:
+        return jax.lax.scan(layer, x, weights)
+    weights, sums = flatten_dict(weights), flatten_dict(dict(sums))
+
+    def body(carry, scanned):
+        x, passing = carry
+        number, weights = scanned
+        own, passing = detour({path: weights[path] for path in sums}, passing, number)
+        x, out = layer(x, unflatten_dict(weights | own))
+        return (x, passing), out
+
+    count = len(next(iter(weights.values())))
+    carry, scanned = (x, {path: weights[path] for path in sums}), (jnp.arange(count), jax.lax.stop_gradient(weights))
+    (x, passing), out = jax.lax.scan(body, carry, scanned)
+    return end(x, passing, sums), out
 
 
 @jax.custom_vjp
 def begin(weights: Float[Array, "..."], before: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`weights`, whose gradient then is `before` and what it would have been."""
+    """Identity in `weights` whose VJP returns `before + cotangent`."""
     return weights
 
 

@@ -6,18 +6,16 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import accumulation, blockwise, rope
 from shiq_jax.models import cache as caches
-from shiq_jax.models.accumulation import Leaves
 from shiq_jax.models.attention import attention, branching
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.layers import PROJECTED, Declaring, Embedding, Layer, Norm, Projection, Settings
 from shiq_jax.models.lora import Lora
-from shiq_jax.models.tracked import BOOKED, Accumulator
+from shiq_jax.models.tracked import BOOKED
 from shiq_jax.models.visibility import NEVER, Visibility, cached
 
 # What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
@@ -55,39 +53,22 @@ class Decoder(nnx.Module):
         positions: Int[Array, "#rows length"],
         visibility: Visibility,
         settings: Settings,
-        acc: Accumulator | None = None,
-        sums: Leaves | None = None,
-    ) -> tuple[Float[Array, "rows length features"], Accumulator | None]:
-        """Hidden states after the final norm, and the accumulator for the head.
-
-        acc: see `tracked`. sums: the layers' gradients are added to them, see `accumulation`.
-        """
+    ) -> Float[Array, "rows length features"]:
+        """Hidden states after the final norm."""
         attend, rotation = self._attention(settings), self._rotation(positions)
         definition, stack = nnx.split(self.layers)
 
         def layer(x, weights):
             return nnx.merge(definition, weights)(
-                x, rotation, lambda q, k, v: (attend(q, k, v, visibility), None), settings, acc
+                x, rotation, lambda q, k, v: (attend(q, k, v, visibility), None), settings
             )
 
         if REMAT[settings.remat] is not None:
             # Inside a scan nothing can be merged across iterations, so the barrier against it would only cost.
             layer = jax.checkpoint(layer, policy=REMAT[settings.remat], prevent_cse=False)
-        x, after = self.embed(tokens, settings, acc, tied=self.head is None)
-        if sums is None:
-            return self.norm(jax.lax.scan(layer, x, stack)[0], acc), after
-        weights = flatten_dict(nnx.to_pure_dict(stack))
-
-        def body(carry, scanned):
-            x, passing = carry
-            number, weights = scanned
-            own, passing = accumulation.detour({path: weights[path] for path in sums}, passing, number)
-            return (layer(x, unflatten_dict(weights | own))[0], passing), None
-
-        carry = (x, {path: weights[path] for path in sums})
-        scanned = (jnp.arange(self.config.num_layers), jax.lax.stop_gradient(weights))
-        (x, passing), _ = jax.lax.scan(body, carry, scanned)
-        return self.norm(accumulation.end(x, passing, sums), acc), after
+        x = self.embed(tokens, settings)
+        x, _ = accumulation.scan(layer, x, nnx.to_pure_dict(stack), settings.sums)
+        return self.norm(x, settings)
 
     def extend(
         self,
@@ -116,9 +97,9 @@ class Decoder(nnx.Module):
             return (x, cache), None
 
         # The cache is carried, not scanned over, so that each write happens in place and copies no other slot.
-        carry = (self.embed(tokens, settings)[0], cache)
+        carry = (self.embed(tokens, settings), cache)
         (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
-        return self.norm(x), cache
+        return self.norm(x, settings), cache
 
     def branch(
         self,
@@ -149,9 +130,9 @@ class Decoder(nnx.Module):
             x, branches = nnx.merge(definition, weights)(x, rotation, remember, settings)
             return (x, branches), None
 
-        carry = (self.embed(tokens, settings)[0], branches)
+        carry = (self.embed(tokens, settings), branches)
         (x, branches), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
-        return self.norm(x), branches
+        return self.norm(x, settings), branches
 
     def _attention(self, settings: Settings) -> Callable:
         scale = self.config.head_dim**-0.5

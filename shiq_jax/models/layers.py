@@ -5,7 +5,7 @@ initialisation, abstract shapes, shardings, loading and saving; nothing else rep
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from shiq_jax.models import rope, tracked
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.lora import Lora
-from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked import NormTracker
 from shiq_jax.models.tracked_vocabulary import lookup
 from shiq_jax.sharding import constrain
 
@@ -29,12 +29,18 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Settings(NamedTuple):
-    """How a forward pass is run: dtype of activations, mesh, rematerialisation, attention engine."""
+    """How a forward pass is run, for all its modules.
+
+    dtype: of activations. remat: see `decoder.REMAT`. engine: of attention. tracker: of the rows' gradient norms, see
+    `tracked`. sums: what the layers' gradients are added to, see `accumulation`.
+    """
 
     dtype: jnp.dtype
     mesh: Mesh | None
     remat: str
     engine: str
+    tracker: NormTracker | None = None
+    sums: Mapping[str, Any] | None = None
 
 
 class Declaring(NamedTuple):
@@ -79,14 +85,14 @@ class Projection(nnx.Module):
             self.lora_a = _parameter(declaring, uniform, (*inputs.values(), rank), (*inputs, "rank"))
             self.lora_b = _parameter(declaring, nnx.initializers.zeros, (rank, *outputs.values()), ("rank", *outputs))
 
-    def __call__(self, x: jax.Array, dtype: jnp.dtype, acc: Accumulator | None = None) -> jax.Array:
-        x, product = x.astype(dtype), tracked.product(self.contracted)
-        out = tracked.apply(product, x, self.kernel[...], acc)
+    def __call__(self, x: jax.Array, settings: Settings) -> jax.Array:
+        x, product, tracker = x.astype(settings.dtype), tracked.product(self.contracted), settings.tracker
+        out = tracked.apply(product, x, self.kernel[...], tracker)
         if self.lora is not None:
-            inner = tracked.apply(product, x, self.lora_a[...], acc)
-            out = out + self.lora.scale * tracked.apply(tracked.product(1), inner, self.lora_b[...], acc)
+            inner = tracked.apply(product, x, self.lora_a[...], tracker)
+            out = out + self.lora.scale * tracked.apply(tracked.product(1), inner, self.lora_b[...], tracker)
         out = checkpoint_name(out, PROJECTED)
-        return out if self.bias is None else tracked.apply(tracked.SHIFT, out, self.bias[...], acc)
+        return out if self.bias is None else tracked.apply(tracked.SHIFT, out, self.bias[...], tracker)
 
 
 class Norm(nnx.Module):
@@ -96,12 +102,10 @@ class Norm(nnx.Module):
         self.scale = _parameter(declaring, nnx.initializers.ones, (size,), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(
-        self, x: Float[Array, "*rows features"], acc: Accumulator | None = None
-    ) -> Float[Array, "*rows features"]:
+    def __call__(self, x: Float[Array, "*rows features"], settings: Settings) -> Float[Array, "*rows features"]:
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(precise), axis=-1, keepdims=True) + self.epsilon)
-        return tracked.apply(tracked.SCALE, precise * inverse, self.scale[...], acc).astype(x.dtype)
+        return tracked.apply(tracked.SCALE, precise * inverse, self.scale[...], settings.tracker).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -110,15 +114,14 @@ class Embedding(nnx.Module):
     def __init__(self, declaring: Declaring, vocabulary: int, size: int, std: float):
         self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
 
-    def __call__(
-        self, tokens: Int[Array, "rows length"], settings: Settings, acc: Accumulator | None = None, tied: bool = False
-    ) -> tuple[Float[Array, "rows length features"], Accumulator | None]:
-        """The tokens' vectors, and the accumulator for what follows; tied: the table is also the head."""
+    @jax.named_scope("embed")
+    def __call__(self, tokens: Int[Array, "rows length"], settings: Settings) -> Float[Array, "rows length features"]:
+        """The tokens' vectors."""
         # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
         # features would first be cut the wrong way.
         table = constrain(self.table[...], ("vocab", "features"), settings.mesh)
-        vectors, acc = (table[tokens], None) if acc is None else lookup(table, tokens, acc, tied)
-        return constrain(vectors.astype(settings.dtype), ("rows", "length", "features"), settings.mesh), acc
+        vectors = table[tokens] if settings.tracker is None else lookup(table, tokens, settings.tracker)
+        return constrain(vectors.astype(settings.dtype), ("rows", "length", "features"), settings.mesh)
 
 
 class Attention(nnx.Module):
@@ -139,15 +142,16 @@ class Attention(nnx.Module):
             Norm(declaring, config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
         )
 
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
-        q, k, v = (project(x, settings.dtype, acc) for project in (self.query, self.key, self.value))
+    @jax.named_scope("attention")
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+        q, k, v = (project(x, settings) for project in (self.query, self.key, self.value))
         if self.query_norm is not None:
-            q, k = self.query_norm(q, acc), self.key_norm(k, acc)
+            q, k = self.query_norm(q, settings), self.key_norm(k, settings)
         q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         q = constrain(q, ("rows", "length", "heads", "head_dim"), settings.mesh)
         k, v = (constrain(each, ("rows", None, "kv_heads", "head_dim"), settings.mesh) for each in (k, v))
         mixed, memory = attend(q, k, v)
-        return self.output(mixed, settings.dtype, acc), memory
+        return self.output(mixed, settings), memory
 
 
 class GatedMlp(nnx.Module):
@@ -160,9 +164,10 @@ class GatedMlp(nnx.Module):
         self.up = Projection(declaring, embed, hidden, bias, std, "up_proj")
         self.down = Projection(declaring, hidden, embed, bias, std, "down_proj")
 
-    def __call__(self, x, settings: Settings, acc=None):
-        inner = jax.nn.silu(self.gate(x, settings.dtype, acc)) * self.up(x, settings.dtype, acc)
-        return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings.dtype, acc)
+    @jax.named_scope("mlp")
+    def __call__(self, x, settings: Settings):
+        inner = jax.nn.silu(self.gate(x, settings)) * self.up(x, settings)
+        return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings)
 
 
 class Layer(nnx.Module):
@@ -174,9 +179,9 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(declaring, config)
 
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings, acc=None):
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
         """`x` [rows, length, features] after this layer, and whatever `attend` returned beside its result."""
-        mixed, memory = self.attention(self.attention_norm(x, acc), rotation, attend, settings, acc)
+        mixed, memory = self.attention(self.attention_norm(x, settings), rotation, attend, settings)
         x = constrain(x + mixed, ("rows", "length", "features"), settings.mesh)
-        x = x + self.mlp(self.mlp_norm(x, acc), settings, acc)
+        x = x + self.mlp(self.mlp_norm(x, settings), settings)
         return constrain(x, ("rows", "length", "features"), settings.mesh), memory

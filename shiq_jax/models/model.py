@@ -21,8 +21,9 @@ from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.layers import Settings
 from shiq_jax.models.lora import Lora, only_adapters, without_adapters
 from shiq_jax.models.statistics import sharded_token_stats
-from shiq_jax.models.tracked import Accumulator
+from shiq_jax.models.tracked import NormTracker
 from shiq_jax.models.tracked_vocabulary import statistics as tracked_statistics
+from shiq_jax.models.tracked_vocabulary import tied
 from shiq_jax.models.visibility import forest
 from shiq_jax.objectives import TokenStats, token_stats
 from shiq_jax.sharding import constrain, named_sharding
@@ -38,8 +39,9 @@ class Model:
     of activations and matrix products; None takes `dtype`. remat: what the backward pass keeps, one of "none", "dots",
     "full" (`decoder.REMAT`). engine: of attention (`attention.ENGINES`). lora: the adapters that its parameters hold,
     see `with_adapters`. generation_config: the source's generation_config.json, when there was one; it takes no part in
-    comparison. Change a copy with
-    `dataclasses.replace(model, remat="full")`. Raises ValueError for an unknown remat or engine.
+    comparison. tracker, sums: what a backward pass reports to and adds to; set by `tracking` and `accumulating`, whose
+    result belongs to one traced function. Change a copy with `dataclasses.replace(model, remat="full")`. Raises
+    ValueError for an unknown remat or engine.
     """
 
     config: DecoderConfig
@@ -50,6 +52,8 @@ class Model:
     engine: str = "xla"
     lora: Lora | None = None
     generation_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+    tracker: NormTracker | None = dataclasses.field(default=None, repr=False)
+    sums: Params | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
@@ -82,47 +86,40 @@ class Model:
         tokens: Int[Array, "rows length"],
         positions: Int[Array, "rows length"] | None = None,
         intervals: Int[Array, "rows length 2"] | None = None,
-        *,
-        acc: Accumulator | None = None,
-        sums: Params | None = None,
-    ) -> Float[Array, "rows length features"] | tuple[Float[Array, "rows length features"], Accumulator]:
+    ) -> Float[Array, "rows length features"]:
         """Hidden states after the final norm, in `compute_dtype`; the one at index i predicts what follows token i.
 
         positions: of each token on its own path (default 0, 1, 2, ...). intervals: `[enter, exit)` of each token's node
         in a depth-first forest; token k is seen by token q iff k comes not later and enter[k] <= enter[q] < exit[k]
         (default: all earlier tokens of the row are seen). Token ids outside the vocabulary are the caller's fault and
-        are not detected.
-
-        acc: tells the norms of the rows' gradients apart (`tracked`); the result is then a pair with the accumulator
-        that the head is to be handed. sums: a nested dict with those parameters of `params["layers"]` whose gradients
-        are to be added to what it holds, and become the sum; the others have then no gradient.
+        are not detected. Raises ValueError when the model tracks a pass over other tokens.
         """
+        if self.tracker is not None and self.tracker.tie is not None and tokens is not self.tracker.tie.tokens:
+            raise ValueError("the model tracks a pass over other tokens: give `tracking` and `hidden` the same array")
         length = tokens.shape[-1]
         tokens = constrain(tokens, ("rows", "length"), self.mesh)
         positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
-        decoder, sums = self._decoder(params), None if sums is None else flatten_dict(dict(sums))
-        hidden, after = decoder.hidden(tokens, positions, forest(intervals, length), self._settings, acc, sums)
-        return hidden if acc is None else (hidden, after)
+        return self._decoder(params).hidden(tokens, positions, forest(intervals, length), self._settings)
 
+    @jax.named_scope("statistics")
     def token_stats(
         self,
         params: Params,
         hidden: Float[Array, "*rows features"],
         tokens: Int[Array, "*rows"],
         *,
-        acc: Accumulator | None = None,
         extra: tuple[str, ...] = (),
     ) -> TokenStats:
         """`objectives.token_stats` of `tokens` under this head: hidden [..., D] predicts tokens [...].
 
         With a mesh the rows (first dimension) and the vocabulary are computed where they live; no logits array is ever
-        whole. acc: what `hidden` returned; hidden states are then `[rows, A, features]`.
+        whole. A model that tracks norms takes hidden states `[rows, A, features]` and raises ValueError for `extra`.
         """
         unembedding = self._decoder(params).unembedding()
-        if acc is not None:
+        if self.tracker is not None:
             if extra:
-                raise ValueError(f"extra is {extra}, but of rows that are told apart there is no such statistic")
-            return tracked_statistics(hidden, unembedding, tokens, acc, self.mesh)
+                raise ValueError(f"extra is {extra}, which a model that tracks gradient norms does not compute")
+            return tracked_statistics(hidden, unembedding, tokens, self.tracker, self.mesh)
         return self._statistics(hidden, unembedding, tokens, extra)
 
     def project(self, params: Params, hidden: Float[Array, "*rows features"]) -> Float[Array, "*rows vocab"]:
@@ -140,6 +137,25 @@ class Model:
     ) -> Float[Array, "rows length vocab"]:
         """Raw logits of whole rows, in float32; an array of rows * length * vocab_size, for tests and small models."""
         return self.project(params, self.hidden(params, tokens, positions, intervals))
+
+    def tracking(self, tracker: NormTracker, tokens: Int[Array, "rows length"]) -> "Model":
+        """This model, reporting to `tracker` the gradient norm of each row of one pass over `tokens`.
+
+        `hidden` and `token_stats` of the result are those of that pass: each is called once, `hidden` with this very
+        array of tokens.
+        """
+        if self.config.tie_word_embeddings:
+            precise = jnp.promote_types(self.dtype, jnp.float32)
+            tracker = tied(tracker, tokens, self.config.hidden_size, precise)
+        return dataclasses.replace(self, tracker=tracker)
+
+    def accumulating(self, sums: Params) -> "Model":
+        """This model, whose layers' gradients are added in place to `sums`, and become the sums.
+
+        sums: nested dict, some leaves of `params["layers"]` by the same names; the other layers' leaves then have no
+        gradient.
+        """
+        return dataclasses.replace(self, sums=sums)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of up to `length` tokens, left padding and all continuations included."""
@@ -232,7 +248,7 @@ class Model:
 
     @property
     def _settings(self) -> Settings:
-        return Settings(self.compute_dtype, self.mesh, self.remat, self.engine)
+        return Settings(self.compute_dtype, self.mesh, self.remat, self.engine, self.tracker, self.sums)
 
     def _decoder(self, params: Params) -> Decoder:
         definition, _, axes = _declared(self.config, self.dtype, self.lora)

@@ -1,11 +1,11 @@
 """Parametric operations whose backward pass also says how long each row's own gradient is.
 
-Every operation that owns a parameter may be handed an `Accumulator`, whose value need not be read. What the operation
+Every operation that owns a parameter may be given a `NormTracker`, whose value need not be read. What the operation
 returns as its cotangent is the squared norm, row by row, of the gradient of this parameter, so that the cotangents of
 all operations add up to that of the whole gradient, through scans and rematerialisation alike. No gradient of a single
 row is held: ghost norms (Goodfellow, 2015, arXiv 1510.01799; Li et al., 2021, arXiv 2110.05679). With a `rule` each
 operation clips its rows before it adds them up (He et al., 2022, arXiv 2212.01539). With the rule `GIVEN` it scales
-them by the accumulator's value, in which the gradients of the parameters, and nothing else, are then linear.
+them by the tracker's value, in which the gradients of the parameters, and nothing else, are then linear.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUDGET = 2**26
 CANCELLED = 2.0**-7
 # By how much a squared norm is rounded up, over what it is summed up from.
 ROUNDING = 2.0**-20
-# The rule by which rows are scaled with the accumulator's own value, whatever their norms.
+# The rule by which rows are scaled with the tracker's own value, whatever their norms.
 GIVEN = "given"
 # By this name the backward pass keeps the cotangents that, with that rule, the parameters' gradients are made of.
 BOOKED = "cotangent of a tracked operation"
@@ -41,26 +41,31 @@ BOOKED = "cotangent of a tracked operation"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Accumulator:
-    """What is handed to the parametric operations of a forward pass over rows of which each is a unit of its own.
+class NormTracker:
+    """Gradient norms of the rows of one forward pass, each row a unit; `Model.tracking` gives it to all operations.
 
     Attributes:
-        squares: of which the cotangent is each row's squared norm; its value is read by the rule `GIVEN` alone.
-        link: what a tied embedding hands to the head, see `lookup`; None before it and where nothing is tied.
-        rule: norms [rows] -> factors [rows], with which every operation scales the rows' gradients of its own
-            parameter; None for 1; `GIVEN` for the value of `squares`.
+        squares: its cotangent is each row's squared gradient norm; its value is read by the rule `GIVEN` alone.
+        tie: connects the two uses of a tied table, see `tracked_vocabulary.tied`; None where the table is not tied.
+        rule: norms [rows] -> factors [rows], by which every operation scales the rows' gradients of its own parameter;
+            None for 1; `GIVEN` for the value of `squares`.
     """
 
     squares: Float[Array, " rows"]
-    link: Link | None = None
+    tie: Tie | None = None
     rule: Callable[[Array], Array] | str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-class Link(NamedTuple):
-    """Between the two uses of a tied table: the tokens that were looked up, and zeros with a cotangent."""
+class Tie(NamedTuple):
+    """Connection between the two uses of a tied table: the tokens that are looked up, and zeros with cotangents.
+
+    The lookup sends the cotangent of its vectors through `looked_up`; the head sends, through `lines`, the lines of its
+    gradient that belong to the tokens.
+    """
 
     tokens: Int[Array, "rows length"]
-    zeros: Float[Array, "rows length features"]
+    looked_up: Float[Array, "rows length features"]
+    lines: Float[Array, "rows length features"]
 
 
 class Operation(NamedTuple):
@@ -78,11 +83,11 @@ class Operation(NamedTuple):
     of_rows: Callable[[Array, Array], tuple[Array, Array] | None] = lambda x, s: None
 
 
-def apply(operation: Operation, x: Array, weights: Array, acc: Accumulator | None) -> Array:
-    """The operation's result, tracked when there is an accumulator; then in reverse mode only."""
-    if acc is None:
+def apply(operation: Operation, x: Array, weights: Array, tracker: NormTracker | None) -> Array:
+    """The operation's result; with a tracker it can be differentiated in reverse mode only."""
+    if tracker is None:
         return operation.apply(x, weights)
-    return _tracked(operation, acc.rule, x, weights, acc.squares)
+    return _tracked(operation, tracker.rule, x, weights, tracker.squares)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,30 +2,32 @@
 
 A table E that is also the head has as gradient the sum of two matrices, and the squared norm of a sum is not the sum of
 the squared norms: the cross term is 2 sum_t <s_t, h_t>, s_t the cotangent of the vector that was looked up at place t
-and h_t the line of the head's gradient that belongs to the token there. The head comes later in the forward pass, so
-first in the backward one; it sends its h_t through a link of zeros, whose cotangent they are, to where s_t is known.
+and h_t the line of the head's gradient that belongs to the token there. Before either use `tied` makes two arrays of
+zeros whose cotangents are the s_t and the h_t, so that its own backward pass, which comes last, computes the norm.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from shiq_jax.models.statistics import sharded_token_stats
 from shiq_jax.models.tracked import (
-    GIVEN,
     HEAD,
     LOOKUP,
     ROUNDING,
-    Accumulator,
-    Link,
+    NormTracker,
+    Tie,
     accumulated,
     at_least,
     finite,
@@ -42,59 +44,99 @@ from shiq_jax.sharding import partition_spec
 BUDGET = 2**26
 
 
-def lookup(
-    table: Float[Array, "vocab features"], tokens: Int[Array, "rows length"], acc: Accumulator, tied: bool
-) -> tuple[Float[Array, "rows length features"], Accumulator]:
-    """The tokens' vectors, and the accumulator for what follows, linked to this table when it is tied."""
-    vectors, zeros = _lookup(acc.rule, 2 if tied else 1, table, tokens, acc.squares)
-    return vectors, dataclasses.replace(acc, link=Link(tokens, zeros) if tied else None)
+def tied(tracker: NormTracker, tokens: Int[Array, "rows length"], features: int, dtype: DTypeLike) -> NormTracker:
+    """The tracker of a model whose table of `features` columns is also its head, for one pass that looks up `tokens`.
+
+    dtype: of what the two uses send each other.
+    """
+    return dataclasses.replace(tracker, tie=Tie(tokens, *_tied((features, dtype), tracker.squares, tokens)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lookup(rule, uses, table, tokens, squares):
-    vectors = checkpoint_name(table, LOOKUP)[tokens]
-    return vectors, jnp.zeros_like(vectors)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tied(kind, squares, tokens):
+    zeros = jnp.zeros((*tokens.shape, kind[0]), kind[1])
+    return zeros, zeros
 
 
-def _lookup_forward(rule, uses, table, tokens, squares):
-    vectors = table.value[tokens.value]
-    kept = table.value, tokens.value, squares.value, () if table.perturbed else None
-    return (vectors, jnp.zeros_like(vectors)), kept
+def _tied_forward(kind, squares, tokens):
+    return _tied(kind, squares.value, tokens.value), (squares.value, tokens.value)
 
 
-def _lookup_backward(rule, uses, kept, cotangents):
-    table, tokens, squares, learns = kept
+def _tied_backward(kind, kept, cotangents):
+    squares, tokens = kept
+    if all(isinstance(each, SymbolicZero) for each in cotangents):
+        return None, None
     s, lines = map(instantiated, cotangents)
-    if learns is None:
-        return None, None, None
-    precise = jnp.promote_types(s.dtype, jnp.float32)
-    same = tokens[:, :, None] == tokens[:, None, :]
-    gram = accumulated("btd,bud->btu", s, s)
-    square = at_least(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)), jnp.sum(norms(s), axis=1))
+    square = _square_of_lookup(tokens, s)
     # The cross term may be below 0, and is rounded up as well.
-    square += 2 * jnp.sum(s.astype(precise) * lines, axis=(1, 2))
+    square += 2 * jnp.sum(s * lines, axis=(1, 2))
     square += 2 * ROUNDING * jnp.sum(norms(s) * norms(lines), axis=1)
-    s = scaled(only(finite(s), s), rule, square, squares, uses).astype(precise)
-    gradient = jnp.zeros(table.shape, precise).at[tokens].add(s)
-    return gradient.astype(table.dtype), None, square.astype(squares.dtype)
+    return square.astype(squares.dtype), None
+
+
+_tied.defvjp(_tied_forward, _tied_backward, symbolic_zeros=True)
+
+
+def lookup(
+    table: Float[Array, "vocab features"], tokens: Int[Array, "rows length"], tracker: NormTracker
+) -> Float[Array, "rows length features"]:
+    """The tokens' vectors, tracked."""
+    sent = None if tracker.tie is None else tracker.tie.looked_up.astype(table.dtype)
+    return _lookup(tracker.rule, table, tokens, tracker.squares, sent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(rule, table, tokens, squares, sent):
+    return checkpoint_name(table, LOOKUP)[tokens]
+
+
+def _lookup_forward(rule, table, tokens, squares, sent):
+    kept = table.value, tokens.value, squares.value, None if sent is None else (), () if table.perturbed else None
+    return table.value[tokens.value], kept
+
+
+def _lookup_backward(rule, kept, cotangent):
+    table, tokens, squares, tie, learns = kept
+    if learns is None:
+        return None, None, None, None
+    s = instantiated(cotangent)
+    joint = tie is not None and _has_one_norm(rule)
+    square = None if joint else _square_of_lookup(tokens, s).astype(squares.dtype)
+    scaled_s = scaled(only(finite(s), s), rule, square, squares, uses=1 if tie is None else 2)
+    precise = jnp.promote_types(s.dtype, jnp.float32)
+    gradient = jnp.zeros(table.shape, precise).at[tokens].add(scaled_s.astype(precise))
+    return gradient.astype(table.dtype), None, square, s if joint else None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward, symbolic_zeros=True)
+
+
+def _square_of_lookup(tokens: Int[Array, "rows length"], s: Float[Array, "rows length features"]):
+    """Squared norm of each row's gradient of the table, given the cotangents of the vectors."""
+    same = tokens[:, :, None] == tokens[:, None, :]
+    gram = accumulated("btd,bud->btu", s, s)
+    return at_least(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)), jnp.sum(norms(s), axis=1))
+
+
+def _has_one_norm(rule: Callable | str | None) -> bool:
+    """Whether the norm of a tied table is that of both uses: not where each operation clips its own use."""
+    return not callable(rule)
 
 
 def statistics(
     hidden: Float[Array, "rows A features"],
     unembedding: Float[Array, "features vocab"],
     tokens: Int[Array, "rows A"],
-    acc: Accumulator,
+    tracker: NormTracker,
     mesh: Mesh | None = None,
 ) -> TokenStats:
     """`objectives.token_stats` of tokens that hidden states predict, tracked; rows and words stay where they are."""
-    return _statistics(acc.rule, mesh, hidden, unembedding, tokens, acc.squares, acc.link)
+    tie = None if tracker.tie is None else (tracker.tie.tokens, tracker.tie.lines.astype(hidden.dtype))
+    return _statistics(tracker.rule, mesh, hidden, unembedding, tokens, tracker.squares, tie)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _statistics(rule, mesh, hidden, unembedding, tokens, squares, link):
+def _statistics(rule, mesh, hidden, unembedding, tokens, squares, tie):
     return _untracked(mesh, hidden, checkpoint_name(unembedding, HEAD), tokens)
 
 
@@ -104,13 +146,11 @@ def _untracked(mesh, hidden, unembedding, tokens):
     return sharded_token_stats(hidden, unembedding, tokens, mesh=mesh)
 
 
-def _statistics_forward(rule, mesh, hidden, unembedding, tokens, squares, link):
+def _statistics_forward(rule, mesh, hidden, unembedding, tokens, squares, tie):
     learns = () if unembedding.perturbed else None
-    hidden, unembedding, tokens, squares, link = jax.tree.map(
-        lambda leaf: leaf.value, (hidden, unembedding, tokens, squares, link), is_leaf=lambda x: hasattr(x, "perturbed")
-    )
+    looked_up = None if tie is None else tie[0].value
+    hidden, unembedding, tokens, squares = (each.value for each in (hidden, unembedding, tokens, squares))
     stats = _untracked(mesh, hidden, unembedding, tokens)
-    looked_up = None if link is None else link.tokens
     return stats, (hidden, unembedding, tokens, squares, looked_up, stats.lse, learns)
 
 
@@ -135,8 +175,7 @@ def _statistics_backward(rule, mesh, kept, cotangents):
             return _gradients(mesh, head._replace(own=own, shared=shared), squares=False)[2]
 
         to_weights = sum_of_scaled(head, square, squares)
-    # Where operations clip by themselves they clip either use of a tied table, which needs no cross term.
-    sent = None if looked_up is None or rule not in (None, GIVEN) else Link(None, head.lines(looked_up))
+    sent = (None, head.lines(looked_up)) if looked_up is not None and _has_one_norm(rule) else None
     return to_hidden, to_weights.astype(unembedding.dtype), None, square.astype(squares.dtype), sent
 
 

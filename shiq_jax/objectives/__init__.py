@@ -1,6 +1,11 @@
 """Losses of post-training as pure functions of token statistics; needs only jax, numpy and jaxtyping."""
 
+from shiq_jax.objectives.checks import check_options
+from shiq_jax.objectives.groups import GROUPS
 from shiq_jax.objectives.learned_values import dro_loss, oreo_loss, pcl_loss
+from shiq_jax.objectives.lift import View, lift
+from shiq_jax.objectives.options import Option
+from shiq_jax.objectives.pairs import DIFFERENCES, PAIRS, SUPERVISED
 from shiq_jax.objectives.policy_gradient import reinforce_loss
 from shiq_jax.objectives.preference import (
     apo_down_loss,
@@ -23,25 +28,38 @@ from shiq_jax.objectives.reference_free import cpo_loss, orpo_loss, simpo_loss
 from shiq_jax.objectives.registry import OBJECTIVES
 from shiq_jax.objectives.regressions import a_star_po_loss, copg_loss, group_mean_loss, rebel_loss, vargrad_loss
 from shiq_jax.objectives.residuals import bellman_residuals, shiq_loss, squared_residuals
+from shiq_jax.objectives.sequences import ACTIONS, LABELLED, SEQUENCES
 from shiq_jax.objectives.statistics import token_stats, token_stats_from_logits
 from shiq_jax.objectives.supervised import sft_loss
-from shiq_jax.objectives.types import Couple, Example, LossOut, Objective, TokenStats
-from shiq_jax.objectives.unpaired import apo_zero_unpaired_loss, kto_loss
+from shiq_jax.objectives.types import Couple, Example, LossOut, Objective, Sequence, TokenStats
+from shiq_jax.objectives.unpaired import ANSWERS, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.objectives.weighting import length_desensitised, wpo_weight
 
 __all__ = [
+    "ACTIONS",
+    "ANSWERS",
+    "DIFFERENCES",
+    "GROUPS",
+    "LABELLED",
     "OBJECTIVES",
+    "PAIRS",
+    "SEQUENCES",
+    "SUPERVISED",
     "Couple",
     "Example",
     "LossOut",
     "Objective",
+    "Option",
+    "Sequence",
     "TokenStats",
+    "View",
     "a_star_po_loss",
     "apo_down_loss",
     "apo_zero_loss",
     "apo_zero_unpaired_loss",
     "bco_loss",
     "bellman_residuals",
+    "check_options",
     "copg_loss",
     "cpo_loss",
     "cql_loss",
@@ -58,6 +76,7 @@ __all__ = [
     "ipo_loss",
     "kto_loss",
     "length_desensitised",
+    "lift",
     "mc_returns_loss",
     "nca_loss",
     "oreo_loss",

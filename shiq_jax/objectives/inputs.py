@@ -1,4 +1,4 @@
-"""The door of every loss: shapes and options are checked at trace time, masked entries replaced, floats widened."""
+"""Checks of shapes and options while a loss is traced; masked entries are replaced and floats widened here."""
 
 import math
 from numbers import Real
@@ -69,6 +69,12 @@ def check_positive(name: str, x: ArrayLike) -> None:
     """Raises ValueError for a number that is not positive and finite; arrays and traced values pass unread."""
     if isinstance(x, Real) and not (x > 0 and math.isfinite(x)):
         raise ValueError(f"{name} is {x} but must be a positive finite number.")
+
+
+def check_not_negative(name: str, x: ArrayLike) -> None:
+    """Raises ValueError for a number that is negative or not finite; arrays and traced values pass unread."""
+    if isinstance(x, Real) and not 0 <= x < math.inf:
+        raise ValueError(f"{name} is {x} but must be finite and not negative.")
 
 
 def check_discount(gamma: ArrayLike) -> None:

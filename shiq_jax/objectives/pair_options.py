@@ -1,51 +1,58 @@
 """Options that losses on pairs share: what becomes of the log-ratios before a loss reads them, of its value after."""
 
 import math
-from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from shiq_jax.objectives.inputs import as_mask, check_choice, masked
+from shiq_jax.objectives.inputs import check_choice, check_not_negative, masked
+from shiq_jax.objectives.lift import Shared
+from shiq_jax.objectives.options import Option, described, kind_of
 from shiq_jax.objectives.preference import DIVERGENCES, divergence_score
-from shiq_jax.objectives.types import Example
-from shiq_jax.objectives.weighting import wpo_weight
+from shiq_jax.objectives.reading import Reading
+from shiq_jax.objectives.weighting import length_desensitised, wpo_weight
 
-LOGRATIOS = ("chosen_logratio", "rejected_logratio")
+LOGRATIOS = frozenset({"chosen_logratio", "rejected_logratio"})
 
 
 class PairOptions(NamedTuple):
-    """As they are by default, they change nothing.
+    """Options of losses on pairs; the defaults change nothing.
+
+    Sources: RPO (arXiv 2404.19733), LD-DPO (2409.06411), WPO (2406.11827), f-DPO (2309.16240), in this order.
 
     Fields:
       rpo_alpha: weight, at least 0, of the chosen completion's negative log-likelihood per action, which is added to
-        the loss. Source: RPO (arXiv 2404.19733).
-      ld_alpha: in [0, 1], what an action counts that lies beyond the length of the shorter completion; see
-        `length_desensitised`. Source: LD-DPO (arXiv 2409.06411).
-      use_weighting: whether the loss, the likelihood with it, is multiplied by the `wpo_weight` of both completions.
-        Source: WPO (arXiv 2406.11827).
-      f_divergence: the kind of `divergence_score` that is put in the place of log-ratios. Source: f-DPO (2309.16240).
-      f_alpha: the alpha of "alpha_divergence", a number; None with every other.
+        the loss.
+      ld_alpha: weight, from 0 to 1, of actions beyond the length of the shorter completion.
+      use_weighting: multiply the loss, its likelihood too, by how likely the policy is to write both completions.
+      f_divergence: the divergence that keeps the policy near the reference.
+      f_alpha: alpha of the divergence alpha_divergence, and of no other.
     """
 
     rpo_alpha: ArrayLike | None = None
     ld_alpha: ArrayLike | None = None
     use_weighting: bool = False
-    f_divergence: str = "reverse_kl"
+    f_divergence: Literal[DIVERGENCES] = "reverse_kl"
     f_alpha: float | None = None
 
 
-def options_of(reads: Sequence[str], *, coupled: bool, differential: bool, supervised: bool) -> tuple[str, ...]:
-    """Which of the options make sense for a loss that reads these sums; see `pairwise` for the others.
+def options_of(reads: frozenset[str], coupled: bool, *, differential: bool, supervised: bool) -> dict[str, Option]:
+    """The options that make sense for a loss that reads these inputs.
 
     Late actions may count for less where a loss contrasts log-ratios and nothing else: averages have their own answer
     to unlike lengths, and rewards are owed to all actions. Another divergence holds for the difference of two scores
     only, in which an unknown function of the prompt cancels. A loss that sorts its batch has no weight for a pair.
+
+    Args:
+      reads, coupled: as in `Shared`.
+      differential: whether the loss reads the log-ratios as their difference alone.
+      supervised: whether the chosen completion's likelihood is a term of the loss.
     """
-    contrasts = tuple(reads) == LOGRATIOS
+    contrasts = reads == LOGRATIOS
     makes_sense = {
         "rpo_alpha": not supervised,
         "ld_alpha": contrasts,
@@ -53,15 +60,21 @@ def options_of(reads: Sequence[str], *, coupled: bool, differential: bool, super
         "f_divergence": contrasts and differential,
         "f_alpha": contrasts and differential,
     }
-    return tuple(option for option in PairOptions._fields if makes_sense[option])
+    texts, kinds = described(PairOptions), PairOptions.__annotations__
+    return {
+        name: Option(kind_of(kinds[name]), default, texts[name])
+        for name, default in PairOptions._field_defaults.items()
+        if makes_sense[name]
+    }
 
 
-def check_options(options: PairOptions) -> None:
-    """Raises ValueError for numbers out of range and options that do not go together; traced values pass unread."""
+def chosen_options(reading: Reading) -> PairOptions:
+    """The options of a pair; raises ValueError for numbers out of range and options that do not go together."""
+    given = {name: reading.options[name] for name in PairOptions._fields if name in reading.options}
+    options = PairOptions(**given)
     rpo_alpha, ld_alpha, _, f_divergence, f_alpha = options
     check_choice("f_divergence", f_divergence, DIVERGENCES)
-    if isinstance(rpo_alpha, Real) and not 0 <= rpo_alpha < math.inf:
-        raise ValueError(f"rpo_alpha is {rpo_alpha} but must be finite and not negative.")
+    check_not_negative("rpo_alpha", rpo_alpha)
     if isinstance(ld_alpha, Real) and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha is {ld_alpha} but must lie in [0, 1].")
     if (f_divergence == "alpha_divergence") != (f_alpha is not None):
@@ -71,26 +84,40 @@ def check_options(options: PairOptions) -> None:
         )
     if f_alpha is not None and not math.isfinite(f_alpha):
         raise ValueError(f"f_alpha is {f_alpha} but must be a finite number.")
+    return options
 
 
-def scores(sums: Mapping[str, Array], options: PairOptions) -> dict[str, Array]:
-    """What the loss reads where it would read log-ratios, by their names."""
-    kind, alpha = options.f_divergence, options.f_alpha
-    if kind == "reverse_kl":
-        return {}
-    more = {} if alpha is None else {"alpha": alpha}
-    return {name: divergence_score(sums[name], kind=kind, **more) for name in LOGRATIOS}
+def total_over_actions(values: Array, reading: Reading) -> Array:
+    """Sums [2] over the actions of either completion, those beyond the shorter one's length times `ld_alpha`."""
+    ld_alpha, mask = reading["pair_options"].ld_alpha, reading.mask
+    if ld_alpha is None:
+        return jnp.sum(values, axis=-1)
+    late = partial(length_desensitised, shared=jnp.min(jnp.sum(mask, axis=-1)), alpha=ld_alpha)
+    return jax.vmap(late)(values, mask)
 
 
-def finished(value: Array, example: Example, options: PairOptions) -> tuple[Array, dict[str, Array]]:
+def score(logratio: Array, reading: Reading) -> Array:
+    """What losses read as a log-ratio: its score under another divergence, or the log-ratio."""
+    options = reading["pair_options"]
+    if options.f_divergence == "reverse_kl":
+        return logratio
+    more = {} if options.f_alpha is None else {"alpha": options.f_alpha}
+    return divergence_score(logratio, kind=options.f_divergence, **more)
+
+
+def finished(value: Array, reading: Reading) -> tuple[Array, dict[str, Array]]:
     """The value of a pair's loss with its likelihood and its weight, and these two as metrics where they are used."""
-    metrics = {}
-    mask = as_mask(example.action_mask)
+    options, example, metrics = reading["pair_options"], reading.example, {}
     if options.rpo_alpha is not None:
-        chosen = masked(example.policy.logp[0], mask[0])
-        metrics["nll/chosen"] = -jnp.sum(chosen) / jnp.maximum(jnp.sum(mask[0]), 1)
+        chosen = masked(example.policy.logp[0], reading.mask[0])
+        metrics["nll/chosen"] = -jnp.sum(chosen) / jnp.maximum(jnp.sum(reading.mask[0]), 1)
         value = value + options.rpo_alpha * metrics["nll/chosen"]
     if options.use_weighting:
-        metrics["weight/pair"] = jnp.prod(jax.vmap(wpo_weight)(example.policy, mask))
+        metrics["weight/pair"] = jnp.prod(jax.vmap(wpo_weight)(example.policy, reading.mask))
         value = value * metrics["weight/pair"]
     return value, metrics
+
+
+def shared(*, differential: bool = False, supervised: bool = False) -> Shared:
+    """The shared options of losses of one kind; see `options_of`."""
+    return Shared(partial(options_of, differential=differential, supervised=supervised), finished)

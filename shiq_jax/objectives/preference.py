@@ -33,7 +33,7 @@ def dpo_loss(
 
     Args:
       chosen_logratio, rejected_logratio: as the module says.
-      beta: temperature > 0.
+      beta: temperature of the KL regularisation, > 0.
       label_smoothing: eps in [0, 1/2), the assumed rate of wrong labels.
 
     Returns:
@@ -89,6 +89,9 @@ def dpop_loss(
     penalty: ArrayLike = 5.0,
 ) -> Float[Array, "..."]:
     """DPO-Positive: -log s(beta (d - penalty max(0, -chosen_logratio))), which keeps the chosen completion likely.
+
+    Args:
+      penalty: cost of a chosen completion that becomes less likely.
 
     Source: arXiv 2402.13228.
     """
@@ -163,7 +166,10 @@ def bco_loss(
 ) -> Float[Array, "..."]:
     """-log s(beta w - shift) - log s(shift - beta l) of log-ratios w, l: a classifier of good and bad completions.
 
-    shift: a constant, such as the running mean of both rewards. Source: BCO (arXiv 2404.04656).
+    Args:
+      shift: reward between good and bad completions, such as the running mean of both rewards.
+
+    Source: BCO (arXiv 2404.04656).
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     return -jax.nn.log_sigmoid(chosen - shift) - jax.nn.log_sigmoid(shift - rejected)
@@ -211,6 +217,9 @@ def discopop_loss(
     tau: ArrayLike = 0.05,
 ) -> Float[Array, "..."]:
     """(1 - w) (-log s(z)) + w exp(-z) with z = beta d and w = s(z / tau): a blend that a language model discovered.
+
+    Args:
+      tau: how gradually the two parts are blended, > 0.
 
     Source: DiscoPOP (arXiv 2406.08414, eq. 5).
     """

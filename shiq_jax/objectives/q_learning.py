@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_discount, check_sequence, masked, sequence_length, widened
+from shiq_jax.objectives.inputs import (
+    as_mask,
+    check_discount,
+    check_not_negative,
+    check_sequence,
+    masked,
+    sequence_length,
+    widened,
+)
 from shiq_jax.objectives.residuals import next_action, suffix_sum
 from shiq_jax.objectives.types import TokenStats
 
@@ -47,13 +55,15 @@ def ilql_loss(
     Args:
       q: statistics [T] of both heads. v: [T], value of the state before each token.
       target_q: the same heads with slowly averaged weights.
-      tau: expectile in (0, 1); above 1/2 V leans towards the better actions.
+      gamma: discount per action, in (0, 1].
+      tau: expectile of V in (0, 1); above 1/2 it leans towards the better actions.
+      alpha: weight of the cross-entropy that keeps Q low where no data are.
       bootstrap: V of the state in which the sequence was cut.
 
     Source: arXiv 2206.11871.
     """
     length = sequence_length(action_mask)
-    _check(length, gamma, rewards=rewards, v=v)
+    _check(length, gamma, alpha, rewards=rewards, v=v)
     if isinstance(tau, Real) and not 0 < tau < 1:
         raise ValueError(f"tau is {tau} but an expectile lies in (0, 1).")
     mask = as_mask(action_mask)
@@ -81,7 +91,7 @@ def cql_loss(
     Args as `ilql_loss`; bootstrap: the smaller target Q of the action after the cut. Source: arXiv 2006.04779, in the
     form of LMRL-Gym, whose next action is the data's.
     """
-    _check(sequence_length(action_mask), gamma, rewards=rewards)
+    _check(sequence_length(action_mask), gamma, alpha, rewards=rewards)
     mask = as_mask(action_mask)
     heads, targets = (_taken(each, mask, name) for each, name in ((q, "q"), (target_q, "target_q")))
     smaller = jnp.minimum(*targets)
@@ -100,7 +110,7 @@ def mc_returns_loss(
     bootstrap: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """One Q head towards the discounted return that followed: (Q - G)^2 / 2 - alpha logp. Args as `ilql_loss`."""
-    _check(sequence_length(action_mask), gamma, rewards=rewards)
+    _check(sequence_length(action_mask), gamma, alpha, rewards=rewards)
     mask = as_mask(action_mask)
     (head,) = _taken((q,), mask, "q")
     gains = masked(rewards, mask)
@@ -125,7 +135,7 @@ def soft_q_loss(
       delta: where the square of the Huber loss becomes a line.
       bootstrap: the log-sum-exp at the cut. Others as `ilql_loss`.
     """
-    _check(sequence_length(action_mask), gamma, rewards=rewards, target_lse=target_lse)
+    _check(sequence_length(action_mask), gamma, 0, rewards=rewards, target_lse=target_lse)
     mask = as_mask(action_mask)
     (head,) = _taken((q,), mask, "q")
     soft = masked(target_lse, mask)
@@ -151,7 +161,8 @@ def _beyond(bootstrap, like) -> Array:
     return jnp.zeros((), like.dtype) if bootstrap is None else widened(bootstrap)
 
 
-def _check(length: int, gamma, **arrays) -> None:
+def _check(length: int, gamma, alpha, **arrays) -> None:
     check_discount(gamma)
+    check_not_negative("alpha", alpha)
     for name, array in arrays.items():
         check_sequence(name, array, length)

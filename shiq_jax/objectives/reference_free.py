@@ -22,7 +22,11 @@ def cpo_loss(
     alpha: ArrayLike = 1.0,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """`dpo_loss` of log-probabilities in the place of log-ratios, less alpha chosen_logp.
+    """`dpo_loss` of log-probabilities instead of log-ratios, less alpha chosen_logp.
+
+    Args:
+      beta: scale of the contrast, > 0.
+      alpha: weight of the chosen completion's log-likelihood.
 
     Source: CPO (arXiv 2401.08417). TRL averages its supervised term over tokens: give `alpha / chosen_length` for that.
     """
@@ -41,7 +45,12 @@ def simpo_loss(
 ) -> Float[Array, "..."]:
     """-log s(beta (chosen average - rejected average) - margin) of average log-probabilities per action.
 
-    Lengths count actions. margin is the paper's gamma. Source: SimPO (arXiv 2405.14734, eq. 6).
+    Args:
+      chosen_length, rejected_length: numbers of actions.
+      beta: scale of the contrast, > 0.
+      margin: lead of the chosen completion, the paper's gamma.
+
+    Source: SimPO (arXiv 2405.14734, eq. 6).
     """
     chosen, rejected = _averages(chosen_logp, rejected_logp, chosen_length, rejected_length)
     check_positive("beta", beta)
@@ -58,8 +67,11 @@ def orpo_loss(
 ) -> Float[Array, "..."]:
     """Average negative log-likelihood of the chosen completion, less beta log s of the log of the odds' ratio.
 
-    The odds are p / (1 - p) of p = exp(average log-probability per action), the average at most -1e-6. beta is the
-    paper's lambda. The likelihood is that of the completion; TRL's takes the prompt in.
+    The odds are p / (1 - p) of p = exp(average log-probability per action), the average at most -1e-6. The likelihood
+    is that of the completion; TRL's includes the prompt.
+
+    Args:
+      beta: weight of the contrast, the paper's lambda, > 0.
 
     Source: ORPO (arXiv 2403.07691).
     """

@@ -21,7 +21,7 @@ def vargrad_loss(
     Args:
       logratios, returns: of the answers to one prompt, in nats and units of reward.
       real: which of them there are; the others get 0 and may hold anything.
-      beta: temperature > 0.
+      beta: temperature of the KL regularisation, in units of reward per nat.
 
     Source: VarGrad (arXiv 2010.10436), Trajectory Balance with Asynchrony (2503.18929).
     """
@@ -52,7 +52,10 @@ def a_star_po_loss(
 ) -> Float[Array, "... K"]:
     """(beta lr + V - R)^2 of each answer, V = value_beta ln mean exp(R / value_beta) over the reference's answers.
 
-    The answers must be samples of the reference. Args as `vargrad_loss`; value_beta: the temperature of V.
+    The answers must be samples of the reference. Others as in `vargrad_loss`.
+
+    Args:
+      value_beta: temperature of V, the prompt's value, > 0.
 
     Source: A*-PO (arXiv 2505.20686).
     """

@@ -11,7 +11,7 @@ always means the next *action*: tokens that the model did not choose neither dis
 """
 
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +30,30 @@ from shiq_jax.objectives.inputs import (
     widened,
 )
 from shiq_jax.objectives.types import TokenStats
+
+
+class Axes(NamedTuple):
+    """The axes of `bellman_residuals`.
+
+    Fields:
+      horizon: how far a residual looks: to the end, one action, from the first action only, or n actions.
+      n: the number of steps of "n_step", a Python integer; None otherwise.
+      value: what V is. "lse_shift": beta (lse - lse_ref), the shifted value of ShiQ. "lse": beta lse, without the
+        shift. "given": `values`. "none": 0.
+      values: V for "given", [T], or a scalar V(s_1) for "trajectory": value heads, offline values, group or pair
+        baselines. Gradients flow; stop them outside where they should not.
+      bootstrap: scalar V of the state in which a truncated sequence was cut, instead of the zero after its last
+        action; None for complete sequences.
+      gradient: "full" differentiates everything; "semi" takes all that lies after action t as a constant, which stays
+        unbiased when users or tools answer at random. The values are the same.
+    """
+
+    horizon: Literal["multi", "one", "trajectory", "n_step"] = "multi"
+    n: int | None = None
+    value: Literal["lse_shift", "lse", "given", "none"] = "lse_shift"
+    values: Float[Array, " T"] | Float[Array, ""] | None = None
+    bootstrap: Float[Array, ""] | None = None
+    gradient: Literal["full", "semi"] = "full"
 
 
 def shiq_loss(
@@ -91,12 +115,7 @@ def bellman_residuals(
     *,
     beta: ArrayLike,
     gamma: ArrayLike = 1.0,
-    horizon: Literal["multi", "one", "trajectory", "n_step"] = "multi",
-    n: int | None = None,
-    value: Literal["lse_shift", "lse", "given", "none"] = "lse_shift",
-    values: Float[Array, " T"] | Float[Array, ""] | None = None,
-    bootstrap: Float[Array, ""] | None = None,
-    gradient: Literal["full", "semi"] = "full",
+    **axes: Any,
 ) -> Float[Array, " T"]:
     """Soft Bellman residuals at the actions of one sequence: what follows a state, less the state's value.
 
@@ -109,16 +128,7 @@ def bellman_residuals(
 
     Args:
       policy, reference, rewards, action_mask, beta, gamma: as in `shiq_loss`.
-      horizon: as above.
-      n: the number of steps of "n_step", a Python integer; None otherwise.
-      value: what V is. "lse_shift": beta (lse - lse_ref), the shifted value of ShiQ. "lse": beta lse, without the
-        shift. "given": `values`. "none": 0.
-      values: V for "given", [T], or a scalar V(s_1) for "trajectory": value heads, offline values, group or pair
-        baselines. Gradients flow; stop them outside where they should not.
-      bootstrap: scalar V of the state in which a truncated sequence was cut, in the place of the zero after its last
-        action; None for complete sequences.
-      gradient: "full" differentiates everything; "semi" takes all that lies after action t as a constant, which stays
-        unbiased when users or tools answer at random. The values are the same.
+      axes: `horizon`, `n`, `value`, `values`, `bootstrap` and `gradient`, by name; see `Axes`.
 
     Returns:
       [T] in units of reward, 0 off the actions. Computed in fp32 (fp64 for fp64).
@@ -130,9 +140,11 @@ def bellman_residuals(
     Source: ShiQ (arXiv 2505.11081) for "multi" with "lse_shift"; ReVal (2603.23355), TBRM (2505.15311), OREO
       (2412.16145), PCL (1702.08892) and DRO (2405.19107) are other points of the same axes.
     """
-    length = sequence_length(action_mask)
-    check_axes(horizon, n, value, values, gradient, beta, gamma)
-    _check_arrays(policy, reference, rewards, value, values, bootstrap, horizon, length)
+    horizon, n, value, values, bootstrap, gradient = chosen = Axes(**axes)
+    check_axes(chosen)
+    check_positive("beta", beta)
+    check_discount(gamma)
+    _check_arrays(policy, reference, rewards, chosen, sequence_length(action_mask))
     mask = as_mask(action_mask)
 
     soft_rewards = masked(rewards, mask) - beta * logratios(policy, reference, mask)
@@ -223,13 +235,12 @@ def _reverse_affine(scale: Array, shift: Array, beyond: Array) -> Float[Array, "
     return scales * beyond + shifts
 
 
-def check_axes(horizon, n, value, values, gradient, beta, gamma) -> None:
-    """Raises ValueError for options of `bellman_residuals` that are out of range or do not go together."""
+def check_axes(axes: Axes) -> None:
+    """Raises ValueError for axes of `bellman_residuals` that are out of range or do not go together."""
+    horizon, n, value, values, _, gradient = axes
     check_choice("horizon", horizon, ("multi", "one", "trajectory", "n_step"))
     check_choice("value", value, ("lse_shift", "lse", "given", "none"))
     check_choice("gradient", gradient, ("full", "semi"))
-    check_positive("beta", beta)
-    check_discount(gamma)
     if (horizon == "n_step") != (n is not None):
         raise ValueError(f"n is {n} with horizon={horizon!r}; give n with horizon='n_step' and with no other.")
     if n is not None and not (isinstance(n, Integral) and n >= 1):
@@ -241,16 +252,16 @@ def check_axes(horizon, n, value, values, gradient, beta, gamma) -> None:
         raise ValueError("gradient='semi' with horizon='trajectory' would train the first token only; use 'full'.")
 
 
-def _check_arrays(policy, reference, rewards, value, values, bootstrap, horizon, length) -> None:
+def _check_arrays(policy, reference, rewards, axes: Axes, length: int) -> None:
     check_sequence("rewards", rewards, length)
     check_sequence("policy.logp", policy.logp, length)
-    if value in ("lse", "lse_shift"):
+    if axes.value in ("lse", "lse_shift"):
         check_sequence("policy.lse", policy.lse, length)
     if reference is not None:
         check_sequence("reference.logp", reference.logp, length)
-        if value == "lse_shift":
+        if axes.value == "lse_shift":
             check_sequence("reference.lse", reference.lse, length)
-    if values is not None and not (horizon == "trajectory" and jnp.ndim(values) == 0):
-        check_sequence("values", values, length)
-    if bootstrap is not None and jnp.ndim(bootstrap) != 0:
-        raise ValueError(f"bootstrap has shape {jnp.shape(bootstrap)} but must be one scalar per sequence.")
+    if axes.values is not None and not (axes.horizon == "trajectory" and jnp.ndim(axes.values) == 0):
+        check_sequence("values", axes.values, length)
+    if axes.bootstrap is not None and jnp.ndim(axes.bootstrap) != 0:
+        raise ValueError(f"bootstrap has shape {jnp.shape(axes.bootstrap)} but must be one scalar per sequence.")

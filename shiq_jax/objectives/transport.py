@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from shiq_jax.objectives.pairs import pair_sums
+from shiq_jax.objectives.lift import read_example
+from shiq_jax.objectives.pairs import PAIRS, both_real
 from shiq_jax.objectives.preference import dpo_loss
 from shiq_jax.objectives.types import Couple, Example
 
@@ -51,18 +52,14 @@ def aot_unpaired_loss(
 
 
 def _margins(example: Example) -> tuple[Array, Array, Array]:
-    sums = pair_sums(example, "aot")
-    margin = sums["chosen_logp"] - sums["rejected_logp"]
-    return margin, margin - (sums["chosen_logratio"] - sums["rejected_logratio"]), _real(sums)
+    reading = read_example(example, PAIRS, name="aot")
+    margin = reading["logp"][0] - reading["logp"][1]
+    return margin, margin - (reading["logratio"][0] - reading["logratio"][1]), both_real(reading)
 
 
 def _logratios(example: Example) -> tuple[Array, Array, Array]:
-    sums = pair_sums(example, "aot_unpaired")
-    return sums["chosen_logratio"], sums["rejected_logratio"], _real(sums)
-
-
-def _real(sums) -> Array:
-    return (sums["chosen_length"] > 0) & (sums["rejected_length"] > 0)
+    reading = read_example(example, PAIRS, name="aot_unpaired")
+    return reading["logratio"][0], reading["logratio"][1], both_real(reading)
 
 
 def partners(values: Float[Array, " B"], others: Float[Array, " B"], counted: Float[Array, " B"]) -> Float[Array, " B"]:

@@ -1,12 +1,13 @@
 """What passes between a model, an objective and an update step: plain tuples of arrays, and what an objective is."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
+
+from shiq_jax.objectives.options import Option, declared
 
 
 class TokenStats(NamedTuple):
@@ -53,6 +54,16 @@ class Example(NamedTuple):
     coupled: Any = None
 
 
+class Sequence(NamedTuple):
+    """One sequence with rewards, as losses read it: fields of [T] as in `Example`, `reference` among its references."""
+
+    policy: TokenStats
+    reference: TokenStats | None
+    rewards: Float[Array, " T"]
+    action_mask: Bool[Array, " T"]
+    bootstrap: Float[Array, ""] | None = None
+
+
 class LossOut(NamedTuple):
     """The loss of one example, as sums: over a batch the loss is sum(value) / sum(weight).
 
@@ -90,12 +101,14 @@ class Objective(NamedTuple):
       couple: None when examples are independent of each other, as private training requires.
       heads: what it reads of `Example.values`, by name: "value" for a number per state, "q" for the TokenStats of a row
         of Q-values. They learn on hidden states that are constants to them.
-      slow: the heads of which it also reads, as "target_" and their name, copies that follow slowly.
-      polyak: how much of the way to what they follow these go in one update.
-      policy: whether it reads `Example.policy`. What does not leaves the model's own weights as they are, and its heads
-        steer what is sampled.
+      slow: the heads of which it also reads Polyak averages, called "target_" and their name.
+      polyak: step size of these averages, in (0, 1].
+      policy: whether it reads `Example.policy`. Otherwise the model's own weights do not change, and the policy is that
+        of the model with Q / beta added to its logits, Q the smaller of its Q heads.
       extra: what it reads of the policy's statistics beside `logp` and `lse`, with the name of the option that asks for
         it, or None when it is always read.
+      beta: the temperature of the policy of an objective that does not read `Example.policy`.
+      declared: the options of the loss; None where its own signature declares them.
     """
 
     loss: Callable[..., LossOut]
@@ -107,6 +120,13 @@ class Objective(NamedTuple):
     polyak: float = 0.005
     policy: bool = True
     extra: Mapping[str, str | None] = MappingProxyType({})
+    beta: float = 0.1
+    declared: Mapping[str, Option] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its loss."""
+        return getattr(getattr(self.loss, "func", self.loss), "__name__", "?")
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -115,21 +135,32 @@ class Objective(NamedTuple):
         return tuple(name for name, option in self.extra.items() if option is None or bound.get(option))
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the keyword options of its loss."""
-        parameters = inspect.signature(self.loss).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    def steering(self) -> float:
+        """What its Q heads are multiplied with before they are added to the logits; 0 where the policy learns."""
+        return 0.0 if self.policy else 1 / self.beta
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Options by name: the keyword options of its loss, and those of its own fields that matter to it."""
+        found = dict(declared(getattr(self.loss, "func", self.loss)) if self.declared is None else self.declared)
+        if not self.policy:
+            found["beta"] = Option(float, self.beta, "Q / beta is added to the logits, Q the smaller of the Q heads.")
+        if self.slow:
+            found["polyak"] = Option(float, self.polyak, "step size of the Polyak averages of the Q heads, in (0, 1].")
+        return found
 
     def configure(self, **options: Any) -> "Objective":
-        """The same objective with keyword options of its loss bound to these values.
+        """The same objective with options bound to these values.
 
-        Raises ValueError for a name that the loss does not take.
+        Raises ValueError for a name that is no option; `check_options` also checks the values.
         """
         known = self.options
         unknown = sorted(set(options) - set(known))
         if unknown:
-            name = getattr(getattr(self.loss, "func", self.loss), "__name__", "?")
             raise ValueError(
-                f"option {unknown[0]!r} is none of the objective {name!r}, which takes {', '.join(known) or 'none'}."
+                f"option {unknown[0]!r} is none of the objective {self.name!r}, which takes "
+                f"{', '.join(known) or 'none'}."
             )
-        return self._replace(loss=partial(self.loss, **options))
+        own = {"beta": not self.policy, "polyak": bool(self.slow)}
+        fields = {name: options.pop(name) for name in own if own[name] and name in options}
+        return self._replace(loss=partial(self.loss, **options), **fields)

@@ -1,17 +1,20 @@
-"""Losses on single completions with a label, good or bad: of their log-ratios, and as objectives on examples.
+"""Losses on single completions with a label, good or bad, and what couples the examples of KTO.
 
 Shapes, types, errors and `s` as in `preference`; `desirable` is a boolean of the log-ratio's shape.
 """
 
-from typing import Any
+from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_positive, logratios, same_shape, widened
-from shiq_jax.objectives.pairs import BETA, fields, reference_of
-from shiq_jax.objectives.types import Couple, Example, LossOut
+from shiq_jax.objectives.inputs import as_mask, check_not_negative, check_positive, same_shape, widened
+from shiq_jax.objectives.lift import View, read_example
+from shiq_jax.objectives.reading import Input, Reading
+from shiq_jax.objectives.sequences import DESIRABLE, LOGRATIO
+from shiq_jax.objectives.types import Couple, Example
 
 
 def kto_loss(
@@ -28,10 +31,14 @@ def kto_loss(
     Args:
       kl: the reference point, a constant of at least 0: an estimate of KL(pi || pi_ref), in nats. Published is
         max(0, mean log-ratio of completions that belong to other prompts), without gradient.
-      desirable_weight, undesirable_weight: w of either kind.
+      beta: temperature of the KL regularisation.
+      desirable_weight: weight w of desirable completions.
+      undesirable_weight: weight w of undesirable completions; give more to the kind that is rarer.
 
     Source: KTO (arXiv 2402.01306).
     """
+    check_not_negative("desirable_weight", desirable_weight)
+    check_not_negative("undesirable_weight", undesirable_weight)
     signed, wanted = _signed(logratio, desirable, beta, jax.lax.stop_gradient(kl))
     return jnp.where(wanted, desirable_weight, undesirable_weight) * jax.nn.sigmoid(-signed)
 
@@ -52,60 +59,57 @@ def apo_zero_unpaired_loss(
     return kto_loss(logratio, desirable, kl=0.0, beta=beta, **weights)
 
 
-def kto(
-    example: Example,
-    *,
-    beta: ArrayLike = BETA,
-    desirable_weight: ArrayLike = 1.0,
-    undesirable_weight: ArrayLike = 1.0,
-) -> LossOut:
-    """`kto_loss` of sequence 0; sequence 1, another prompt's answer after this prompt, serves the KL alone.
+def _first(kind: str, reading: Reading) -> Array:
+    return reading[kind][0]
 
-    Weight: 1, or 0 when the answer has no action. Metrics, in TRL's names: `rewards/chosen` and `rewards/rejected`,
-    beta times the log-ratio, of the whole batch's desirable and undesirable answers, 0 in a batch without any;
-    `rewards/margins`, their difference; `kl`, in nats; `desirable`, the share of such answers.
-    """
-    relative, real, desirable = _read(example, "kto", 2)
-    (coupled,) = fields(example, "kto", "coupled")
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    value = kto_loss(relative[0], desirable[0], kl=coupled["kl"], beta=beta, **weights)
+
+def kto_metrics(reading: Reading) -> dict[str, Array]:
+    """Per answer, in TRL's names: `rewards/chosen` and `rewards/rejected`, beta times the log-ratio, of the batch's
+    desirable and undesirable answers, 0 in a batch without any; `rewards/margins`, their difference; `kl`, in nats;
+    `desirable`, the share of such answers."""
+    coupled, beta = reading["coupled"], reading.options["beta"]
+    desirable, logratio = reading["desirable"], reading["logratio"]
     # Divided by a share of the batch, a mean over all examples is a mean over those of one kind.
-    chosen = desirable[0] * beta * relative[0] / coupled["desirable"]
-    rejected = ~desirable[0] * beta * relative[0] / coupled["undesirable"]
-    metrics = {
+    chosen = desirable * beta * logratio / coupled["desirable"]
+    rejected = ~desirable * beta * logratio / coupled["undesirable"]
+    return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "kl": coupled["kl"],
-        "desirable": desirable[0],
+        "desirable": desirable,
     }
-    return _counted(value, real[0], metrics)
 
 
-def apo_zero_unpaired(
-    example: Example,
-    *,
-    beta: ArrayLike = BETA,
-    desirable_weight: ArrayLike = 1.0,
-    undesirable_weight: ArrayLike = 1.0,
-) -> LossOut:
-    """`apo_zero_unpaired_loss` of each sequence of an example.
+INPUTS = {
+    "logratio": Input(partial(_first, "logratios"), LOGRATIO.needs),
+    "desirable": Input(partial(_first, "labels"), DESIRABLE.needs),
+    "kl": Input(lambda reading: reading["coupled"]["kl"]),
+    "logratios": LOGRATIO,
+    "labels": DESIRABLE,
+    "real": Input(lambda reading: jnp.any(reading.mask, axis=-1)),
+    "coupled": Input(lambda reading: reading.field("coupled")),
+}
 
-    Weight: the sequences with at least one action. Metrics per sequence: `rewards/signed`, beta times the log-ratio of
-    a desirable answer, minus that of an undesirable one; `rewards/accuracies`, how often it is positive; `desirable`,
-    the share of such answers. (Means over the answers of one kind would couple the examples.)
-    """
-    relative, real, desirable = _read(example, "apo_zero_unpaired")
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    value = apo_zero_unpaired_loss(relative, desirable, beta=beta, **weights)
-    signed = jnp.where(desirable, 1, -1) * beta * relative
-    metrics = {"rewards/signed": signed, "rewards/accuracies": signed > 0, "desirable": desirable}
-    return jax.tree.map(jnp.sum, _counted(value, real, metrics))
+ANSWERS = View(
+    "group", MappingProxyType(INPUTS), partial(_first, "real"), metrics=kto_metrics,
+    pairs="an answer and a mismatched one",
+)  # fmt: skip
+"""A loss of sequence 0; sequence 1, another prompt's answer after this prompt, serves the KL alone.
+
+The mean over a batch runs over answers with at least one action.
+"""
 
 
 def _summary(example: Example) -> dict[str, Array]:
-    relative, real, desirable = _read(example, "kto", 2)
-    return {"mismatched": relative[1], "counts": real[1], "desirable": desirable[0] & real[0], "real": real[0]}
+    reading = read_example(example, ANSWERS, name="kto")
+    real = reading["real"]
+    return {
+        "mismatched": reading["logratios"][1],
+        "counts": real[1],
+        "desirable": reading["desirable"] & real[0],
+        "real": real[0],
+    }
 
 
 def _combine(summaries: dict[str, Array], weights: Float[Array, " B"]) -> dict[str, Array]:
@@ -125,25 +129,6 @@ def _combine(summaries: dict[str, Array], weights: Float[Array, " B"]) -> dict[s
 
 MISMATCHED = Couple(_summary, _combine)
 """Brings each answer the batch's KL, max(0, mean log-ratio of the mismatched sequences), and the shares of labels."""
-
-
-def _read(example: Example, name: str, sequences: int | None = None) -> tuple[Array, Array, Array]:
-    """Of each sequence: its log-ratio, summed over its actions, whether it has any, and whether it is desirable."""
-    policy, action_mask, labels = fields(example, name, "policy", "action_mask", "labels")
-    if sequences not in (None, action_mask.shape[0]):
-        raise ValueError(
-            f"action_mask has shape {action_mask.shape} but {name} takes an answer and a mismatched one [2, T]; give "
-            "two sequences."
-        )
-    mask = as_mask(action_mask)
-    relative = jnp.sum(logratios(policy, reference_of(example, name), mask), axis=-1)
-    return relative, jnp.any(mask, axis=-1), as_mask(labels)
-
-
-def _counted(value: Array, real: Array, metrics: dict[str, Any]) -> LossOut:
-    """What is real of a loss and its metrics."""
-    weight = real.astype(value.dtype)
-    return LossOut(jnp.where(real, value, 0), weight, {name: each * weight for name, each in metrics.items()})
 
 
 def _signed(logratio, desirable, beta, shift) -> tuple[Array, Array]:

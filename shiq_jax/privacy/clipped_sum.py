@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.tracked import BUDGET, GIVEN, Accumulator
+from shiq_jax.models.tracked import BUDGET, GIVEN, NormTracker
 from shiq_jax.privacy.coverage import coverage
 from shiq_jax.privacy.rules import ClipRule, Groupwise
 
-Losses = Callable[[Any, Any, Accumulator | None], Float[Array, " units"]]
+Losses = Callable[[Any, Any, NormTracker | None], Float[Array, " units"]]
 METHODS = ("auto", "vmap", "scan", "ghost", "bk", "group")
 # Tokens of a unit from which one unit alone keeps a device busy, so that units may as well come one after the other.
 LONG = {"cpu": 128, "otherwise": 1024}
@@ -39,8 +39,8 @@ def clipped_sum(
     holds when the i-th loss depends on the i-th unit, `params` and constants alone, which is not checked.
 
     Args:
-        losses: (params, batch, acc) -> one loss per unit. An accumulator is handed to every operation that owns a
-            parameter (`Model.hidden` and `Model.token_stats` take it); None makes it an ordinary function.
+        losses: (params, batch, tracker) -> one loss per unit. Every operation that owns a parameter reports to the
+            tracker, as those of `Model.tracking(tracker, tokens)` do; None makes it an ordinary function.
         params: pytree of floats; the sum has its structure, in float32 at least.
         batch: pytree of arrays with a leading axis of units.
         clip: the rule; `Groupwise` goes with the methods "group" and "auto" only.
@@ -56,7 +56,7 @@ def clipped_sum(
             out of that the sum (Bu et al., 2023, arXiv 2210.00038). "group": one backward pass in which every operation
             clips its own. "auto": "group" for `Groupwise`; "scan" for long units; of short ones "vmap" where so few
             parameters learn that the gradients of all units are small, as with adapters; else "ghost", where the losses
-            hand their accumulator on.
+            use their tracker.
         microbatch: units of a lane at a time, with "scan"; divides their number.
         lanes: equal parts of the units that go side by side, as many as there are devices along their axis.
 
@@ -75,8 +75,8 @@ def clipped_sum(
         if found.missed:
             other = "another rule" if method == "group" else "the method scan"
             raise ValueError(
-                f"method {method!r} would miscount {found.missed[0]}: hand the accumulator to every operation that "
-                f"owns a parameter, each of which is used once, or take {other}"
+                f"method {method!r} would miscount {found.missed[0]}: give the tracker to every operation that owns a "
+                f"parameter, each of which is used once, or take {other}"
             )
         if method == "group" and found.groups > clip.groups:
             raise ValueError(
@@ -96,9 +96,9 @@ def clipped_sum(
 def per_example(loss: Callable[[Any, Any], Float[Array, ""]]) -> Losses:
     """Losses of a batch from the loss of one unit, `(params, unit) -> scalar`; for the methods vmap and scan."""
 
-    def losses(params, batch, acc=None):
-        if acc is not None:
-            raise ValueError("the loss of one unit hands no accumulator on: take the method vmap or scan")
+    def losses(params, batch, tracker=None):
+        if tracker is not None:
+            raise ValueError("the loss of one unit uses no norm tracker: take the method vmap or scan")
         return jax.vmap(loss, (None, 0))(params, batch)
 
     return losses
@@ -161,7 +161,7 @@ def _instantiated(losses, params, batch, clip, mask, size, lanes, onto):
 def _ghost(losses, params, batch, clip, mask, share):
     """A pull for the norms, in which the compiler finds that no parameter's gradient is wanted; another for the sum."""
     zeros = _zeros(mask)
-    values, pull = jax.vjp(lambda params, squares: losses(params, batch, Accumulator(squares)), params, zeros)
+    values, pull = jax.vjp(lambda params, squares: losses(params, batch, NormTracker(squares)), params, zeros)
     norms = jnp.sqrt(jnp.maximum(pull(jnp.ones_like(values))[1], 0))
     factors = share * _factors(clip, norms, mask)
     return _widened(pull(factors.astype(values.dtype))[0]), norms, values
@@ -171,7 +171,7 @@ def _booked(losses, params, batch, clip, mask, share):
     """The gradients are linear in the factors, and all that does not depend on these is computed once and kept."""
 
     def of(params, factors):
-        return losses(params, batch, Accumulator(factors, rule=GIVEN))
+        return losses(params, batch, NormTracker(factors, rule=GIVEN))
 
     def gradients(factors):
         values, pull = jax.vjp(of, params, factors)
@@ -190,7 +190,7 @@ def _group(losses, params, batch, clip, mask, share):
         return share * clip.of_a_group(norms)
 
     def of(params, squares):
-        values = losses(params, batch, Accumulator(squares, rule=rule))
+        values = losses(params, batch, NormTracker(squares, rule=rule))
         return values, values
 
     _, pull, values = jax.vjp(of, params, _zeros(mask), has_aux=True)

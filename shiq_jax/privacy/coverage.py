@@ -1,4 +1,4 @@
-"""Whether losses hand their accumulator to all operations that own a parameter: read off the traced program."""
+"""Whether losses give their tracker to all operations that own a parameter, read off the traced program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from shiq_jax.models.tracked import HEAD, LOOKUP, OPERATION, Accumulator
+from shiq_jax.models.tracked import HEAD, LOOKUP, OPERATION, NormTracker
 
 # What hands a parameter on as it is: changes of type, shape and place.
 _PASSING = {
@@ -44,8 +44,8 @@ def coverage(losses: Callable, params: Any, batch: Any) -> Coverage:
     structure, units = jax.tree.structure(params), len(jax.tree.leaves(batch)[0])
 
     def program(*leaves):
-        acc = Accumulator(jnp.zeros(units, jnp.float32))
-        return losses(jax.tree.unflatten(structure, leaves), batch, acc)
+        tracker = NormTracker(jnp.zeros(units, jnp.float32))
+        return losses(jax.tree.unflatten(structure, leaves), batch, tracker)
 
     jaxpr = jax.make_jaxpr(program)(*leaves).jaxpr
     seen = _Uses()

@@ -19,11 +19,12 @@ from jaxtyping import Float64, Int64
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import report, storage
-from shiq_jax.replay.manifest import Manifest, check_vacant, remove_leftovers
-from shiq_jax.replay.records import STATISTICS, Record, validate
+from shiq_jax.replay.manifest import SCHEMA_VERSION, Manifest, check_vacant, remove_leftovers
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
 from shiq_jax.replay.statistics import Identity, Statistics, absent, check_annotations
 
 _COLUMNS = tuple(field.name for field in storage.RECORDS)
+_SCALARS = ("group", "prompt", "user", *JUDGEMENTS)
 
 
 class Buffer:
@@ -72,7 +73,7 @@ class Buffer:
         number, row = self._locate(index)
         shard = self._shard(number)
         lists = {name: shard.get(name, row) for name in ("tokens", "action_mask", "rewards", *STATISTICS)}
-        return Record(**lists, **{name: shard.text(name, row) for name in ("group", "prompt", "user")})
+        return Record(**lists, **{name: shard.value(name, row) for name in _SCALARS})
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """The records of these numbers, in this order; raises IndexError for a number that the buffer does not have."""
@@ -80,17 +81,18 @@ class Buffer:
 
     # ---- growing ----
 
-    def append(self, records: Iterable[Record], *, vocab_size: int | None = None) -> int:
+    def append(self, records: Iterable[Record], *, vocab_size: int | None = None, check: bool = True) -> int:
         """Adds all the records, or none when one of them is refused or the process dies; returns how many were added.
 
         Args:
             records: consumed one shard at a time.
             vocab_size: when given, token ids must lie below it.
+            check: whether to `validate` the records; False when whoever made them has done so.
         """
         self._begin_writing()
         made: list[dict[str, Any]] = []
         try:
-            for part in _parts(records, vocab_size):
+            for part in _parts(_validated(records, vocab_size) if check else records):
                 made.append(self._write_records(len(self.manifest.shards) + len(made), part))
         except BaseException:
             remove_leftovers(self.path, self.manifest.files())
@@ -104,7 +106,7 @@ class Buffer:
         columns = {column: [getattr(record, column) for record in records] for column in _COLUMNS}
         written = storage.write_shard(self.path / name, storage.RECORDS, columns)
         tokens, actions = sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records)
-        return {"file": name, "tokens": tokens, "actions": actions, **written}
+        return {"file": name, "schema": SCHEMA_VERSION, "tokens": tokens, "actions": actions, **written}
 
     def _begin_writing(self) -> None:
         if Manifest.load(self.path) != self.manifest:
@@ -136,11 +138,17 @@ class Buffer:
 
     def group_ids(self) -> list[str]:
         """The group of every record, in record order."""
-        return self._texts("group")
+        return self.column("group")
 
     def user_ids(self) -> list[str | None]:
         """The user of every record, in record order."""
-        return self._texts("user")
+        return self.column("user")
+
+    def column(self, name: str) -> list:
+        """One of group, prompt, user, chosen, label, rank and score, of every record; None where it says nothing."""
+        if name not in _SCALARS:
+            raise ValueError(f"column is {name!r}; choose one of {', '.join(_SCALARS)}.")
+        return [value for number in range(len(self.shards)) for value in self._shard(number).values(name)]
 
     def lengths(self) -> Int64[np.ndarray, " records"]:
         """Tokens of every record."""
@@ -156,7 +164,7 @@ class Buffer:
 
     def coverage(self) -> dict[str, int]:
         """How many records carry each of the optional columns."""
-        names = (*STATISTICS, "prompt", "user")
+        names = (*STATISTICS, "prompt", "user", *JUDGEMENTS)
         return {name: sum(self._shard(number).present(name) for number in range(len(self.shards))) for name in names}
 
     def describe(self) -> dict[str, Any]:
@@ -271,7 +279,8 @@ class Buffer:
     def _shard(self, number: int) -> storage.Shard:
         entry = self.manifest.shards[number]
         if entry["file"] not in self._shards:
-            self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], storage.RECORDS, entry["rows"])
+            schema = storage.RECORD_SCHEMAS[entry["schema"]]
+            self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], schema, entry["rows"])
         return self._shards[entry["file"]]
 
     def _sidecar(self, entry: dict[str, Any]) -> storage.Shard:
@@ -279,20 +288,22 @@ class Buffer:
             self._shards[entry["file"]] = storage.Shard(self.path / entry["file"], storage.ANNOTATIONS, entry["rows"])
         return self._shards[entry["file"]]
 
-    def _texts(self, name: str) -> list:
-        return [text for number in range(len(self.shards)) for text in self._shard(number).texts(name)]
-
     def _gathered(self, dtype: type, read) -> np.ndarray:
         parts = [read(self._shard(number)) for number in range(len(self.shards))]
         return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
-def _parts(records: Iterable[Record], vocab_size: int | None) -> Iterator[list[Record]]:
-    """Validated records in lists of a shard's size."""
-    part: list[Record] = []
-    size = 0
+def _validated(records: Iterable[Record], vocab_size: int | None) -> Iterator[Record]:
     for number, record in enumerate(records):
         validate(record, vocab_size, name=f"record {number} of those appended")
+        yield record
+
+
+def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records in lists of a shard's size."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
         part.append(record)
         size += _record_bytes(record)
         if len(part) >= storage.SHARD_ROWS or size >= storage.SHARD_BYTES:

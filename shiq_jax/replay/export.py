@@ -11,7 +11,7 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
 from shiq_jax.replay.buffer import Buffer
-from shiq_jax.replay.records import STATISTICS, Record, validate
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
 
 if TYPE_CHECKING:
     import datasets
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """The record as JSON values: `tokens`, `action_mask`, `rewards` (0 off the actions), `group_id`, and, where the
-    record has
-    them, `behaviour_logp`, `logp`, `lse` (null off the actions), `prompt`, `user_id`. `record_from_json` gives the
-    record back bit for bit.
+    record has them, `behaviour_logp`, `logp`, `lse` (null off the actions), `prompt`, `user_id`, `chosen`, `label`,
+    `rank` and `score`. `record_from_json` gives the record back bit for bit.
     """
     places = np.flatnonzero(record.action_mask)
 
@@ -44,11 +43,14 @@ def record_to_json(record: Record) -> dict[str, Any]:
         content["prompt"] = record.prompt
     if record.user is not None:
         content["user_id"] = record.user
-    return content
+    said = {name: getattr(record, name) for name in JUDGEMENTS}
+    return content | {name: value for name, value in said.items() if value is not None}
 
 
-def record_from_json(content: Mapping[str, Any]) -> Record:
+def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Record:
     """The record of one JSON object as `record_to_json` writes it; raises Refusal naming the field that is wrong.
+
+    check: False leaves `validate` to the caller.
 
     `tokens`, `action_mask` and `rewards` are needed, one entry per token. Without `group_id`, sequences whose tokens
     before the first action are equal form a group. A `prompt` that is not the JSON of an object is kept as {"prompt":
@@ -71,10 +73,12 @@ def record_from_json(content: Mapping[str, Any]) -> Record:
             group=context_group(tokens, mask) if group is None else str(group),
             prompt=None if prompt is None else _prompt(prompt),
             user=None if user is None else str(user),
+            **{name: content.get(name) for name in JUDGEMENTS},
         )
     except ValueError as error:
         raise Refusal(f"field {error}") from error
-    validate(record)
+    if check:
+        validate(record)
     return record
 
 

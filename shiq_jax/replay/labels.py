@@ -1,4 +1,4 @@
-"""Answers that are good or bad by a threshold on their returns, each beside an answer that was not meant for it."""
+"""Answers that are good or bad, by their labels or a threshold on returns, each paired with one of another prompt."""
 
 import dataclasses
 import hashlib
@@ -10,18 +10,25 @@ from jaxtyping import Int8
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.buffer import Buffer
-from shiq_jax.replay.records import STATISTICS, Record
+from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record
 
 # Of what returns are that rounding may have moved off the mean of equal ones.
 _ROUNDING = 1e-6
 
 
+def given_labels(buffer: Buffer) -> Int8[np.ndarray, " records"]:
+    """1 for a record that the data call desirable or chosen, 0 for undesirable or rejected, -1 where they say neither."""
+    said = zip(buffer.column("label"), buffer.column("chosen"), strict=True)
+    known = [chosen if label is None else label for label, chosen in said]
+    return np.array([-1 if value is None else value for value in known], np.int8)
+
+
 def labels(buffer: Buffer, threshold: float | None) -> Int8[np.ndarray, " records"]:
-    """1 for a record whose return is above the threshold, 0 for one below it, -1 for a tie.
+    """1 for a good record, 0 for a bad one, -1 for a tie: `given_labels`, elsewhere returns against the threshold.
 
     threshold: None compares each return with the mean of its group.
     """
-    returns = buffer.returns()
+    given, returns = given_labels(buffer), buffer.returns()
     if threshold is None:
         _, members = np.unique(np.array(buffer.group_ids(), dtype=object), return_inverse=True)
         means = (np.bincount(members, returns) / np.bincount(members))[members]
@@ -29,7 +36,7 @@ def labels(buffer: Buffer, threshold: float | None) -> Int8[np.ndarray, " record
     else:
         means = np.full(len(returns), threshold)
         tied = returns == means
-    return np.where(tied, -1, returns > means).astype(np.int8)
+    return np.where(given >= 0, given, np.where(tied, -1, returns > means)).astype(np.int8)
 
 
 def mismatches(prompts: Sequence[bytes]) -> list[int]:
@@ -58,10 +65,10 @@ def mismatches(prompts: Sequence[bytes]) -> list[int]:
 def labelled(
     buffer: Buffer, threshold: float | None = None, *, mismatched: bool = True, longest: int | None = None
 ) -> Iterator[Record]:
-    """The records of a buffer that are good or bad, with 1 or 0 as the reward of their last action.
+    """The records of a buffer that are good or bad, each with its label.
 
     Args:
-        buffer: answers with rewards.
+        buffer: answers with labels or rewards.
         threshold: see `labels`; ties are left out.
         mismatched: after each record comes another one: its prompt, with an answer to another prompt; the two form a
             group of their own. Without, records keep their groups.
@@ -80,7 +87,7 @@ def labelled(
         )
     others = mismatches([_digest(_prompt(buffer[number])) for number in kept]) if mismatched else ()
     for place, number in enumerate(kept):
-        answer = _rewarded(buffer[number], float(wanted[number]))
+        answer = dataclasses.replace(buffer[number], label=bool(wanted[number]))
         if not mismatched:
             yield answer
             continue
@@ -98,14 +105,8 @@ def _digest(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
-def _rewarded(record: Record, reward: float) -> Record:
-    rewards = np.zeros_like(record.rewards)
-    rewards[-1] = reward
-    return dataclasses.replace(record, rewards=rewards)
-
-
 def _swapped(record: Record, other: Record, longest: int | None) -> Record:
-    """The record's prompt with the other's answer, without rewards and statistics."""
+    """The record's prompt with the other's answer, of which nothing else is known."""
     prompt, theirs = _prompt(record), len(_prompt(other))
     mask = np.concatenate([np.zeros(len(prompt), bool), other.action_mask[theirs:]])[:longest]
     return dataclasses.replace(
@@ -114,5 +115,5 @@ def _swapped(record: Record, other: Record, longest: int | None) -> Record:
         action_mask=mask,
         rewards=np.zeros(int(mask.sum()), np.float32),
         prompt=None,
-        **dict.fromkeys(STATISTICS),
+        **dict.fromkeys((*STATISTICS, *JUDGEMENTS)),
     )

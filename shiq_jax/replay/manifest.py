@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay.storage import TEMPORARY, write_atomically
+from shiq_jax.replay.storage import RECORD_SCHEMAS, TEMPORARY, write_atomically
 
 NAME = "manifest.json"
 FORMAT = "shiq_jax.replay"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+def _name_the_schema_of_shards(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 to 2: its shards lack the columns chosen, label, rank and score, which read as None."""
+    return content | {"shards": [{**entry, "schema": 1} for entry in content["shards"]]}
+
 
 # From each older version to the next: a function of the parsed manifest. Files are rewritten by none of them.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_the_schema_of_shards}
 
 
 @dataclasses.dataclass
@@ -22,7 +28,8 @@ class Manifest:
     """Contents of `manifest.json`.
 
     Attributes:
-        shards: one entry per record shard, in order: {"file", "rows", "tokens", "actions", "bytes", "crc32"}.
+        shards: one entry per record shard, in order: {"file", "schema", "rows", "tokens", "actions", "bytes", "crc32"},
+            where `schema` is the schema version that wrote the shard.
         statistics: per digest {"identity", "shards"}, the latter from the shard's number as text to {"source":
             "records"} for statistics that the records carry themselves, or {"source": "file", "file", "rows",
             "bytes", "crc32"}.
@@ -51,13 +58,16 @@ class Manifest:
             raise Refusal(f"{path} is not readable as JSON; restore the file or make the buffer anew.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise Refusal(f"{path} is not the manifest of a replay buffer; name the directory of one.")
-        content = migrate(content, path)
         try:
+            content = migrate(content, path)
             manifest = cls(shards=content["shards"], statistics=content["statistics"])
             for shard in manifest.shards:
                 _ = [int(shard[key]) for key in ("rows", "tokens", "actions", "bytes", "crc32")], str(shard["file"])
+                _ = RECORD_SCHEMAS[shard["schema"]]
             for entry in manifest.statistics.values():
                 _ = dict(entry["identity"]), [shard["source"] for shard in entry["shards"].values()]
+        except Refusal:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refusal(
                 f"{path} lacks or garbles the field {error}; restore the file or make the buffer anew."

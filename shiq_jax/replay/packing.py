@@ -4,7 +4,8 @@ A bundle becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible 
 `enter[k] <= enter[q] < exit[k]`; bundles of one row have disjoint intervals, and padding sees only padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,10 @@ from jaxtyping import Bool, Float32, Int, Int32
 
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives.types import Example, TokenStats
-from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.records import Record
 from shiq_jax.replay.sampling import Bundle
 from shiq_jax.replay.statistics import Statistics
-from shiq_jax.replay.trie import Trie, build
+from shiq_jax.replay.trees import Records, Tree, Trees, check_length
 
 
 class Batch(NamedTuple):
@@ -33,8 +33,9 @@ class Batch(NamedTuple):
         targets: int32[rows, A], the token id of that action; 0 at padding.
         gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
         example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
-            references {"reference": TokenStats float32[rows, slots, K, T]} or None; 0 at padding;
-            labels bool[rows, slots, K], whether the rewards of a sequence sum to more than 0.
+            references name -> TokenStats float32[rows, slots, K, T], None without any; 0 at padding;
+            labels bool[rows, slots, K], the records' labels, and without these whether their rewards sum to more
+            than 0.
         real: bool[rows, slots], the slots that hold an example.
     """
 
@@ -72,56 +73,44 @@ class Packed(NamedTuple):
     fill: float
 
 
-class Tree(NamedTuple):
-    """A bundle with the trie of its sequences."""
-
-    bundle: Bundle
-    records: list[Record]  # of every sequence of the bundle, in order
-    trie: Trie
-    actions: np.ndarray  # indices into the trie of its distinct actions
-    ranks: list[np.ndarray]  # for every sequence, its actions as indices into `actions`
-
-    @property
-    def demand(self) -> tuple[int, int, int]:
-        """The tokens, distinct actions and slots that it takes of a row."""
-        return len(self.trie.tokens), len(self.actions), len(self.bundle)
-
-
-# Whatever gives the Record of a number by `records[number]`.
-Records = Buffer | Mapping[int, Record] | Sequence[Record]
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
-References = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
+# Whatever gives (logp, lse) of a record by its number.
+RecordStatistics = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
+References = Mapping[str, RecordStatistics]
+NO_REFERENCES: References = MappingProxyType({})
 
 
 def pack(
     batch: Sequence[Bundle],
-    records: Records,
-    statistics: References | None,
+    records: Records | Trees,
     shape: Shape,
     *,
+    references: References = NO_REFERENCES,
     rows_multiple: int = 1,
 ) -> Packed:
     """Lays bundles out in as few rows as first-fit, longest first, finds.
 
     Args:
         batch: the bundles of one step.
-        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself.
-        statistics: whatever gives the reference's (logp, lse) float32[A] by record number; None when no reference is
-            needed.
+        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself; or
+            their `Trees`, which are built once for all batches.
         shape: from `plan`; raises Refusal when a bundle exceeds it.
+        references: by name, the statistics that fill `Example.references`: whatever gives (logp, lse) float32[A] by
+            record number.
         rows_multiple: rows come in a multiple of this, and in few different numbers (`row_count`); padding rows hold
             nothing.
     """
     if not batch:
         raise ValueError("the batch holds no bundle; give at least one.")
-    trees = [make_tree(bundle, records) for bundle in batch]
+    built = Trees.of(records)
+    trees = [built[bundle] for bundle in batch]
     for tree in trees:
         _check(tree, shape)
     layout = first_fit([tree.demand for tree in trees], shape)
     rows = row_count(len(layout), rows_multiple)
-    out = _blank(rows, shape, statistics is not None)
+    out = _blank(rows, shape, references)
     for row, contents in enumerate(layout):
-        _fill_row(out, row, [trees[number] for number in contents], statistics)
+        _fill_row(out, row, [trees[number] for number in contents], references)
     tokens = sum(len(tree.trie.tokens) for tree in trees)
     return Packed(out.batch, out.members, tokens / (rows * shape.length))
 
@@ -145,31 +134,6 @@ def row_count(rows: int, multiple: int = 1) -> int:
     units = -(-rows // multiple)
     step = 1 << max(units.bit_length() - 4, 0)
     return round_up(units, step) * multiple
-
-
-def make_tree(bundle: Bundle, records: Records) -> Tree:
-    """The tree of a bundle, of the Records of its numbers."""
-    members = [records[number] for example in bundle for number in example]
-    trie = build([record.tokens for record in members])
-    acting = np.zeros(len(trie.tokens), np.bool_)
-    for record, path in zip(members, trie.paths, strict=True):
-        acting[path[record.action_mask]] = True
-    rank = np.cumsum(acting, dtype=np.int32) - 1
-    ranks = [rank[path[record.action_mask]] for record, path in zip(members, trie.paths, strict=True)]
-    return Tree(bundle, members, trie, np.flatnonzero(acting), ranks)
-
-
-def check_length(tree: Tree, length: int) -> None:
-    """Raises Refusal naming a record of the tree when it is longer than a row."""
-    size = len(tree.trie.tokens)
-    if size > length:
-        numbers = [number for example in tree.bundle for number in example]
-        longest = int(np.argmax([len(path) for path in tree.trie.paths]))
-        raise Refusal(
-            f"a bundle of {len(numbers)} sequences takes {size} tokens and a row holds {length} (its longest, record "
-            f"{numbers[longest]}, has {len(tree.trie.paths[longest])}); raise the row length, or split or shorten "
-            "the sequences."
-        )
 
 
 def _check(tree: Tree, shape: Shape) -> None:
@@ -203,12 +167,12 @@ def first_fit(demands: Sequence[tuple[int, int, int]], shape: Shape) -> list[lis
     return rows
 
 
-def _blank(rows: int, shape: Shape, references: bool) -> Packed:
+def _blank(rows: int, shape: Shape, names: Iterable[str]) -> Packed:
     def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
         return np.zeros((rows, *axes), dtype)
 
     dense = (shape.slots, shape.sequences, shape.steps)
-    stats = TokenStats(zeros(*dense, dtype=np.float32), zeros(*dense, dtype=np.float32)) if references else None
+    references = {name: TokenStats(*(zeros(*dense, dtype=np.float32) for _ in range(2))) for name in names}
     intervals = zeros(shape.length, 2)
     intervals[..., 1] = 1
     batch = Batch(
@@ -221,7 +185,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
         example=Example(
             action_mask=zeros(*dense, dtype=np.bool_),
             rewards=zeros(*dense, dtype=np.float32),
-            references={"reference": stats} if references else None,
+            references=references or None,
             labels=zeros(*dense[:2], dtype=np.bool_),
         ),
         real=zeros(shape.slots, dtype=np.bool_),
@@ -229,7 +193,7 @@ def _blank(rows: int, shape: Shape, references: bool) -> Packed:
     return Packed(batch, np.full((rows, shape.slots, shape.sequences), -1, np.int32), 0.0)
 
 
-def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics: References | None) -> None:
+def _fill_row(out: Packed, row: int, trees: Sequence[Tree], references: References) -> None:
     """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
     batch = out.batch
     token = action = slot = number = 0
@@ -246,30 +210,31 @@ def _fill_row(out: Packed, row: int, trees: Sequence[Tree], statistics: Referenc
             batch.real[row, slot] = True
             for k, member in enumerate(example):
                 out.members[row, slot, k] = member
-                reference = None if statistics is None else statistics[member]
+                known = {name: statistics[member] for name, statistics in references.items()}
                 record, ranks = next(sequences)
-                _fill_sequence(batch, (row, slot, k), ranks + action, record, reference)
+                _fill_sequence(batch, (row, slot, k), ranks + action, record, known)
             slot += 1
         token, action, number = token + size, action + acts, number + len(tree.ranks)
     batch.intervals[row, token:] = (number, number + 1)
 
 
 def _fill_sequence(
-    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, reference: Statistic | None
+    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, known: Mapping[str, Statistic]
 ) -> None:
     count = len(actions)
     batch.gather[place][:count] = actions
     batch.example.action_mask[place][:count] = True
     batch.example.rewards[place][:count] = record.rewards
-    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0
-    if reference is not None:
-        if any(len(values) != count for values in reference):
+    label = record.label
+    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0 if label is None else label
+    for name, (logp, lse) in known.items():
+        if len(logp) != count or len(lse) != count:
             raise ValueError(
-                f"statistics of {len(reference[0])} and {len(reference[1])} actions came with a record of {count}; "
-                "give the reference's (logp, lse) by the same record numbers."
+                f"statistics of {len(logp)} and {len(lse)} actions came with a record of {count}; give the (logp, lse) "
+                f"of {name!r} by the same record numbers."
             )
-        stats = batch.example.references["reference"]
-        stats.logp[place][:count], stats.lse[place][:count] = reference
+        stats = batch.example.references[name]
+        stats.logp[place][:count], stats.lse[place][:count] = logp, lse
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay.packing import Records, Shape, check_length, first_fit, make_tree, round_up, row_count
+from shiq_jax.replay.packing import Shape, first_fit, round_up, row_count
 from shiq_jax.replay.sampling import Bundle, Schedule
+from shiq_jax.replay.trees import Records, Trees, check_length
 
 # Longer rows cost more attention; they are taken only when the best length saves more than this part of the places.
 WORTH = 0.05
@@ -16,7 +17,7 @@ _TRIAL_LENGTHS = 16
 
 
 def plan(
-    buffer: Records,
+    records: Records | Trees,
     bundles: Sequence[Bundle],
     *,
     row_length: int | None = None,
@@ -29,7 +30,7 @@ def plan(
     Rows have room for somewhat more actions and examples than a full row has on average.
 
     Args:
-        buffer: where the records are, or whatever else gives the Record of a number by `buffer[number]`.
+        records: whatever gives the Record of a record number by `records[number]`, or their `Trees`; see `pack`.
         bundles: all that will be drawn from.
         row_length: tokens per row; raises Refusal naming the record when a bundle is longer.
         multiple: without `row_length`, rows are a multiple of this long.
@@ -42,10 +43,10 @@ def plan(
         raise Refusal(
             "there is no example to make batches of; add records, or, for pairs, groups whose rewards differ."
         )
-    demands = np.zeros((len(bundles), 3), np.int64)
+    trees, demands = Trees.of(records), np.zeros((len(bundles), 3), np.int64)
     steps = 0
     for number, bundle in enumerate(bundles):
-        tree = make_tree(bundle, buffer)
+        tree = trees[bundle]
         demands[number] = tree.demand
         steps = max(steps, *(len(ranks) for ranks in tree.ranks))
         if row_length is not None:

@@ -1,6 +1,7 @@
-"""One sampled sequence and what is known of it: the unit that the replay buffer stores."""
+"""One sequence and what is known of it: the unit that the replay buffer stores."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ POSITIVE_LOGP_TOLERANCE = 0.1
 
 # The per-action columns that a record may lack.
 STATISTICS = ("behaviour_logp", "logp", "lse")
+# What the data say of an answer beside its rewards.
+JUDGEMENTS = ("chosen", "label", "rank", "score")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,6 +37,12 @@ class Record:
         group: records of one group answer the same prompt; the name is global, also across concatenated buffers.
         prompt: JSON of the row that made the sequence, or None.
         user: whose data this is, or None.
+        chosen: True for the chosen and False for the rejected answer of a preference.
+        label: whether the answer is desirable.
+        rank: place among the answers to its prompt, the smallest being the best.
+        score: the number that the data give the whole answer.
+
+    `chosen`, `label`, `rank` and `score` hold what the data say, and None where they say nothing.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -45,6 +54,10 @@ class Record:
     group: str
     prompt: str | None = None
     user: str | None = None
+    chosen: bool | None = None
+    label: bool | None = None
+    rank: float | None = None
+    score: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "tokens", _integers(self.tokens))
@@ -53,6 +66,8 @@ class Record:
         for name in STATISTICS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _floats(name, getattr(self, name)))
+        for name, convert in (("chosen", _truth), ("label", _truth), ("rank", _number), ("score", _number)):
+            object.__setattr__(self, name, convert(name, getattr(self, name)))
 
     def __eq__(self, other: object) -> bool:
         """Same texts and bitwise equal arrays."""
@@ -74,7 +89,7 @@ def validate(record: Record, vocab_size: int | None = None, name: str = "record"
     """Raises Refusal, in one sentence that begins with `name`, unless the record can be trained on.
 
     Checked are lengths, that there is an action and none without a predecessor, token ids (below `vocab_size` when it
-    is given), finite rewards and statistics, and texts that UTF-8 can hold.
+    is given), finite rewards, statistics, rank and score, and texts that UTF-8 can hold.
     """
     tokens, mask = record.tokens, record.action_mask
     _check_texts(record, name)
@@ -105,6 +120,10 @@ def validate(record: Record, vocab_size: int | None = None, name: str = "record"
         values = getattr(record, column)
         if values is not None:
             _check_column(where, column, values, actions)
+    for column in ("rank", "score"):
+        value = getattr(record, column)
+        if value is not None and not math.isfinite(value):
+            raise Refusal(f"{where}: {column} is {value}; give a finite number or none.")
     if record.lse is not None and record.logp is None:
         raise Refusal(f"{where}: it has lse without logp; give both or neither.")
 
@@ -170,6 +189,23 @@ def _floats(name: str, values: Sequence[float] | np.ndarray) -> Float32[np.ndarr
         raise ValueError(f"{name} has dtype {array.dtype}; give numbers.")
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
+
+
+def _truth(name: str, value: bool | None) -> bool | None:
+    if value is None or isinstance(value, bool | np.bool_):
+        return value if value is None else bool(value)
+    raise ValueError(f"{name} is {str(value)[:60]!r}; give true, false or none.")
+
+
+def _number(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"{name} is {str(value)[:60]!r}; give a number or none.")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} does not fit into a float; give a smaller number.") from error
 
 
 def _flat(name: str, values: Sequence | np.ndarray, dtype: type) -> np.ndarray:

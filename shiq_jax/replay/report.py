@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 _SHOWN = 24
 
-# Six list columns and three text columns with 64-bit offsets.
-_BYTES_PER_SEQUENCE = 9 * 8
+# Six list columns and three text columns with 64-bit offsets, two numbers, and a byte of truth values.
+_BYTES_PER_SEQUENCE = 9 * 8 + 2 * 8 + 1
 # The Arrow schema and batch headers.
 _BYTES_PER_SHARD, _BYTES_PER_SIDECAR = 2700, 800
 

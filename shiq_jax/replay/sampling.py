@@ -1,17 +1,18 @@
 """What is drawn together from a buffer, and in which order: a pure function of (seed, step)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from shiq_jax.replay.buffer import Buffer
+from shiq_jax.replay.preference import chosen_and_rejected
 from shiq_jax.replay.trie import lexicographic
 
 UNITS = ("trajectory", "pair", "group")
 
-# Record numbers of one example: one for a trajectory, (best, worst) for a pair, all of a group.
+# Record numbers of one example: one for a trajectory, (chosen, rejected) for a pair, all of a group.
 Members = tuple[int, ...]
 # The examples that share one tree of tokens and therefore one row.
 Bundle = tuple[Members, ...]
@@ -37,9 +38,9 @@ def bundles(
 
     Args:
         buffer: whose records are bundled.
-        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the (best,
-            worst) record of each group by summed reward, the earlier one among equals; a group whose records tie
-            gives none and is counted in `left_out`. "group": each group is one example.
+        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the
+            (chosen, rejected) records of each group, see `chosen_and_rejected`; a group without two such records gives
+            none and is counted in `left_out`. "group": each group is one example.
         share_prompts: False puts every trajectory into a bundle of its own. A pair or group always shares its prompt.
         max_bundle: examples per bundle at most; larger groups of trajectories are split.
         row_length: tokens per bundle at most, shared ones counted once; larger groups of trajectories are split
@@ -54,21 +55,38 @@ def bundles(
     for name, value in (("max_bundle", max_bundle), ("row_length", row_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a positive number.")
-    groups = _groups(buffer.group_ids())
+    groups = group_members(buffer.group_ids())
     if unit == "group":
         return Bundles((members,) for members in groups)
     if unit == "pair":
-        return _pairs(groups, buffer.returns())
+        return _pairs(groups, buffer)
     if not share_prompts:
         return Bundles(((number,),) for number in range(len(buffer)))
 
-    def parts(members: Members) -> list[list[int]]:
-        most = max_bundle or len(members)
-        if row_length is not None:
-            return split([record.tokens for record in buffer.read(members)], row_length, most)
-        return [list(range(at, min(at + most, len(members)))) for at in range(0, len(members), most)]
+    return Bundles(trajectory_bundles(groups, buffer, buffer.lengths(), row_length, max_bundle))
 
-    return Bundles(tuple((members[place],) for place in part) for members in groups for part in parts(members))
+
+def trajectory_bundles(
+    groups: Iterable[Members], records, lengths: Sequence[int], row_length: int | None, most: int | None = None
+) -> Iterator[Bundle]:
+    """Bundles of trajectories: a group's, or several where it exceeds a row or `most` sequences; see `bundles`.
+
+    Args:
+        groups: record numbers of each group.
+        records: gives the Record of a number; asked only for groups that may exceed a row.
+        lengths: tokens of each record, by number.
+        row_length, most: bounds of a bundle, or None.
+    """
+    for members in groups:
+        limit = most or len(members)
+        if row_length is None:
+            parts = [range(at, min(at + limit, len(members))) for at in range(0, len(members), limit)]
+        elif len(members) <= limit and sum(int(lengths[number]) for number in members) <= row_length:
+            # It fits even if its sequences share nothing, so there is nothing to compare.
+            parts = [range(len(members))]
+        else:
+            parts = split([records[number].tokens for number in members], row_length, limit)
+        yield from (tuple((members[place],) for place in part) for part in parts)
 
 
 class Schedule:
@@ -114,20 +132,22 @@ class Schedule:
         return self._recent[epoch]
 
 
-def _groups(names: Sequence[str]) -> list[Members]:
+def group_members(names: Sequence[str]) -> list[Members]:
+    """Record numbers of each group, in order of first appearance; `names` are the groups of all records."""
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         groups.setdefault(name, []).append(number)
     return [tuple(members) for members in groups.values()]
 
 
-def _pairs(groups: list[Members], returns: np.ndarray) -> Bundles:
+def _pairs(groups: list[Members], buffer: Buffer) -> Bundles:
+    judged, returns = [buffer.column(name) for name in ("chosen", "rank", "score")], buffer.returns()
     pairs = []
     for members in groups:
-        scores = returns[list(members)]
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if scores[best] > scores[worst]:
-            pairs.append(((members[best], members[worst]),))
+        said = ([column[number] for number in members] for column in judged)
+        found = chosen_and_rejected(*said, returns[list(members)])
+        if found is not None:
+            pairs.append((tuple(members[place] for place in found),))
     return Bundles(pairs, left_out=len(groups) - len(pairs))
 
 

@@ -26,7 +26,7 @@ _INT, _FLOAT, _BOOL, _TEXT = (
     pa.large_list(pa.bool_()),
     pa.large_string(),
 )
-RECORDS = pa.schema(
+_RECORDS_1 = pa.schema(
     [
         pa.field("tokens", _INT, nullable=False),
         pa.field("action_mask", _BOOL, nullable=False),
@@ -39,6 +39,17 @@ RECORDS = pa.schema(
         pa.field("user", _TEXT),
     ]
 )
+RECORDS = pa.schema(
+    [
+        *_RECORDS_1,
+        pa.field("chosen", pa.bool_()),
+        pa.field("label", pa.bool_()),
+        pa.field("rank", pa.float64()),
+        pa.field("score", pa.float64()),
+    ]
+)
+# The columns of record shards by the schema version of the buffer that wrote them.
+RECORD_SCHEMAS = {1: _RECORDS_1, 2: RECORDS}
 ANNOTATIONS = pa.schema([pa.field("logp", _FLOAT, nullable=False), pa.field("lse", _FLOAT, nullable=False)])
 
 
@@ -80,17 +91,17 @@ def write_shard(path: Path, schema: pa.Schema, columns: dict[str, Sequence]) -> 
     Args:
         path: the file to make.
         schema: `RECORDS` or `ANNOTATIONS`.
-        columns: for each field a list with one entry per row: a flat array, a string, or None where the field allows
-            it.
+        columns: for each field a list with one entry per row: a flat array, a string, a number, a truth value, or None
+            where the field allows it.
     """
     batch = pa.record_batch([_arrow(field, columns[field.name]) for field in schema], schema=schema)
 
-    def write(file: BinaryIO) -> None:
-        with pa.ipc.new_stream(file, schema) as stream:
-            stream.write_batch(batch)
-
-    size = write_atomically(path, write)
-    return {"rows": batch.num_rows, "bytes": size, "crc32": checksum(path)}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_batch(batch)
+    content = sink.getvalue()
+    size = write_atomically(path, lambda file: file.write(content))
+    return {"rows": batch.num_rows, "bytes": size, "crc32": zlib.crc32(content)}
 
 
 def checksum(path: Path) -> int:
@@ -140,7 +151,7 @@ class Shard:
                 f"{path} holds {self._batch.num_rows} rows, but the manifest says {rows}; restore the file or make "
                 "the buffer anew."
             )
-        self.path, self.rows = path, rows
+        self.path, self.rows, self._names = path, rows, frozenset(schema.names)
         self._views: dict[str, tuple[np.ndarray, np.ndarray, pa.Array]] = {}
 
     def get(self, name: str, row: int) -> np.ndarray | None:
@@ -155,13 +166,13 @@ class Shard:
         bits = np.unpackbits(values[first : (end + 7) // 8], bitorder="little")
         return bits[start - 8 * first : end - 8 * first].astype(np.bool_)
 
-    def text(self, name: str, row: int) -> str | None:
-        """One row of a string column."""
-        return self._batch.column(name)[row].as_py()
+    def value(self, name: str, row: int) -> str | bool | float | None:
+        """One row of a column of strings, numbers or truth values; None where the shard lacks the column."""
+        return self._batch.column(name)[row].as_py() if name in self._names else None
 
-    def texts(self, name: str) -> list[str | None]:
-        """A whole string column."""
-        return self._batch.column(name).to_pylist()
+    def values(self, name: str) -> list:
+        """A whole column of strings, numbers or truth values; None in every row where the shard lacks it."""
+        return self._batch.column(name).to_pylist() if name in self._names else [None] * self.rows
 
     def lengths(self, name: str) -> np.ndarray:
         """int64[rows]: the entries that each row of a list column has."""
@@ -178,7 +189,7 @@ class Shard:
 
     def present(self, name: str) -> int:
         """How many rows of a column are not null."""
-        return self.rows - self._batch.column(name).null_count
+        return self.rows - self._batch.column(name).null_count if name in self._names else 0
 
     def _view(self, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
         if name not in self._views:
@@ -195,7 +206,7 @@ class Shard:
 
 
 def _arrow(field: pa.Field, rows: Sequence) -> pa.Array:
-    if pa.types.is_large_string(field.type):
+    if not pa.types.is_large_list(field.type):
         return pa.array(rows, field.type)
     absent = np.array([row is None for row in rows], np.bool_)
     offsets = np.zeros(len(rows) + 1, np.int64)

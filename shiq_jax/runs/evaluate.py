@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,26 +13,28 @@ import jax.numpy as jnp
 
 from shiq_jax import progress
 from shiq_jax.data import formats
-from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
+from shiq_jax.data.answers import prompt_row
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
+from shiq_jax.data.kinds import classify
 from shiq_jax.errors import Refusal, disk_refusals
 from shiq_jax.models import Headed, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.tasks import rewards
 from shiq_jax.runs import report
-from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.runs.options import Adapters
-from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.runs.ingest import READERS, import_records
-from shiq_jax.runs.labelling import label, threshold_of
-from shiq_jax.training.trainable import learner
-from shiq_jax.runs.loss_options import steering
+from shiq_jax.runs.labelling import label
+from shiq_jax.runs.loss_options import recorded
+from shiq_jax.runs.options import Adapters
+from shiq_jax.runs.policies import find_policy
+from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
+from shiq_jax.runs.sources import prompts_of
+from shiq_jax.tasks import rewards
+from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import mesh_of
 from shiq_jax.training.reference import Reference
-from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
-from shiq_jax.runs.sources import prompts_of
+from shiq_jax.training.trainable import learner
 
 
 @progress.shown()
@@ -72,10 +75,9 @@ def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
 
 def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
-    loss = settings["loss"].get("name", "sft")
-    heads = steering(loss, settings["loss"]["beta"]) if OBJECTIVES[loss].heads else 0.0
+    objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return learner(model, params, OBJECTIVES[loss], lora=lora, steering=heads, keys=(key, key))
+    return learner(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
@@ -84,22 +86,24 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
 
-    source, run, step = find_policy(options.model)
+    policy = find_policy(options.model)
+    source, run = policy.base, policy.run
     model, params = load(source)
-    if run is None:
-        model, params = Headed.load(model, params, locate(source))
-    else:
+    model, params = Headed.load(model, params, locate(source))
+    if run is not None:
         model, params = _learner(model, params, read_json(run.config))
-        params = Checkpoints(run.checkpoints, read_only=True).restore_params(params, step)
+        with contextlib.closing(Checkpoints(policy.checkpoints, read_only=True)) as checkpoints:
+            params = checkpoints.restore_params(params, policy.step)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
-    origin = options.reference or (source if run is not None else None)
+    origin = options.reference or (run.start_of(run.begun_rounds()[0]) if run is not None else None)
     reference = Reference(origin, load, model.config.vocab_size) if origin else None
 
     rows = _rows(options)
     reward = rewards.resolve(options.reward) if options.reward else None
-    name = options.objective or _objective_of(rows[0], options.score)
+    learned_by = classify(rows[0], options.score).objectives
+    name = options.objective or next(iter(learned_by), None)
     examples = None
-    if name and _is_example(rows[0], name, options.score):
+    if name in learned_by:
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         shutil.rmtree(out.buffer, ignore_errors=True)
@@ -126,7 +130,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         examples.append(found.records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
     if examples is not None and "labels" in OBJECTIVES[name or "shiq"].needs:
-        examples = _labelled(OBJECTIVES[name], options, model, examples, out)
+        examples = _labelled(OBJECTIVES[name], model, examples, out)
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     return (
         numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
@@ -134,11 +138,10 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     )
 
 
-def _labelled(objective: Objective, options, model, examples: Buffer, out: RunDirectory) -> Buffer:
-    """The examples as good and bad answers: by the labels of the rows, or by the mean of a prompt's answers."""
-    rows = options.data if examples.path == out.buffer else None
+def _labelled(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:
+    """The examples as good and bad answers: by their labels, or by the mean of a prompt's answers."""
     shutil.rmtree(out.labelled, ignore_errors=True)
-    return label(out.labelled, examples, objective, threshold_of(rows, options.score, None), model.config.max_positions)
+    return label(out.labelled, examples, objective, None, model.config.max_positions)
 
 
 def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):
@@ -146,29 +149,14 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
     objective = OBJECTIVES[name]
     if examples is None or ("references" in objective.needs and reference is None):
         return None, None
-    statistics = None
+    references = {}
     if "references" in objective.needs:
         objective = objective.configure(beta=options.beta)
-        statistics = examples.statistics(reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)[0])
+        identity, _ = reference.annotate(examples, prompts_per_batch=options.prompts_in_flight)
+        references = {"reference": examples.statistics(identity)}
     return name, objective_metrics(
-        model, params, objective, examples, statistics, prompts_per_batch=options.prompts_in_flight
+        model, params, objective, examples, references, prompts_per_batch=options.prompts_in_flight
     )
-
-
-def find_policy(name: str) -> tuple[str | Path, RunDirectory | None, int | None]:
-    """Where the weights' shapes come from; also run and step when `name` is a run or its checkpoints."""
-    path = Path(name)
-    candidates = [(path, None)]
-    if path.name == "checkpoints":
-        candidates.append((path.parent, None))
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        candidates.append((path.parent.parent, int(path.name)))
-    for directory, step in candidates:
-        run = RunDirectory(directory)
-        if run.checkpoints.is_dir() and run.task.exists():
-            source = run.reference if run.reference.exists() else read_json(run.task)["model"]
-            return source, run, step
-    return name, None, None
 
 
 def _rows(options) -> list[dict]:
@@ -180,26 +168,6 @@ def _rows(options) -> list[dict]:
     if not rows:
         raise Refusal(f"{options.data} holds no rows: give at least one with a prompt")
     return rows
-
-
-def _objective_of(row: Mapping, score: str | None) -> str | None:
-    return next((name for name in ("dpo", "shiq", "kto", "sft") if _is_example(row, name, score)), None)
-
-
-def _is_example(row: Mapping, objective: str, score: str | None) -> bool:
-    scored = [{"completion", score or "reward"}, {"tokens", "rewards"}]
-    fields = {
-        "dpo": [{"chosen", "rejected"}],
-        "shiq": scored,
-        "kto": [{"completion", "label"}, {"chosen", "rejected"}, *scored],
-        "sft": [{"completion"}, {"messages"}, {"text"}],
-    }
-    if any(wanted <= row.keys() for wanted in fields[objective]):
-        return True
-    if objective == "sft" or "completion" in row or not holds_answers(row):
-        return False
-    found = split_answers(row, score)
-    return found.scores is not None or (objective == "dpo" and found.ranks is not None)
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,19 @@
-"""How a run's replay buffer is filled: from somebody's data, from demonstrations, or with scored samples."""
+"""Rows of data files as records of a replay buffer."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from shiq_jax import stopping
 from shiq_jax.data import formats
 from shiq_jax.data.reading import Reading
 from shiq_jax.errors import Refusal
 from shiq_jax.models import DecoderConfig
 from shiq_jax.progress import track
-from shiq_jax.replay import Buffer, Record, estimate_bytes, is_buffer
-from shiq_jax.replay.records import validate
-from shiq_jax.rollout.collect import collect, in_order, sampled_tokens
-from shiq_jax.rollout.generate import Sampler
-from shiq_jax import stopping
-from shiq_jax.runs.run import Run, Use
+from shiq_jax.replay import Buffer, Record, is_buffer
+from shiq_jax.runs.run import Run
 
 # How somebody's rows become records, by the objective that learns from them.
 READERS = {
@@ -27,46 +24,12 @@ READERS = {
 }
 
 
-def fill_buffer(run: Run, model, params) -> Buffer:
-    """The replay buffer: someone's data, demonstrations, or samples of the reference with their rewards."""
-    job, path = run.job, run.directory.buffer
-    if job.data:
-        return _imported(run, path, job.data, model)
-    if job.objective == "sft":
-        return demonstrations(run, path, model)
-    buffer = open_or_create(path)
-    options = job.collection
-    done, rows = len(buffer) // options.samples_per_prompt, run.task.train
-    sampler = Sampler(
-        model, options.sampling, run.stops,
-        samples_per_prompt=options.samples_per_prompt, prompts_in_flight=options.prompts_in_flight,
-    )  # fmt: skip
-    starts = range(done, len(rows), options.prompts_per_batch)
-    sampled = (
-        in_order(
-            collect(
-                sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
-                key=run.key(Use.SAMPLING), stop_tokens=run.stops, first=start,
-            )
-        )
-        for start in starts
-    )  # fmt: skip
-    total = -(-len(rows) // options.prompts_per_batch)
-    amount = ("tokens", sampled_tokens)
-    for records in track(sampled, "sampling", total, "batches", first=total - len(starts), amount=amount):
-        if not len(buffer):
-            _announce(records, len(rows) * options.samples_per_prompt / len(records))
-        buffer.append(records, vocab_size=model.config.vocab_size)
-        stopping.check(f"after {len(buffer)} of {len(rows) * options.samples_per_prompt} samples")
-    return buffer
-
-
 def public_buffer(run: Run, model) -> Buffer:
     """The public data of a private run."""
-    return _imported(run, run.directory.public, run.job.public.data, model)
+    return imported(run, run.directory.public, run.job.public.data, model)
 
 
-def _imported(run: Run, path: Path, source: str, model) -> Buffer:
+def imported(run: Run, path: Path, source: str, model) -> Buffer:
     """A buffer of somebody's rows, as the job's options say that they are read."""
     job, read = run.job, _replayed if is_buffer(source) else READERS[run.job.objective]
     return import_records(
@@ -94,7 +57,7 @@ def import_records(
 
     Args:
         path: of the buffer, made when it is not there; a buffer with records is left as it is.
-        read: gives the records of a source.
+        read: gives the records of a source, those that `Reading.wanted` accepts.
         model: whose context and vocabulary the records must fit.
         score: the field that holds scores, see `Reading`.
         reward: scores answers of sources without scores.
@@ -107,11 +70,12 @@ def import_records(
     """
     buffer = open_or_create(path)
     if not len(buffer):
-        reading = Reading(score=score, reward=reward)
+        reading = Reading(score=score, reward=reward, vocab_size=model.config.vocab_size)
         reading.accept = _fits(reading, model.config, drop_longer_than)
         amount = ("tokens", lambda record: len(record.tokens))
         records = track(read(reading), "reading data", unit="records", amount=amount)
-        added = buffer.append(records, vocab_size=model.config.vocab_size)
+        # The reader validates each record, and names the row in what it says.
+        added = buffer.append(records, check=False)
         left_out = ", ".join(f"{count} {reason}" for reason, count in reading.left_out.items() if count)
         if not added:
             raise Refusal(f"nothing of the data can be learned from, for all was left out ({left_out}): mend the rows")
@@ -130,19 +94,18 @@ def _replayed(source: str, tokenizer, reading: Reading) -> Iterator[Record]:
     for number in range(len(buffer)):
         record = buffer[number]
         with formats.at(f"{source}, record {number}"):
-            wanted = reading.accept(record)
+            wanted = reading.wanted(record)
         if wanted:
             yield record
 
 
 def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Callable[[Record], bool]:
-    """What decides whether a record is short enough, and refuses what the model cannot read at all."""
+    """What decides whether a record is short enough; it refuses one that exceeds the context."""
     context = config.max_positions
     limit = context if longest is None else min(longest, context)
 
     def accept(record: Record) -> bool:
         stopping.check("while reading the data, which then begins again")
-        validate(record, config.vocab_size)
         if len(record.tokens) <= limit:
             return True
         if longest is None:
@@ -165,11 +128,3 @@ def open_or_create(path: Path) -> Buffer:
         return buffer
     path.parent.mkdir(parents=True, exist_ok=True)
     return Buffer.create(path)
-
-
-def _announce(records: Sequence[Record], times: float = 1) -> None:
-    """Say how large a buffer of `times` as many records like these will be, before it is written."""
-    counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
-    text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
-    size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))
-    print(f"the buffer will hold {round(len(records) * times)} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)

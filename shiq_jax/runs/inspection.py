@@ -8,8 +8,7 @@ from pathlib import Path
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer, is_buffer
-from shiq_jax.runs.metrics import MetricsLog
-from shiq_jax.runs.passes import tokens_per_second
+from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
 from shiq_jax.runs.run_directory import RunDirectory
 
 _WIDTH = 76
@@ -45,8 +44,11 @@ def _facts(run: RunDirectory) -> Iterator[str]:
     yield f"run {run.path}: {settings.get('command')}"
     yield "  options     " + ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
     yield f"  stage       {_stage(run)}"
-    if is_buffer(run.buffer):
-        buffer = Buffer.open(run.buffer)
+    here = run.latest_round()
+    if here is not run:
+        yield f"  round       {int(here.path.name) + 1} of {settings['rounds']}"
+    if is_buffer(here.buffer):
+        buffer = Buffer.open(here.buffer)
         yield f"  buffer      {len(buffer):,} sequences, mean return {_number(_mean_return(buffer))}"
     log = MetricsLog(run.metrics)
     updates = log.rows("update") or log.rows("public")
@@ -56,7 +58,7 @@ def _facts(run: RunDirectory) -> Iterator[str]:
         said = [f"{name} {_number(row[name])}" for name in ("loss", "epsilon") if name in row]
         said.append(f"{_number(tokens_per_second(updates))} tokens/s")
         yield f"  update      {row['step']:,}: {', '.join(said)}"
-    saved = sorted(int(step.name) for step in run.checkpoints.glob("[0-9]*") if step.name.isdigit())
+    saved = sorted(int(step.name) for step in here.checkpoints.glob("[0-9]*") if step.name.isdigit())
     if saved:
         yield "  checkpoints " + ", ".join(map(str, saved))
 
@@ -70,7 +72,7 @@ def _stage(run: RunDirectory) -> str:
         (log.rows("update"), "passes over the buffer"),
         (log.rows("public"), "updates on public data"),
         (log.rows("evaluation"), "evaluated before the passes"),
-        (is_buffer(run.buffer), "filling and annotating the buffer"),
+        (is_buffer(run.latest_round().buffer), "filling and annotating the buffer"),
         (run.reference.exists(), "the reference is ready"),
         (log.rows("warm start"), "warm start"),
     ):

@@ -1,35 +1,34 @@
-"""The second buffer of losses on good and bad answers: labels out of rewards, and answers to other prompts."""
+"""The second buffer of losses on good and bad answers: labelled answers, and answers to other prompts."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from shiq_jax.data import formats
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
-from shiq_jax.replay import Buffer, is_buffer
-from shiq_jax.replay.labels import labelled
+from shiq_jax.replay import Buffer
+from shiq_jax.replay.labels import given_labels, labelled
 from shiq_jax.runs.ingest import open_or_create
 
 
-def threshold_of(data: str | None, score: str | None, threshold: float | None) -> float | None:
-    """The return above which an answer is good; None for the mean of its prompt's answers.
+def check_threshold(answers: Buffer, threshold: float | None, data: str | None, *, private: bool = False) -> None:
+    """Raises Refusal for a threshold on data that have labels, and in a private run where there is neither.
 
     Args:
-        data: the rows that were read, or a replay buffer; None for samples. Their first row says whether they have
-            labels, which stand in a buffer as rewards of 1 and 0.
-        score: the field of their scores.
-        threshold: what was asked for, which is for scores.
-
-    Raises:
-        Refusal: a threshold was asked for and the data have labels.
+        answers: what the data became.
+        threshold: of `label`.
+        data: the source as the user named it.
+        private: whether the run protects its data, so that no answer may be compared with the answers of other units.
     """
-    if data is None or is_buffer(data) or not formats.holds_labels(next(iter(formats.rows(data)), {}), score):
-        return threshold
-    if threshold is not None:
+    known = given_labels(answers) >= 0
+    if threshold is not None and known.any():
         raise Refusal(f"--threshold says which scores are good, but {data} has labels: leave it out")
-    return 0.5
+    if private and threshold is None and not known.all():
+        raise Refusal(
+            "without labels or a --threshold an answer is compared with the mean of its prompt's answers, which belong "
+            "to other units: give one of the two in a private run"
+        )
 
 
 def label(path: Path, answers: Buffer, objective: Objective, threshold: float | None, longest: int) -> Buffer:
@@ -37,9 +36,10 @@ def label(path: Path, answers: Buffer, objective: Objective, threshold: float | 
 
     Args:
         path: of the buffer, made in one atomic append when it is not there.
-        answers: the answers with their rewards.
+        answers: the answers with their labels or rewards.
         objective: reads labels.
-        threshold: see `threshold_of`.
+        threshold: the return above which an answer without a label is good; None for the mean of its prompt's
+            answers.
         longest: tokens of the longest sequence that can be learned from.
 
     Raises:
@@ -50,7 +50,7 @@ def label(path: Path, answers: Buffer, objective: Objective, threshold: float | 
         return buffer
     mismatched = objective.couple is not None
     added = buffer.append(labelled(answers, threshold, mismatched=mismatched, longest=longest))
-    examples, good = added // 2 if mismatched else added, int(buffer.returns().sum())
+    examples, good = added // 2 if mismatched else added, buffer.column("label").count(True)
     tied = f"; {len(answers) - examples} tie and are left out" if examples < len(answers) else ""
     print(f"{good} answers are desirable, {examples - good} undesirable{tied}", file=sys.stderr)
     return buffer

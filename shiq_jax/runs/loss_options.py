@@ -1,19 +1,15 @@
-"""The options of losses, as the command line shows them, and the objectives that they stand for."""
+"""Options of losses on the command line, made from the options that the losses declare."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import tyro
 
-from shiq_jax.objectives import OBJECTIVES, Objective
-from shiq_jax.objectives.pair_options import PairOptions, check_options
-from shiq_jax.objectives.preference import DIVERGENCES
-from shiq_jax.objectives.residuals import check_axes
+from shiq_jax.objectives import OBJECTIVES, Objective, check_options
 
 LABEL_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if "labels" in objective.needs)
 PAIR_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.unit == "pair")
@@ -27,177 +23,125 @@ def given_as(metavar: str, otherwise: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
 
 
-@dataclass(frozen=True)
-class SftLoss:
-    """Maximum likelihood, which has no options."""
+class LossOptions:
+    """A loss of a family and its options; None for an option that is not given.
 
-    def configured(self) -> Objective:
-        """The objective."""
-        return OBJECTIVES["sft"]
+    Subclasses are dataclasses made by `family`. ValueErrors name options that the loss does not take or refuses.
+    """
 
-
-@dataclass(frozen=True)
-class RewardLoss:
-    """Options of a loss on scored answers; those that belong to other losses are refused."""
-
-    name: Literal[REWARD_LOSSES] = "shiq"
-    """Which loss; docs/losses.md has their formulas."""
-    beta: float = 0.1
-    """Temperature of the KL regularisation: rewards are divided by it, or what Q-heads add to the logits."""
-    gamma: Annotated[float | None, given_as("GAMMA", "the loss's own")] = None
-    """shiq, pcl, ilql, cql, mc_returns: discount per action."""
-    normalisation: Literal["sum_t", "mean_t"] = "sum_t"
-    """shiq: whether squared residuals of a sequence are summed or averaged."""
-    position_weight: Literal["none", "inv_position"] = "none"
-    """shiq: weight of the k-th action's squared residual, 1 or 1/k."""
-    horizon: Literal["multi", "one", "trajectory", "n_step"] = "multi"
-    """shiq: how far a residual looks, to the end, one action, from the first action only, or n actions."""
-    n: Annotated[int | None, given_as("ACTIONS", "none")] = None
-    """shiq, pcl: how many, with the horizon n_step."""
-    value: Literal["lse_shift", "lse"] = "lse_shift"
-    """shiq: the value of a state relative to the reference's, or not."""
-    gradient: Literal["full", "semi"] = "full"
-    """shiq, oreo: whether what follows an action is differentiated; semi is unbiased where users answer at random."""
-    value_beta: Annotated[float | None, given_as("BETA", "the loss's own")] = None
-    """a_star_po: temperature of the prompt's value."""
-    tau: Annotated[float | None, given_as("TAU", "the loss's own")] = None
-    """ilql: the expectile in (0, 1) that values are of the actions'."""
-    alpha: Annotated[float | None, given_as("ALPHA", "the loss's own")] = None
-    """ilql, cql, mc_returns: weight of the cross-entropy that keeps Q low where no data are."""
-    polyak: Annotated[float | None, given_as("RATE", "the loss's own")] = None
-    """ilql, cql: how much of the way to the heads their slow copies go in one update."""
+    objectives: ClassVar[Mapping[str, Objective]]
+    name: str
 
     def __post_init__(self):
-        _positive(self.beta)
-        _refuse_others(self.name, self._given())
-        if self.gamma is not None and not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
-        if self.value_beta is not None and not 0 < self.value_beta < math.inf:
-            raise ValueError(f"value_beta must be positive and finite, not {self.value_beta}")
-        if self.tau is not None and not 0 < self.tau < 1:
-            raise ValueError(f"tau must lie in (0, 1), not {self.tau}")
-        if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be finite and not negative, not {self.alpha}")
-        if self.polyak is not None and not (OBJECTIVES[self.name].slow and 0 < self.polyak <= 1):
-            raise ValueError(f"polyak lies in (0, 1] and belongs to losses with slow copies, not {self.name}")
-        paths = ("n_step" if self.n else "multi") if self.name == "pcl" else self.horizon
-        check_axes(paths, self.n, self.value, None, self.gradient, self.beta, self.gamma or 1.0)
+        known = tuple(self.objectives[self.name].options)
+        for name in self.given():
+            if name not in known:
+                raise ValueError(f"{name} is no option of the loss {self.name}, which takes {_list(known) or 'none'}")
+        if self.given():
+            check_options(self.configured())
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def configured(self) -> Objective:
+        """The objective with these options."""
+        return self.objectives[self.name].configure(**self.given())
 
     @property
     def steering(self) -> float:
-        """What Q-heads are multiplied with before they are added to the logits: the policy is then pi exp(Q / beta)."""
-        return steering(self.name, self.beta)
+        """What Q heads are multiplied with before they are added to the logits; 0 where the policy learns."""
+        return self.configured().steering
 
-    def configured(self) -> Objective:
-        """The objective with these options."""
-        objective, given = OBJECTIVES[self.name], self._given()
-        if "beta" in objective.options:
-            given["beta"] = self.beta
-        if self.polyak is not None:
-            objective = objective._replace(polyak=self.polyak)
-        return objective.configure(**given)
-
-    def _given(self) -> dict[str, Any]:
-        return _changed(self, "name", "beta", "polyak")
+    def settings(self) -> dict[str, Any]:
+        """The loss and the values of all its options, given or not, as JSON values."""
+        defaults = {name: option.default for name, option in self.objectives[self.name].options.items()}
+        return {"name": self.name} | defaults | self.given()
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """Options of a loss on pairs; those that belong to other losses are refused."""
-
-    name: Literal[PAIR_LOSSES] = "dpo"
-    """Which loss; docs/losses.md has their formulas."""
-    beta: float = 0.1
-    """Temperature of the KL regularisation, or what scales the contrast of a loss without reference."""
-    label_smoothing: Annotated[float | None, given_as("EPS", "the loss's own")] = None
-    """Probability that a preference is the wrong way round."""
-    penalty: Annotated[float | None, given_as("LAMBDA", "the loss's own")] = None
-    """dpop: what it costs that the chosen answer becomes less likely."""
-    shift: Annotated[float | None, given_as("DELTA", "the loss's own")] = None
-    """bco: the reward between good and bad answers."""
-    tau: Annotated[float | None, given_as("TAU", "the loss's own")] = None
-    """discopop: how sharply its two parts are blended."""
-    alpha: Annotated[float | None, given_as("ALPHA", "the loss's own")] = None
-    """cpo: weight of the chosen answer's likelihood."""
-    margin: Annotated[float | None, given_as("GAMMA", "the loss's own")] = None
-    """simpo: how far the chosen answer should lead."""
-    rpo_alpha: Annotated[float | None, given_as("ALPHA", "none")] = None
-    """all but cpo and orpo, which have such a term: weight of the chosen answer's negative log-likelihood per token."""
-    ld_alpha: Annotated[float | None, given_as("ALPHA", "1")] = None
-    """losses of summed log-ratios alone: what a token beyond the shorter answer's length counts, from 0 to 1."""
-    use_weighting: bool = False
-    """all but aot and aot_unpaired: weighs pairs by how likely the policy is to write both answers."""
-    f_divergence: Literal[DIVERGENCES] = "reverse_kl"
-    """dpo, robust, hinge, exo, discopop: the divergence that keeps the policy near the reference."""
-    f_alpha: Annotated[float | None, given_as("ALPHA", "none")] = None
-    """Which one, of the family alpha_divergence."""
-
-    def __post_init__(self):
-        _positive(self.beta)
-        _refuse_others(self.name, self._given())
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
-        if self.name == "exo" and self.label_smoothing == 0:
-            raise ValueError("label_smoothing must be positive with the loss exo")
-        if self.tau is not None and not 0 < self.tau < math.inf:
-            raise ValueError(f"tau must be positive and finite, not {self.tau}")
-        check_options(PairOptions(*(getattr(self, option) for option in PairOptions._fields)))
-
-    def configured(self) -> Objective:
-        """The objective with these options."""
-        return OBJECTIVES[self.name].configure(**self._given())
-
-    def _given(self) -> dict[str, Any]:
-        return {"beta": self.beta} | _changed(self, "name", "beta")
+def recorded(settings: Mapping[str, Any]) -> Objective:
+    """The objective of a run from its `LossOptions.settings`, as config.json holds them."""
+    objective = OBJECTIVES[settings.get("name", "sft")]
+    # Older runs also recorded options of other losses.
+    known = {name: settings[name] for name in objective.options if settings.get(name) is not None}
+    return objective.configure(**known)
 
 
-@dataclass(frozen=True)
-class LabelLoss:
-    """Options of a loss on single answers that are good or bad."""
+def family(name: str, about: str, objectives: Mapping[str, Objective]) -> type[LossOptions]:
+    """A dataclass with the options of all these objectives, for tyro.
 
-    name: Literal[LABEL_LOSSES] = "kto"
-    """Which loss; docs/losses.md has their formulas."""
-    beta: float = 0.1
-    """Temperature of the KL regularisation."""
-    desirable_weight: float = 1.0
-    """Weight of the loss of good answers."""
-    undesirable_weight: float = 1.0
-    """Weight of the loss of bad answers; where one kind is rarer, give it more."""
-
-    def __post_init__(self):
-        _positive(self.beta)
-        for name in ("desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
-
-    def configured(self) -> Objective:
-        """The objective with these options."""
-        options = dataclasses.asdict(self)
-        return OBJECTIVES[options.pop("name")].configure(**options)
+    Args:
+      name, about: name and docstring of the class.
+      objectives: by name; the first is the default. A single one gets no option that names it.
+    """
+    losses = tuple(objectives)
+    fields: list[tuple] = []
+    if len(losses) > 1:
+        about_name = tyro.conf.arg(help="Which loss; docs/losses.md has their formulas.")
+        fields.append(("name", Annotated[Literal[losses], about_name], dataclasses.field(default=losses[0])))
+    for option in dict.fromkeys(option for objective in objectives.values() for option in objective.options):
+        fields.append((option, _annotation(option, objectives), dataclasses.field(default=None)))
+    attributes = {"__doc__": about, "__module__": __name__, "objectives": objectives}
+    if len(losses) == 1:
+        attributes["name"] = losses[0]
+    return dataclasses.make_dataclass(name, fields, bases=(LossOptions,), namespace=attributes, frozen=True)
 
 
-def steering(loss: str, beta: float) -> float:
-    """What the Q-heads of a loss are multiplied with before they are added to the logits; 0 where the policy learns."""
-    return 0.0 if OBJECTIVES[loss].policy else 1 / beta
+def _annotation(name: str, objectives: Mapping[str, Objective]) -> Any:
+    """The type of an option of a family with its help."""
+    takers = {loss: each.options[name] for loss, each in objectives.items() if name in each.options}
+    kinds = {option.kind for option in takers.values()}
+    if all(get_origin(kind) is Literal for kind in kinds):
+        # Losses may know different values of one option; each checks its own.
+        kinds = {Literal[tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))]}
+    if len(kinds) != 1:
+        raise ValueError(f"option {name!r} is of different types in {_list(tuple(takers))}; rename one of them.")
+    hint = f"(default: {_shared({loss: _shown(option.default) for loss, option in takers.items()})})"
+    about = tyro.conf.arg(help=_help(takers, objectives), help_behavior_hint=hint)
+    return Annotated[kinds.pop() | None, about, tyro.conf.DisallowNone]
 
 
-def _changed(options: RewardLoss | PairLoss, *apart: str) -> dict[str, Any]:
-    """What is not as it is by default, but for some."""
-    fields = (field for field in dataclasses.fields(options) if field.name not in apart)
-    return {field.name: value for field in fields if (value := getattr(options, field.name)) != field.default}
+def _help(takers: Mapping[str, Any], losses: Iterable[str]) -> str:
+    """Which losses take an option, and what it does; a loss that does not say does what the first that does says."""
+    texts = [option.text for option in takers.values() if option.text]
+    first = texts[0] if texts else "see docs/losses.md"
+    said = _shared({loss: (option.text or first).rstrip(".") for loss, option in takers.items()}, first.rstrip("."))
+    said = said[0].upper() + said[1:]
+    others = tuple(loss for loss in losses if loss not in takers)
+    if not others:
+        return f"{said}."
+    whose = f"all but {_list(others)}" if len(others) < len(takers) else ", ".join(takers)
+    return f"{whose}: {said[0].lower()}{said[1:]}."
 
 
-def _refuse_others(loss: str, given: Iterable[str]) -> None:
-    known = OBJECTIVES[loss].options
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{name} is no option of the loss {loss}, which takes {_list(known)}")
+def _shared(values: Mapping[str, str], usual: str | None = None) -> str:
+    """What holds for most losses, or `usual`, and after it the losses for which something else does."""
+    usual = Counter(values.values()).most_common(1)[0][0] if usual is None else usual
+    others: dict[str, list[str]] = {}
+    for loss, value in values.items():
+        if value != usual:
+            others.setdefault(value, []).append(loss)
+    return "; ".join([usual, *(f"{', '.join(losses)}: {value}" for value, losses in others.items())])
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None else str(default)
 
 
 def _list(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _positive(beta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, not {beta}")
+def _of(names: Iterable[str]) -> dict[str, Objective]:
+    return {name: OBJECTIVES[name] for name in names}
+
+
+RewardLoss = family(
+    "RewardLoss",
+    "Options of a loss on scored answers; those of other losses are refused.",
+    _of(REWARD_LOSSES),
+)
+PairLoss = family("PairLoss", "Options of a loss on pairs; those of other losses are refused.", _of(PAIR_LOSSES))
+LabelLoss = family("LabelLoss", "Options of a loss on single answers that are good or bad.", _of(LABEL_LOSSES))
+SftLoss = family("SftLoss", "Maximum likelihood, which has no options.", _of(["sft"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -93,3 +93,10 @@ def _plain(value):
     if hasattr(value, "item"):
         value = value.item()
     return value
+
+
+def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
+    """Real tokens through the update step per second, over the updates that did not compile and say how many."""
+    counted = [row for row in rows if not row["compiled"] and "tokens" in row]
+    seconds = sum(row["seconds"] for row in counted)
+    return sum(row["tokens"] for row in counted) / seconds if seconds else None

@@ -14,9 +14,12 @@ from shiq_jax.models.lora import TARGETS, Lora
 from shiq_jax.replay import is_buffer
 from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.runs.loss_options import SftLoss, given_as
-from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.runs.private_options import Privacy
 from shiq_jax.runs.public_options import Public
+from shiq_jax.training.optimizers import Optimizer
+
+# Of a run's directory; runs of another format are not resumed.
+FORMAT = 2
 
 
 def _at_least(options: Any, **smallest: float) -> None:
@@ -89,6 +92,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What rounds of sampling and learning are measured from."""
+
+    reference: Literal["first", "previous"] = "first"
+    """The reference of the loss: the policy before the first round, or the one that the round samples from."""
+
+
+@dataclass(frozen=True)
 class Adapters:
     """LoRA: a low-rank addition to the layers' linear maps learns, and the model stays as it is."""
 
@@ -144,8 +155,10 @@ class Job:
     """Leave out longer sequences of the data."""
     baseline: Literal["none", "group_mean"] = "none"
     """What is taken off an answer's last reward; the mean of its prompt's answers does not move the optimum."""
+    rounds: int = 1
+    """How often to sample from the policy, score, and learn."""
     epochs: float = 2.0
-    """Passes over the buffer."""
+    """Passes over the buffer of a round."""
     batch_size: int = 32
     """Prompts (with all their answers), pairs, kto's answers, or demonstrations of one update."""
     seed: int = 0
@@ -169,6 +182,7 @@ class Job:
     loss: Any = SftLoss()
     optimizer: Optimizer = Optimizer()
     collection: Collection = Collection()
+    round: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
     warm_start: WarmStart = WarmStart()
     precision: Precision = Precision()
@@ -180,7 +194,12 @@ class Job:
     objective: ClassVar[str] = ""
 
     def __post_init__(self):
-        _at_least(self, seed=0, batch_size=1, epochs=0, microbatches=1, save_every=1, keep=1, row_length=2)
+        _at_least(self, seed=0, batch_size=1, epochs=0, rounds=1, microbatches=1, save_every=1, keep=1, row_length=2)
+        if self.rounds > 1 and (self.data is not None or self.objective == "sft"):
+            what = "data are given once" if self.data is not None else "sft learns from demonstrations"
+            raise ValueError(f"rounds sample from the policy, but {what}: leave rounds out")
+        if self.rounds == 1 and self.round != Rounds():
+            raise ValueError("round.reference says what several rounds measure from: give rounds, or leave it out")
         if self.data is not None and self.prompts is not None:
             raise ValueError("data are learned from as they are and prompts are sampled for: give one of them")
         if self.data is None and (self.score is not None or self.drop_longer_than is not None):
@@ -207,8 +226,11 @@ class Job:
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.command
 
     def settings(self) -> dict[str, Any]:
-        """All options that determine the result, as JSON values."""
-        values = dataclasses.asdict(self)
+        """All options that determine the result, as JSON values, with digests of the files that are read.
+
+        It reads every data file: call it once per run.
+        """
+        values = dataclasses.asdict(self) | {"loss": self.loss.settings()}
         for name in ("resume", "output_dir", "track"):
             values.pop(name)
         sources = {
@@ -220,10 +242,10 @@ class Job:
                 values[f"{name}_digest"] = ",".join(digests)
         if self.data and is_buffer(self.data):
             values["data_digest"] = _digest(Path(self.data) / "manifest.json")
-        return {"command": self.command, "objective": self.objective} | values
+        return {"format": FORMAT, "command": self.command, "objective": self.objective} | values
 
-    def told(self) -> dict[str, Any]:
-        """The settings that checkpoints and trackers show: without the digest of private data, by which whoever knows
-        all rows but one could find that one."""
+    def public_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings that checkpoints and trackers show; without the digest of private data, which would allow a
+        membership test."""
         hidden = ("data_digest",) if self.privacy.on else ()
-        return {name: value for name, value in self.settings().items() if name not in hidden}
+        return {name: value for name, value in settings.items() if name not in hidden}

@@ -1,30 +1,31 @@
-"""What a private run has beside another: its mechanism, its secret, and batches and updates that go with both."""
+"""Private runs: mechanism, secret, and the phases that learn with both."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import Buffer
-from shiq_jax.training.batches import Ahead
+from shiq_jax.runs.ingest import public_buffer
 from shiq_jax.runs.options import Job
-from shiq_jax.training.placement import data_devices
-from shiq_jax.training.private_batches import PrivateBatches, units_of
+from shiq_jax.runs.phases import Phase, Plan
 from shiq_jax.runs.private_options import Privacy
 from shiq_jax.runs.public_phase import PublicData
+from shiq_jax.runs.round import LearningProblem, Round, annotated
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import read_json, write_json
+from shiq_jax.training.placement import data_devices
+from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
@@ -38,60 +39,75 @@ SHOWN = 100
 
 
 class Private(NamedTuple):
-    """The parts of a private run."""
+    """State that only private runs need."""
 
     mechanism: Mechanism
     secret: Secret
-    batches: Ahead
     options: Privacy
-    public: PublicData | None = None
-
-    @property
-    def before(self) -> int:
-        """Public updates before the first private one."""
-        return self.public.taken if self.public else 0
-
-    def beside(self, public: PublicData) -> Private:
-        """The parts of a run that also learns from public data."""
-        return self._replace(public=public, batches=public.mixed(self.batches))
-
-    def make_update(self, model, objective: Objective, rule, **others) -> Callable[[State, Any], tuple[State, dict]]:
-        """A private update as the passes call it, which also says what has been spent."""
-        update = make_update(
-            model, objective, rule, privacy=self.mechanism, method=self.options.method,
-            reveal=self.options.log_private, **others,
-        )  # fmt: skip
-
-        # An accountant takes a second: often enough to draw a curve.
-        every = max(self.mechanism.steps // SHOWN, 1)
-
-        def step(state: State, batch) -> tuple[State, dict]:
-            done, more = int(state.step) + 1 - self.before, {}
-            if self.public and not self.public.first:
-                batch, beside = batch
-                more = {"public": beside, "public_weight": self.public.weight(done - 1)}
-            state, metrics = update(state, batch, self.secret.noise, **more)
-            # One number of what belongs to units, where it was asked for.
-            metrics = {name: jnp.nanmedian(value) if value.ndim else value for name, value in metrics.items()}
-            if done % every == 0 or done == self.mechanism.steps:
-                metrics["epsilon"] = self.mechanism.epsilon(done)
-            return state, metrics
-
-        return step
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is written down of the run: its mechanism, whose secret it has, and what takes from its epsilon."""
-        return _about(self.mechanism, self.secret, self.options)
+        """What is written down: the mechanism, a fingerprint of the secret, and what voids its epsilon."""
+        # A key that can be guessed, or units whose numbers are shown, leave no epsilon.
+        return dataclasses.asdict(self.mechanism) | {
+            "clip": repr(self.mechanism.clip), "secret": self.secret.fingerprint,
+            "insecure": self.options.insecure_deterministic, "shown": self.options.log_private,
+        }  # fmt: skip
+
+    def spent(self, done: int) -> dict[str, float]:
+        """Epsilon after so many private updates, where it is logged."""
+        # An accountant takes a second: often enough to draw a curve.
+        every = max(self.mechanism.steps // SHOWN, 1)
+        if done % every and done != self.mechanism.steps:
+            return {}
+        return {"epsilon": self.mechanism.epsilon(done)}
 
     def metadata(self, done: int) -> dict[str, Any]:
-        """What checkpoints say: whose secret, by what mechanism, and what is spent; not the secret."""
-        spent = {"epsilon": self.mechanism.epsilon(done - self.before), "before": self.before}
-        return spent | {"privacy": self.about}
+        """What checkpoints say: the mechanism, whose secret, and what is spent; not the secret."""
+        return {"epsilon": self.mechanism.epsilon(done), "privacy": self.about}
 
     def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Raises Refusal for a checkpoint of another mechanism or secret."""
         _same(path, metadata.get("privacy", self.about), self.about)
+
+
+def private_plan(round: Round, problem: LearningProblem) -> Plan:
+    """Phases of a private run: public updates first, if there are any, then private ones.
+
+    Raises:
+        Refusal: options or data do not go with a private run, or its secret is gone.
+    """
+    run, job, model, objective = round.run, round.run.job, problem.model, problem.objective
+    private, batches = _begin(run, problem)
+    public = None
+    if job.public.data:
+        there = public_buffer(run, model)
+        references, _ = annotated(run, there, dict.fromkeys(problem.references, round.reference))
+        public = PublicData(run, there, references, objective, private.mechanism)
+    private_steps = batches.steps(job.epochs)
+    planned = private_steps + (public.steps if public else 0)
+    optimizer = job.optimizer.build(planned)
+    update = make_update(
+        model, objective, optimizer, mesh=run.mesh, microbatches=job.microbatches, privacy=private.mechanism,
+        method=job.privacy.method, reveal=job.privacy.log_private,
+    )  # fmt: skip
+    mixed = public is not None and not public.first
+
+    def private_update(state: State, batch) -> tuple[State, dict]:
+        own, beside = batch if mixed else (batch, {})
+        return update(state, own, private.secret.noise, **beside)
+
+    phase = Phase(
+        "update", private_update, public.mixed(batches) if mixed else batches, private_steps,
+        steps_per_pass=max(batches.steps(1), 1), pass_ends=[batches.steps(n + 1) for n in range(int(job.epochs))],
+        metrics=private.spent, metadata=private.metadata,
+        check=lambda metadata: private.check(round.directory.checkpoints, metadata),
+    )  # fmt: skip
+    first = [public.phase(model, optimizer)] if public is not None and public.first else []
+    plan = Plan([*first, phase], optimizer, job.optimizer.learning_rate_at(planned))
+    if public is None:
+        return plan
+    return plan._replace(on_start=partial(public.begin, model), on_evaluation=partial(public.look, model))
 
 
 def check_private_job(job: Job, objective: Objective) -> None:
@@ -121,18 +137,14 @@ def check_private_job(job: Job, objective: Objective) -> None:
         )
 
 
-def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics) -> Private:
-    """The parts of a run, those of before where it goes on.
-
-    Raises:
-        Refusal: options or data do not go with a private run, or its secret is gone.
-    """
-    job, options = run.job, run.job.privacy
-    units = units_of(buffer, objective.unit, options.unit)
+def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]:
+    """Mechanism, secret and batches of a run, those of before where it resumes."""
+    job, options, buffer = run.job, run.job.privacy, problem.buffer
+    units = units_of(buffer, problem.objective.unit, options.unit)
     if job.batch_size > len(units):
         raise Refusal(f"a batch of {job.batch_size} is larger than the data of {len(units)} units: lower --batch-size")
     mechanism = options.mechanism(
-        trainable, dataset_size=len(units), expected_batch=job.batch_size, example=objective.unit,
+        problem.trainable, dataset_size=len(units), expected_batch=job.batch_size, example=problem.objective.unit,
         steps=math.ceil(round(job.epochs * len(units) / job.batch_size, 9)),
         multiple=data_devices(run.mesh) * job.microbatches,
     )  # fmt: skip
@@ -142,21 +154,15 @@ def begin(run: Run, trainable, buffer: Buffer, objective: Objective, statistics)
             "would be as private",
             file=sys.stderr,
         )
-    secret = _secret(run)
-    batches = PrivateBatches(buffer, units, mechanism, secret, statistics=statistics, mesh=run.mesh)
-    file, about = run.directory.privacy, _about(mechanism, secret, options)
+    private = Private(mechanism, _secret(run), options)
+    batches = PrivateBatches(
+        buffer, units, mechanism, private.secret, references=problem.references, mesh=run.mesh
+    )
+    file = run.directory.privacy
     if not file.exists():
-        write_json(file, about | {"epsilon": mechanism.epsilon()})
-    _same(file, {name: value for name, value in read_json(file).items() if name != "epsilon"}, about)
-    return Private(mechanism, secret, batches, options)
-
-
-def _about(mechanism: Mechanism, secret: Secret, options: Privacy) -> dict[str, Any]:
-    """As JSON values; a key that can be guessed, or units that are shown, leave no epsilon, which is said as well."""
-    return dataclasses.asdict(mechanism) | {
-        "clip": repr(mechanism.clip), "secret": secret.fingerprint, "insecure": options.insecure_deterministic,
-        "shown": options.log_private,
-    }  # fmt: skip
+        write_json(file, private.about | {"epsilon": mechanism.epsilon()})
+    _same(file, {name: value for name, value in read_json(file).items() if name != "epsilon"}, private.about)
+    return private, batches
 
 
 def _same(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -7,16 +7,19 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
-from shiq_jax.replay import Buffer, pack, plan
-from shiq_jax.training.batches import Ahead, Batches, Step
+from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.phases import Phase
+from shiq_jax.runs.run import Run, Use
+from shiq_jax.training.batches import Batches, DeviceBatch
 from shiq_jax.training.private_batches import units_of
 from shiq_jax.training.private_gradient import UnitLosses
-from shiq_jax.runs.run import Run, Use
 from shiq_jax.training.state import State
+from shiq_jax.training.update import make_update
 
 STAGE, MEASURED = "public", "improvement"
 # Units whose losses are looked at, in so many batches.
@@ -28,24 +31,24 @@ class PublicData:
 
     Args:
         run: its options, mesh, log and keys.
-        buffer, statistics: the data, and what the reference says of them for objectives that have one.
+        buffer, references: the data, and by name the statistics that fill `Example.references`.
         objective: of the run.
         mechanism: of its private updates.
     """
 
-    def __init__(self, run: Run, buffer: Buffer, statistics, objective: Objective, mechanism: Mechanism):
+    def __init__(
+        self, run: Run, buffer: Buffer, references: References, objective: Objective, mechanism: Mechanism
+    ):  # fmt: skip
         job = run.job
         self.options, self._run, self._objective, self._mechanism = job.public, run, objective, mechanism
         self.batches = Batches(
-            buffer, objective.unit, job.batch_size, seed=job.seed, statistics=statistics, mesh=run.mesh,
+            buffer, objective.unit, job.batch_size, seed=job.seed, references=references, mesh=run.mesh,
             microbatches=job.microbatches, row_length=job.row_length,
         )  # fmt: skip
         share = self.options.share
         # Public updates at most; those that are mixed into private ones come before none.
         self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
-        # Those that it was in the end, as soon as that is known.
-        self.taken = self.steps
-        self._looked = _cut(buffer, objective.unit, statistics)
+        self._looked = _cut(buffer, objective.unit, references)
         self._look: Callable | None = None
 
     @property
@@ -73,13 +76,33 @@ class PublicData:
             return state
         return state._replace(opt_state=change_over(state.opt_state, self.options.reset))
 
-    def mixed(self, private: Ahead) -> Ahead:
-        """Batches of private updates, each with a public one beside it."""
-        return private if self.first else _Mixed(private, self.batches)
+    def phase(self, model, optimizer: optax.GradientTransformation) -> Phase:
+        """Updates on public data alone; where the options say so, they end before `steps`."""
+        run, options = self._run, self.options
+        update = make_update(model, self._objective, optimizer, mesh=run.mesh, microbatches=run.job.microbatches)
+        return Phase(
+            STAGE, update, self.batches, self.steps, on_end=self.changed_over, records=self.batches.records,
+            metadata=lambda done: {"epsilon": 0.0}, enough=self.enough,
+            window=None if options.stall is None and options.slowdown is None else options.window,
+        )  # fmt: skip
+
+    def mixed(self, private: Callable[[int], DeviceBatch]) -> Callable[[int], DeviceBatch]:
+        """Batches of private updates, each with a public one and its weight as keywords of the update."""
+
+        def batches(step: int) -> DeviceBatch:
+            own, public = private(step), self.batches(step)
+            return own._replace(batch=(own.batch, {"public": public.batch, "public_weight": self.weight(step)}))
+
+        return batches
 
     def weight(self, step: int) -> float:
         """Of the public gradient in a private update."""
         return mixing_weight(self.options.rule, step, self._mechanism.steps, self.options.share)
+
+    def begin(self, model, state: State, step: int) -> None:
+        """`look`, unless it has been done before."""
+        if not self._run.log.rows(MEASURED):
+            self.look(model, state, step)
 
     def look(self, model, state: State, step: int) -> None:
         """Log what a private update could gain here, and how much of it noise takes, from public data alone."""
@@ -99,26 +122,13 @@ class PublicData:
         log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
 
 
-class _Mixed(Ahead):
-    """A private batch and a public one for every step."""
-
-    left_out = 0
-
-    def __init__(self, private: Ahead, public: Batches):
-        self._private, self._public = private, public
-        self.records, self.steps = private.records, private.steps
-
-    def __call__(self, step: int) -> Step:
-        private, public = self._private(step), self._public(step)
-        return private._replace(batch=(private.batch, public.batch))
-
-
-def _cut(buffer: Buffer, unit: str, statistics):
+def _cut(buffer: Buffer, unit: str, references: References):
     """Some units, each in a row of its own, as equal batches stacked; None where there are too few for two."""
     units = units_of(buffer, unit)[:LOOKED_AT]
     count = min(BATCHES, len(units))
     if count < 2:
         return None
-    shape = plan(buffer, units)._replace(slots=1)
-    rows = [pack([each], buffer, statistics, shape).batch for each in units[: len(units) // count * count]]
+    trees = Trees(buffer)
+    shape = plan(trees, units)._replace(slots=1)
+    rows = [pack([each], trees, shape, references=references).batch for each in units[: len(units) // count * count]]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves).reshape(count, -1, *leaves[0].shape[1:]), *rows)

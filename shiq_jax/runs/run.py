@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 
 from shiq_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from shiq_jax.errors import Refusal
-from shiq_jax.models import DecoderConfig, fingerprint, load_hf, locate
+from shiq_jax.models import DecoderConfig, Headed, fingerprint, load_hf, locate
 from shiq_jax.rollout import rewards
-from shiq_jax.runs.options import Job
 from shiq_jax.runs.metrics import MetricsLog
-from shiq_jax.training.placement import mesh_of
+from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.runs.sources import Task, prepare
 from shiq_jax.runs.trackers import trackers
+from shiq_jax.training.placement import mesh_of
 
 
 class Use(enum.IntEnum):
@@ -27,8 +28,6 @@ class Use(enum.IntEnum):
 
     SAMPLING = 0
     EVALUATION = 1
-    UPDATES = 2
-    WARM_START = 3
     HEADS = 4
     ADAPTERS = 5
     CURVATURE = 6
@@ -36,22 +35,31 @@ class Use(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages of a run share."""
+    """What all stages of a run share; `settings` are its options as checkpoints and trackers show them."""
 
     job: Job
     directory: RunDirectory
+    settings: Mapping[str, Any]
     task: Task
     mesh: jax.sharding.Mesh | None
     tokenizer: Any
     stops: tuple[int, ...]
     log: MetricsLog
 
-    def key(self, use: Use) -> jax.Array:
-        """The random key of a use."""
-        return jax.random.fold_in(jax.random.key(self.job.seed), int(use))
+    def key(self, use: Use, round: int = 0) -> jax.Array:
+        """The random key of a use in a round."""
+        key = jax.random.fold_in(jax.random.key(self.job.seed), int(use))
+        return jax.random.fold_in(key, round) if round else key
+
+    def seed(self, round: int = 0) -> int:
+        """The seed of the data order in a round."""
+        # Rounds must not share orders with runs of neighbouring seeds.
+        return (self.job.seed + round * 0x9E3779B97F4A7C15) % 2**64
 
     def load(self, source: str | Path):
         """Model and parameters of a directory or hub id, on this run's mesh and in its precision.
+
+        A policy that the run itself exported comes with its heads.
 
         Raises:
             Refusal: they cannot be had, or are not those that the run has used before.
@@ -61,12 +69,15 @@ class Run:
             source, mesh=self.mesh, compute_dtype=jnp.dtype(options.compute), remat=options.remat,
             engine=options.attention,
         )  # fmt: skip
-        role = "model" if str(source) == str(self.task.model) else "reference"
+        if Path(source).is_relative_to(self.directory.rounds):
+            model, params = Headed.load(model, params, Path(source))
+        roles = {str(self.task.model): "model", str(self.directory.reference): "reference"}
+        role = roles.get(str(source)) or str(Path(source).relative_to(self.directory.path))
         self.directory.keep_weights(role, fingerprint(params), source)
         return model, params
 
 
-def set_up(job: Job, directory: RunDirectory) -> Run:
+def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Run:
     """Everything that a run needs before it computes anything; what can be refused early is refused here."""
     task, mesh = prepare(job, directory), mesh_of(job.mesh)
     source = locate(task.model)
@@ -82,5 +93,5 @@ def set_up(job: Job, directory: RunDirectory) -> Run:
                 f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
                 f"context of {context}: leave it out or lower max_tokens"
             )
-    log = MetricsLog(directory.metrics, trackers(job.track, directory, job.told()))
-    return Run(job, directory, task, mesh, tokenizer, stop_tokens(tokenizer, source), log)
+    log = MetricsLog(directory.metrics, trackers(job.track, directory, settings))
+    return Run(job, directory, settings, task, mesh, tokenizer, stop_tokens(tokenizer, source), log)

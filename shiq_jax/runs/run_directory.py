@@ -1,4 +1,4 @@
-"""The directory of a run: one place that knows the name of every file in it."""
+"""The directories of a run and of its rounds: one place that knows the name of every file in them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,32 @@ from shiq_jax.replay.locks import exclusive
 from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
 
 
-class RunDirectory:
-    """Paths of a run, and the rule under which a run may begin or go on in a directory."""
+class RoundDirectory:
+    """Paths of one round.
+
+    Args:
+        path: of the round; the run's own where a run has one round.
+        policy: where the policy that the round made is exported.
+    """
+
+    def __init__(self, path: Path, policy: Path):
+        self.path, self.policy = Path(path), Path(policy)
+        self.buffer = self.path / "buffer"
+        self.labelled = self.path / "labelled"
+        self.checkpoints = self.path / "checkpoints"
+        self.done = self.path / "round.json"
+
+
+class RunDirectory(RoundDirectory):
+    """Paths of a run, which are also those of its round where it has one, and the rule under which a run may begin."""
 
     # Directories that were made for the run, the innermost first.
     _made: tuple[Path, ...] = ()
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.export = Path(path) / "export"
+        super().__init__(path, self.export)
+        self.rounds = self.path / "rounds"
         self.config = self.path / "config.json"
         self.task = self.path / "task.json"
         self.weights = self.path / "weights.json"
@@ -31,9 +49,6 @@ class RunDirectory:
         self.data = self.path / "data"
         self.warm_start = self.path / "warm_start"
         self.reference = self.path / "reference"
-        self.buffer = self.path / "buffer"
-        self.labelled = self.path / "labelled"
-        self.checkpoints = self.path / "checkpoints"
         self.privacy = self.path / "privacy.json"
         self.public = self.path / "public"
         self.secret = self.path / "secret.key"
@@ -42,10 +57,32 @@ class RunDirectory:
         self.curve = self.path / "learning_curve.png"
         self.improvement = self.path / "improvement.png"
         self.summary = self.path / "summary.json"
-        self.export = self.path / "export"
         self.tensorboard = self.path / "tensorboard"
         self.wandb = self.path / "wandb"
         self.wandb_id = self.path / "wandb.json"
+
+    def round(self, number: int, count: int) -> RoundDirectory:
+        """The directory of round `number` of `count`; the last one's policy is the run's export."""
+        if count == 1:
+            return self
+        path = self.rounds / f"{number:03d}"
+        return RoundDirectory(path, self.export if number == count - 1 else path / "policy")
+
+    def begun_rounds(self) -> list[RoundDirectory]:
+        """The directories of the rounds that have begun, the newest last; the run's own where it has one round."""
+        numbers = sorted(int(path.name) for path in self.rounds.glob("[0-9]*")) if self.rounds.is_dir() else []
+        count = read_json(self.config)["rounds"] if numbers else 1
+        return [self.round(number, count) for number in numbers] or [self]
+
+    def latest_round(self) -> RoundDirectory:
+        """The directory of the newest round that has begun."""
+        return self.begun_rounds()[-1]
+
+    def start_of(self, round: RoundDirectory) -> Path | str:
+        """Where the policy is that a round starts from: that of the round before it, the reference, or the model."""
+        if round.path.parent == self.rounds and int(round.path.name) > 0:
+            return self.rounds / f"{int(round.path.name) - 1:03d}" / "policy"
+        return self.reference if self.reference.exists() else read_json(self.task)["model"]
 
     def generations(self, step: int) -> Path:
         """The generations that were kept after so many updates."""
@@ -75,7 +112,13 @@ class RunDirectory:
             return run
         if not run.config.exists():
             raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
-        refuse_differences(path, read_json(run.config), settings)
+        known = read_json(run.config)
+        if known.get("format") != settings.get("format"):
+            raise Refusal(
+                f"{path} was begun by another version of shiq_jax, whose runs this one cannot resume: finish it with "
+                "that version, or begin another run"
+            )
+        refuse_differences(path, known, settings)
         return run
 
     @contextlib.contextmanager
@@ -125,7 +168,7 @@ class RunDirectory:
         Args:
             samples: whether the buffer's records are worth keeping; with such records the run stays.
         """
-        if self.metrics.exists() or (samples and any(self.buffer.glob("records-*.arrow"))):
+        if self.metrics.exists() or (samples and any(self.latest_round().buffer.glob("records-*.arrow"))):
             return
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():

@@ -11,9 +11,9 @@ import numpy as np
 from shiq_jax.data import formats
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer
-from shiq_jax.tasks import rewards
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.tasks import rewards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from shiq_jax import stopping
 from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
-from shiq_jax.replay import Buffer, Identity, Record, Shape, pack, plan
-from shiq_jax.replay.sampling import split
+from shiq_jax.replay import Buffer, Identity, Record, Shape, Trees, pack, plan
+from shiq_jax.replay.sampling import Bundle, group_members, trajectory_bundles
 from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
 
@@ -37,7 +37,6 @@ def statistics_of(
     *,
     prompts_per_batch: int = 32,
     row_length: int = 4096,
-    shape: Shape | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(logp, lse) of every action of every record, in nats, by the forward pass of the update step.
 
@@ -49,15 +48,21 @@ def statistics_of(
         records: sequences; their own statistics are not looked at.
         prompts_per_batch: groups in one compiled call.
         row_length: groups of more tokens are split.
-        shape: sizes of the compiled call, when these records are part of a larger set; by default what they need,
-            rounded up so that few programs are compiled.
     """
-    bundles = _bundles(records, row_length)
-    shape = shape or _coarse(plan(records, bundles))
-    forward, out = _forward(model), [None] * len(records)
+    trees, groups = Trees(records), group_members([record.group for record in records])
+    bundles = list(trajectory_bundles(groups, records, [len(record.tokens) for record in records], row_length))
+    found = _bundle_statistics(model, params, trees, bundles, _coarse(plan(trees, bundles)), prompts_per_batch)
+    return [found[number] for number in range(len(records))]
+
+
+def _bundle_statistics(
+    model, params, trees: Trees, bundles: Sequence[Bundle], shape: Shape, prompts_per_batch: int
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """(logp, lse) of the records of some bundles by record number; `shape` is that of each compiled call."""
+    forward, out = _forward(model), {}
     starts = range(0, len(bundles), prompts_per_batch)
     batches = (
-        pack(bundles[start : start + prompts_per_batch], records, None, shape, rows_multiple=data_devices(model.mesh))
+        pack(bundles[start : start + prompts_per_batch], trees, shape, rows_multiple=data_devices(model.mesh))
         for start in starts
     )
     amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)
@@ -66,21 +71,9 @@ def statistics_of(
         stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
         for spot, number in np.ndenumerate(packed.members):
             if number >= 0:
-                actions = len(records[number].rewards)
-                out[number] = (stats.logp[spot][:actions], stats.lse[spot][:actions])
+                actions = np.count_nonzero(packed.batch.example.action_mask[spot])
+                out[int(number)] = (stats.logp[spot][:actions], stats.lse[spot][:actions])
     return out
-
-
-def _bundles(records: Sequence[Record], row_length: int) -> list[tuple[tuple[int], ...]]:
-    """The records of each group as one bundle, or as several where they would not fit into a row."""
-    groups: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault(record.group, []).append(number)
-    return [
-        tuple((members[place],) for place in part)
-        for members in groups.values()
-        for part in split([records[number].tokens for number in members], row_length)
-    ]
 
 
 def _coarse(shape: Shape) -> Shape:
@@ -142,13 +135,21 @@ def annotate(
         return found
     # Of all shards, not of those that are missing: padding moves the last bits, and an annotation that goes on must
     # find those of one that was never stopped.
-    planned = (buffer.read(numbers) for numbers in buffer.shards)
-    shapes = [plan(records, _bundles(records, row_length)) for records in planned]
+    trees, bundles = Trees(buffer), _bundles_of_shards(buffer, row_length)
+    shapes = [plan(trees, part) for part in bundles]
     shape = Shape(*map(max, zip(*shapes, strict=True)))
-    shards = (buffer.read(buffer.shards[number]) for number in missing)
-    options = {"prompts_per_batch": prompts_per_batch, "row_length": row_length, "shape": shape}
     done, total = len(shapes) - len(missing), len(shapes)
-    todo = zip(missing, shards, strict=True)
-    for shard, records in track(todo, "reference statistics", total, "shards", first=done):
-        buffer.write_statistics(identity, shard, statistics_of(model, params, records, **options))
+    for shard in track(missing, "reference statistics", total, "shards", first=done):
+        values = _bundle_statistics(model, params, trees, bundles[shard], shape, prompts_per_batch)
+        buffer.write_statistics(identity, shard, [values[number] for number in buffer.shards[shard]])
     return found
+
+
+def _bundles_of_shards(buffer: Buffer, row_length: int) -> list[list[Bundle]]:
+    """For each shard the bundles of its records; a group that lies in several shards is divided."""
+    names, lengths = buffer.group_ids(), buffer.lengths()
+    members = (
+        [tuple(numbers[place] for place in group) for group in group_members(names[numbers.start : numbers.stop])]
+        for numbers in buffer.shards
+    )
+    return [list(trajectory_bundles(groups, buffer, lengths, row_length)) for groups in members]

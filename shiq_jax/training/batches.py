@@ -1,51 +1,52 @@
-"""Packed batches of a buffer as a function of (seed, step), made ahead of the device in one thread."""
+"""Packed batches of a buffer as a function of (seed, step), and a thread that makes them one step ahead."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import Batch, Buffer, Schedule, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, Trees, bundles, pack, plan
 from shiq_jax.training.placement import data_devices, place
 
 
-class Step(NamedTuple):
-    """One batch on its devices, with what the host wants to know of it."""
+class DeviceBatch(NamedTuple):
+    """One batch on its devices, with what the host wants to know of it.
 
-    batch: Batch
-    members: np.ndarray  # [rows, slots, K] record numbers, -1 where there is none
-    # Real tokens, each shared prompt counted once, and the part of the row positions that hold them; None where that is
-    # nobody's to know.
-    tokens: int | None
-    fill: float | None
-    waited: float = 0.0  # seconds that whoever asked for it had to wait
+    Attributes:
+        batch: what the update takes.
+        members: int[rows, slots, K], record numbers, -1 where there is none; None where batches have no records, and in
+            private runs.
+        tokens: real tokens, each shared prompt counted once; None where unknown, and in private runs.
+        fill: part of the row positions that hold real tokens; None as `tokens`.
+    """
 
-
-class Ahead:
-    """A function from steps to batches that is called while the batch before is used."""
-
-    def __call__(self, step: int) -> Step:
-        """The batch of an update step."""
-        raise NotImplementedError
-
-    def ahead(self, start: int, stop: int) -> Iterator[Step]:
-        """The batches of steps `start` to `stop - 1`, each made while the one before it is used."""
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-            following = worker.submit(self, start) if start < stop else None
-            for step in range(start, stop):
-                began = time.perf_counter()
-                current = following.result()
-                waited = time.perf_counter() - began
-                following = worker.submit(self, step + 1) if step + 1 < stop else None
-                yield current._replace(waited=waited)
+    batch: Any
+    members: np.ndarray | None = None
+    tokens: int | None = None
+    fill: float | None = None
 
 
-class Batches(Ahead):
+def prefetch(batches: Callable[[int], DeviceBatch], start: int, stop: int) -> Iterator[tuple[DeviceBatch, float]]:
+    """The batches of steps `start` to `stop - 1`, each made in a thread while the one before it is used.
+
+    Yields pairs of a batch and the seconds that the caller had to wait for it.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
+        following = worker.submit(batches, start) if start < stop else None
+        for step in range(start, stop):
+            began = time.perf_counter()
+            current = following.result()
+            waited = time.perf_counter() - began
+            following = worker.submit(batches, step + 1) if step + 1 < stop else None
+            yield current, waited
+
+
+class Batches:
     """Batches for passes over a buffer.
 
     Args:
@@ -53,7 +54,7 @@ class Batches(Ahead):
         unit: what an example is: "trajectory", "pair" or "group".
         batch_size: bundles of a step: prompts with their sampled answers, pairs, or demonstrations.
         seed: of the order; the batch of step t is a function of (seed, t) alone.
-        statistics: reader of the reference's statistics, None for objectives without a reference.
+        references: by name, the statistics that fill `Example.references`.
         mesh: where the rows go.
         microbatches: the rows are filled up to a multiple of this and of the data devices.
         row_length: groups of trajectories of more tokens are split, their prompt repeated.
@@ -67,13 +68,14 @@ class Batches(Ahead):
         batch_size: int,
         *,
         seed: int,
-        statistics=None,
+        references: References = NO_REFERENCES,
         mesh=None,
         microbatches: int = 1,
         row_length: int = 4096,
         records=None,
     ):
-        self.records, self.statistics, self.mesh = buffer if records is None else records, statistics, mesh
+        self.records, self.references, self.mesh = buffer if records is None else records, references, mesh
+        self.trees = Trees(self.records)
         self.bundles = bundles(buffer, unit, row_length=row_length)
         if not self.bundles:
             raise Refusal(
@@ -83,7 +85,7 @@ class Batches(Ahead):
         batch_size = min(batch_size, len(self.bundles))
         self.schedule = Schedule(len(self.bundles), batch_size, seed)
         self.rows_multiple = microbatches * data_devices(mesh)
-        self.shape = plan(buffer, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
+        self.shape = plan(self.trees, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     @property
     def left_out(self) -> int:
@@ -94,9 +96,9 @@ class Batches(Ahead):
         """Updates in so many passes over the buffer."""
         return self.schedule.steps(epochs)
 
-    def __call__(self, step: int) -> Step:
+    def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
         chosen = [self.bundles[number] for number in self.schedule.indices(step)]
-        packed = pack(chosen, self.records, self.statistics, self.shape, rows_multiple=self.rows_multiple)
+        packed = pack(chosen, self.trees, self.shape, references=self.references, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
-        return Step(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)
+        return DeviceBatch(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)

@@ -21,7 +21,7 @@ from shiq_jax.training.state import Params, State, split
 _REMOVED, _WRITTEN = ".removed", ".orbax-checkpoint-tmp"
 
 # Two parts, so that a policy can be read without the optimiser's memory.
-_PARTS = {"policy": ("trainable",), "memory": ("targets", "opt_state", "step", "key")}
+_PARTS = {"policy": ("trainable",), "memory": ("targets", "opt_state", "step")}
 
 
 class Checkpoints:
@@ -98,8 +98,7 @@ class Checkpoints:
         step = self._existing(step)
         parts = {part: self._load(step, part, into) for part in _PARTS}
         fields = {name: value for part in parts.values() for name, value in part.items()}
-        key = jax.random.wrap_key_data(fields.pop("key"), impl=jax.random.key_impl(into.key))
-        return into._replace(**fields, key=key), self.metadata(step)
+        return into._replace(**fields), self.metadata(step)
 
     def restore_params(self, params: Params, step: int | None = None) -> Params:
         """`params` with what has learned taken from a step (default: the latest); the optimiser's memory is not read.
@@ -111,7 +110,7 @@ class Checkpoints:
         with self._whole(step):
             names = set(self._checkpointer.checkpointables_metadata(step).metadata["policy"])
         learned, rest = split(params, lambda path: ".".join(("trainable", *path)) in names)
-        state = State(learned, rest, {}, (), jnp.int32(0), jax.random.key(0))
+        state = State(learned, rest, {}, (), jnp.int32(0))
         return state._replace(**self._load(step, "policy", state)).params()
 
     def metadata(self, step: int) -> dict:
@@ -162,7 +161,7 @@ class Checkpoints:
         return step
 
     def _load(self, step: int, part: str, into: State) -> dict:
-        like = {name: _storable(into, name) for name in _PARTS[part]}
+        like = {name: getattr(into, name) for name in _PARTS[part]}
         wanted = {name: _abstract(leaf) for name, leaf in _flatten(into, part).items()}
         with self._whole(step):
             self._compare(step, part, wanted)
@@ -199,13 +198,9 @@ class Checkpoints:
                 )
 
 
-def _storable(state: State, name: str):
-    return jax.random.key_data(state.key) if name == "key" else getattr(state, name)
-
-
 def _flatten(state: State, part: str) -> dict[str, Any]:
     """A flat dict by path: empty subtrees and optimiser tuples, which formats treat differently, leave no trace."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path({name: _storable(state, name) for name in _PARTS[part]})
+    leaves, _ = jax.tree_util.tree_flatten_with_path({name: getattr(state, name) for name in _PARTS[part]})
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 

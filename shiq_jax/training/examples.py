@@ -32,15 +32,21 @@ def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...
 
 
 def objective_sums(
-    model, objective: Objective, params: Params, batch: Batch, coupled=None, targets: Params = NOTHING, sums=None
+    model, objective: Objective, params: Params, batch: Batch, coupled=None, targets: Params = NOTHING
 ) -> LossOut:
     """Value, weight and metrics of an objective, each summed over the real examples of a batch.
 
-    targets: slow copies of the heads that it reads, as `State` holds them. sums: see `Model.hidden`.
+    targets: slow copies of the heads that it reads, as `State` holds them.
     """
-    examples = examples_of(model, objective, params, targets, batch, coupled, sums=sums)
+    examples = examples_of(model, objective, params, targets, batch, coupled)
+    return jax.tree.map(jnp.sum, losses_of(objective, examples, batch.real))
+
+
+@jax.named_scope("objective")
+def losses_of(objective: Objective, examples: Example, real: Bool[Array, "rows slots"]) -> LossOut:
+    """The loss of every example, `[rows, slots]`; 0 where there is none."""
     out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
-    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch.real, values, 0)), out)
+    return jax.tree.map(lambda values: jnp.where(real, values, 0), out)
 
 
 def summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = NOTHING) -> Any:
@@ -59,18 +65,13 @@ def combined(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out))
 
 
-def examples_of(
-    model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled=None, *, acc=None, sums=None
-) -> Example:
-    """The examples of a batch, leading axes [rows, slots], as an objective sees them; acc, sums: see `Model.hidden`."""
-    more = {name: given for name, given in (("acc", acc), ("sums", sums)) if given is not None}
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals, **more)
-    hidden, after = hidden if acc is not None else (hidden, None)
+def examples_of(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled=None) -> Example:
+    """The examples of a batch, leading axes [rows, slots], as an objective sees them."""
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
     predicting = _at_actions(hidden, batch)
-    tracked = {} if after is None else {"acc": after}
     policy = None
     if objective.policy:
-        policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics, **tracked)
+        policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics)
     values = None
     if objective.heads:
         # To the heads the hidden states are data: what they learn does not move the policy.

@@ -12,7 +12,7 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
-from shiq_jax.replay import Batch, Buffer, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Batch, Buffer, References, Trees, bundles, pack, plan
 from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.placement import data_devices, place
 
@@ -22,7 +22,7 @@ def objective_metrics(
     params,
     objective: Objective,
     buffer: Buffer,
-    statistics=None,
+    references: References = NO_REFERENCES,
     *,
     prompts_per_batch: int = 32,
     row_length: int = 4096,
@@ -35,7 +35,7 @@ def objective_metrics(
         model, params: the policy.
         objective: any that has no heads with slow copies.
         buffer: the records.
-        statistics: reader of the reference's statistics, where the objective needs them.
+        references: by name, the statistics that fill `Example.references`.
         prompts_per_batch: bundles in one compiled call.
         row_length: larger groups of trajectories are split.
 
@@ -45,13 +45,14 @@ def objective_metrics(
     chosen = bundles(buffer, objective.unit, row_length=row_length)
     if not chosen:
         raise Refusal(f"{buffer.path} holds no {objective.unit} to measure")
-    shape = plan(buffer, chosen)
+    trees = Trees(buffer)
+    shape = plan(trees, chosen)
     starts = range(0, len(chosen), prompts_per_batch)
 
     def batches(purpose: str) -> Iterator[Batch]:
         for start in track(starts, purpose, len(starts), "batches"):
             piece = chosen[start : start + prompts_per_batch]
-            yield pack(piece, buffer, statistics, shape, rows_multiple=data_devices(model.mesh)).batch
+            yield pack(piece, trees, shape, references=references, rows_multiple=data_devices(model.mesh)).batch
 
     coupled = itertools.repeat(None)
     if objective.couple is not None:

@@ -11,9 +11,9 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import Buffer, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Trees, bundles, pack, plan
 from shiq_jax.replay.sampling import Bundle, Members
-from shiq_jax.training.batches import Ahead, Step
+from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.placement import place
 
 UNITS = ("example", "user")
@@ -48,7 +48,7 @@ def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[B
     return [tuple(owned) for owned in users.values()]
 
 
-class PrivateBatches(Ahead):
+class PrivateBatches:
     """The batch of every step, drawn by a mechanism's sampler with a secret; places without a unit are masked.
 
     It says nothing of a batch: neither its tokens, nor its fill, nor its members. Its shape is that of all batches.
@@ -58,7 +58,7 @@ class PrivateBatches(Ahead):
         units: see `units_of`.
         mechanism: gives the sampler; its data set must be these units.
         secret: of the run.
-        statistics: reader of the reference's statistics, None for objectives without a reference.
+        references: by name, the statistics that fill `Example.references`.
         mesh: where the rows go.
 
     Raises:
@@ -67,17 +67,18 @@ class PrivateBatches(Ahead):
 
     def __init__(
         self, buffer: Buffer, units: Sequence[Bundle], mechanism: Mechanism, secret: Secret, *,
-        statistics=None, mesh=None,
+        references: References = NO_REFERENCES, mesh=None,
     ):  # fmt: skip
         if len(units) != mechanism.dataset_size:
             raise Refusal(
                 f"the privacy of this run is accounted for with {mechanism.dataset_size} units, but {buffer.path} "
                 f"holds {len(units)}: restore the data that it was begun with, or begin another run"
             )
-        self.records, self.statistics, self.mesh = buffer, statistics, mesh
+        self.records, self.references, self.mesh = buffer, references, mesh
+        self.trees = Trees(buffer)
         self.units, self.mechanism, self.secret = units, mechanism, secret
         # A row has room for one unit, the longest, and for no more examples than a unit has.
-        self.shape = plan(buffer, units)._replace(slots=max(map(len, units)))
+        self.shape = plan(self.trees, units)._replace(slots=max(map(len, units)))
 
     left_out = 0
 
@@ -85,10 +86,12 @@ class PrivateBatches(Ahead):
         """Updates in which every unit is drawn so many times on average."""
         return math.ceil(round(epochs * self.mechanism.dataset_size / self.mechanism.expected_batch, 9))
 
-    def __call__(self, step: int) -> Step:
+    def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
         chosen, real = self.mechanism.sample(self.secret.sampling, step)
-        rows = [pack([self.units[number]], self.records, self.statistics, self.shape).batch for number in chosen]
+        rows = [
+            pack([self.units[number]], self.trees, self.shape, references=self.references).batch for number in chosen
+        ]
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
         batch = batch._replace(real=batch.real & real[:, None])
-        return Step(place(batch, self.mesh), np.full((len(chosen), 1, 1), -1), None, None)
+        return DeviceBatch(place(batch, self.mesh))

@@ -11,11 +11,11 @@ import optax
 from jaxtyping import Array, Float
 
 from shiq_jax.models.accumulation import continuing
-from shiq_jax.models.tracked import Accumulator
-from shiq_jax.objectives import LossOut, Objective
+from shiq_jax.models.tracked import NormTracker
+from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, clipped_sum, privatise
 from shiq_jax.replay import Batch
-from shiq_jax.training.examples import examples_of
+from shiq_jax.training.examples import examples_of, losses_of
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.state import Params, State, merge
 
@@ -33,15 +33,15 @@ class UnitLosses:
     targets: Params
     before: Params | None = None
 
-    def __call__(self, trainable: Params, batch: Batch, acc: Accumulator | None = None) -> Float[Array, " rows"]:
-        layers = None
+    def __call__(self, trainable: Params, batch: Batch, tracker: NormTracker | None = None) -> Float[Array, " rows"]:
+        model = self.model
         if self.before is not None:
-            trainable, layers = continuing(trainable, self.before)
-        params = merge(trainable, self.frozen)
-        examples = examples_of(self.model, self.objective, params, self.targets, batch, acc=acc, sums=layers)
-        out: LossOut = jax.vmap(jax.vmap(self.objective.loss))(examples)
-        value, weight = (jnp.sum(jnp.where(batch.real, each, 0), axis=1) for each in (out.value, out.weight))
-        return value / jnp.maximum(weight, 1)
+            model, trainable = continuing(model, trainable, self.before)
+        if tracker is not None:
+            model = model.tracking(tracker, batch.tokens)
+        examples = examples_of(model, self.objective, merge(trainable, self.frozen), self.targets, batch)
+        out = losses_of(self.objective, examples, batch.real)
+        return jnp.sum(out.value, axis=1) / jnp.maximum(jnp.sum(out.weight, axis=1), 1)
 
     def adding_to(self, before: Params) -> UnitLosses:
         """The same losses; their gradient is added to `before` and becomes the sum."""

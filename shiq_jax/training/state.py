@@ -16,14 +16,13 @@ Path = tuple[str, ...]
 
 
 class State(NamedTuple):
-    """One pytree: what learns, what does not, slow copies, the optimiser's memory, the step and a random key."""
+    """One pytree: trainable and frozen parameters, Polyak-averaged copies, optimizer state and the number of updates."""
 
     trainable: Params
     frozen: Params
     targets: Params
     opt_state: optax.OptState
     step: Int[Array, ""]
-    key: Array
 
     def params(self) -> Params:
         """The whole model's parameters: `trainable` laid over `frozen`."""
@@ -69,21 +68,20 @@ def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
     *,
-    key: Array,
     mesh: Mesh | None = None,
     trainable: Callable[[Path], bool] | None = None,
     targets: Callable[[Params], Params] | None = None,
 ) -> State:
-    """State at step 0, the optimiser's memory born in the shardings of the parameters it belongs to.
+    """State at step 0; the optimizer state is created in the shardings of the parameters that it belongs to.
 
     The state takes `params` over: the first update donates the arrays, so keep a copy (or the files) of what must
-    outlive it.
+    outlive it. Abstract parameters give an abstract state, for which a step can be compiled without its devices:
+    `update.lower(init_state(model, model.abstract_params(), optimizer), batch).compile()`.
 
     Args:
         model: the model that the parameters belong to; its mesh is used when `mesh` is not given.
-        params: nested dict of arrays.
+        params: nested dict of arrays, or of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
         optimizer: any optax transformation.
-        key: random key of the run; step t draws with `fold_in(key, t)`.
         trainable: says of a path, a tuple of names, whether its leaf learns; everything by default.
         targets: makes the slow copies out of `params`; none by default.
 
@@ -94,22 +92,28 @@ def init_state(
     learns, rests = split(params, trainable or (lambda path: True))
     if not learns:
         raise ValueError("trainable keeps no parameter: nothing would learn")
+    slow = dict(targets(params)) if targets else {}
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    shardings = None if mesh is None else _optimizer_shardings(optimizer, learns, everywhere)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(learns)):
+        opt_state = jax.eval_shape(optimizer.init, learns)
+        if mesh is not None:
+            opt_state = jax.tree.map(_placed, opt_state, shardings)
+        return State(learns, rests, slow, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
     # A copy, because a buffer that stands twice in donated arguments cannot be donated.
-    slow = jax.tree.map(jnp.copy, dict(targets(params))) if targets else {}
-    opt_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, learns, mesh))(learns)
-    # Copied as well: placing an array may share its memory, and the caller's key must outlive the donation.
-    step, key = jnp.int32(0), jnp.copy(key)
-    if mesh is not None:
-        step, key = jax.device_put((step, key), NamedSharding(mesh, PartitionSpec()))
-    state = State(learns, rests, slow, opt_state, step, key)
+    slow = jax.tree.map(jnp.copy, slow)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(learns)
+    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), everywhere)
+    state = State(learns, rests, slow, opt_state, step)
     # What jit returns is committed to its devices; a first state that were not would compile the update step twice.
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
-def _optimizer_shardings(optimizer, trainable: Params, mesh: Mesh | None):
-    if mesh is None:
-        return None
-    everywhere = NamedSharding(mesh, PartitionSpec())
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _optimizer_shardings(optimizer, trainable: Params, everywhere: NamedSharding):
     abstract = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
         optimizer,

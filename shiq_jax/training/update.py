@@ -63,6 +63,7 @@ def make_update(
     if privacy is not None:
         check_private(objective)
 
+    @jax.named_scope("optimizer")
     def step(state: State, grads, metrics):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -112,8 +113,8 @@ def _accumulated_mean(model, objective: Objective, state: State, pieces):
     """The same over microbatches, one after the other; there is one array of gradients, to which each adds its own."""
 
     def sums(trainable, piece, before):
-        params, layers = continuing(trainable, before)
-        found = objective_sums(model, objective, merge(params, state.frozen), *piece, state.targets, layers)
+        adding, trainable = continuing(model, trainable, before)
+        found = objective_sums(adding, objective, merge(trainable, state.frozen), *piece, state.targets)
         return found.value, found
 
     def add(totals, piece):

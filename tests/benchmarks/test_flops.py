@@ -33,7 +33,7 @@ def test_what_is_needed_is_what_a_full_row_executes(tied):
     length = 64
     mask = np.arange(length) >= 1
     record = Record(tokens=np.arange(length), action_mask=mask, rewards=np.zeros(length - 1), group="a")
-    batch = pack([((0,),)], [record], None, plan([record], [((0,),)])).batch
+    batch = pack([((0,),)], [record], plan([record], [((0,),)])).batch
     params = model.abstract_params()
     gradient = jax.value_and_grad(lambda params: objective_sums(model, OBJECTIVES["sft"], params, batch).value)
     executed = flops.executed(gradient, params)
@@ -50,7 +50,7 @@ def test_what_is_needed_is_what_a_full_row_executes(tied):
 def test_what_a_policy_keeps_is_not_computed_again():
     config = DecoderConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4)
     record = Record(tokens=np.arange(64), action_mask=np.arange(64) >= 1, rewards=np.zeros(63), group="a")
-    batch = pack([((0,),)], [record], None, plan([record], [((0,),)])).batch
+    batch = pack([((0,),)], [record], plan([record], [((0,),)])).batch
 
     def executed(remat):
         model = Model.from_config(config, remat=remat)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shiq_jax.data.answers import holds_answers, prompt_row, split_answers
+from shiq_jax.data.answers import find_answers, prompt_row, split_answers
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.files import rows
 from shiq_jax.data.formats import preferences, prompts, trajectories
@@ -82,6 +82,9 @@ def test_pairs_are_the_best_and_the_worst_of_the_groups(tmp_path):
     learned = Buffer.create(tmp_path / "pairs")
     learned.append(found)
     assert list(bundles(learned, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
+    ranked = Buffer.create(tmp_path / "ranked")
+    ranked.append(preferences(RANKED, TOKENIZER))
+    assert list(bundles(ranked, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
 
 
 def test_another_score_can_be_asked_for():
@@ -99,22 +102,30 @@ def test_the_binarised_form_is_a_group_of_two_and_a_pair():
     ]
     assert [record.tokens.tolist() for record in groups] == [record.tokens.tolist() for record in pairs]
     assert [float(record.rewards.sum()) for record in pairs] == [1.0, 0.0] * 6
+    for records in (groups, pairs):
+        assert [record.chosen for record in records] == [True, False] * 6
+        assert [record.score for record in records] == [float(record.rewards.sum()) for record in groups]
     assert said(pairs) == [row[side][-1]["content"] for row in source for side in ("chosen", "rejected")]
     for first, second in zip(groups[::2], groups[1::2], strict=True):
         assert first.group == second.group and spoken(first)[0] == spoken(second)[0]
     # Scores count for a pair only when they are asked for: then two that tie are no pair.
     reading = Reading(score="score")
-    assert said(preferences(BINARISED, TOKENIZER, reading)) == said(pairs[:4] + pairs[6:])
+    scored = list(preferences(BINARISED, TOKENIZER, reading))
+    assert said(scored) == said(pairs[:4] + pairs[6:]) and {record.chosen for record in scored} == {None}
 
 
 def test_ranks_make_pairs_but_no_rewards():
-    pairs = said(preferences(RANKED, TOKENIZER))
-    expected = []
+    records = list(preferences(RANKED, TOKENIZER))
+    pairs, expected, ranks = said(records), [], []
     for row in rows(RANKED):
         ordered = sorted(row["answers"], key=lambda answer: answer["rank"])
         if ordered[0]["rank"] < ordered[-1]["rank"]:
             expected += [ordered[0]["answer"], ordered[-1]["answer"]]
-    assert pairs == expected and len(pairs) == 10
+            ranks += [ordered[0]["rank"], ordered[-1]["rank"]]
+    assert pairs == expected and len(pairs) == 10 and [record.rank for record in records] == ranks
+    # As of chosen and rejected; the ranks themselves are no rewards.
+    assert [record.rewards.sum() for record in records] == [1.0, 0.0] * 5
+    assert [record.rewards[:-1].any() for record in records] == [False] * 10
     with pytest.raises(Refusal, match="line 1: .*ranks are no rewards, so .*--reward module:function, or .* dpo"):
         list(trajectories(RANKED, TOKENIZER))
 
@@ -227,7 +238,8 @@ def test_the_prompts_are_those_that_the_answers_had():
         trained = {json.dumps(json.loads(record.prompt)["prompt"]) for record in trajectories(source, TOKENIZER)}
         assert trained <= {json.dumps(prompt) for prompt in asked}
     assert prompt_row({"prompt": "p", "answers": ["a"]}) == {"prompt": "p", "answers": ["a"]}
-    assert not holds_answers({"prompt": "p", "answer": "a"}) and not holds_answers({"prompt": "p", "chosen": "a"})
+    for row in ({"prompt": "p", "answer": "a"}, {"prompt": "p", "chosen": "a"}):
+        assert not find_answers(row).present
 
 
 @pytest.mark.parametrize("nothing", [math.nan, None, "N/A", "", True])

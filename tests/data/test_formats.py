@@ -92,7 +92,7 @@ def test_a_preference_is_a_group_of_two(write):
     good, bad, *others = preferences(write(row, row), TOKENIZER)
     assert (_said(good), _said(bad)) == ("4<|im_end|>", "add(2, 2)<|im_end|>")
     assert (good.rewards.sum(), bad.rewards.sum()) == (1.0, 0.0) and good.rewards[-1] == 1.0
-    assert good.group == bad.group
+    assert good.group == bad.group and (good.chosen, bad.chosen) == (True, False) and good.label is good.rank is None
     # The same pair twice is two pairs: a group of four would lose one.
     assert len({record.group for record in others}) == 1 and others[0].group != good.group
 
@@ -105,7 +105,8 @@ def test_plain_preferences_share_the_tokens_of_their_prompt(write):
         assert _said(record) == text
 
 
-def test_labels_are_rewards_of_one_and_zero(write):
+def test_labels_stay_with_their_answers(write):
+    """The rewards are 1 and 0, for losses that read rewards."""
     rows = [
         {"prompt": "Q:", "completion": " yes", "label": True},
         {"prompt": "Q:", "completion": " no", "label": 0},
@@ -117,6 +118,8 @@ def test_labels_are_rewards_of_one_and_zero(write):
         " yes<eos>", " no<eos>", "4<|im_end|>", "4<|im_end|>", "add(2, 2)<|im_end|>",
     ]  # fmt: skip
     assert [float(record.rewards.sum()) for record in found] == [1, 0, 1, 1, 0]
+    assert [record.label for record in found] == [True, False, True, None, None]
+    assert [record.chosen for record in found] == [None, None, None, True, False]
     assert found[0].group == found[1].group != found[2].group and json.loads(found[0].prompt) == {"prompt": "Q:"}
 
 
@@ -125,7 +128,7 @@ def test_scores_are_labels_to_be(write):
     scored = list(labelled(write(rows[0], name="scored.jsonl"), TOKENIZER))
     assert [float(record.rewards.sum()) for record in scored] == [3, 4]
     (record,) = labelled(write(rows[1] | {"label": True, "grade": -2}), TOKENIZER, Reading(score="grade"))
-    assert float(record.rewards.sum()) == -2
+    assert float(record.rewards.sum()) == -2 and record.label is None, "the score decides"
 
 
 def test_labels_and_scores_are_not_mixed(write):
@@ -134,6 +137,12 @@ def test_labels_and_scores_are_not_mixed(write):
     for other, said in ((scores, "'reward'"), (tokens, "'rewards'")):
         with pytest.raises(Refusal, match=f"line 2: the scores of rows before this one stand in 'label', .*in {said}"):
             list(labelled(write(labels, other), TOKENIZER))
+
+
+def test_a_scored_answer_keeps_its_label_too(write):
+    row = {"prompt": "a", "completion": "b", "reward": 0.25}
+    found = list(trajectories(write(row, row | {"label": 0}, row | {"label": "spam"}), TOKENIZER))
+    assert [record.label for record in found] == [None, False, None]
 
 
 def test_demonstrations_in_three_forms(write):
@@ -213,3 +222,24 @@ def test_rows_of_the_other_formats_are_checked_too(write, read, row, said):
     with pytest.raises(Refusal, match=said) as refusal:
         list(read(write(row), TOKENIZER))
     assert "line 1" in str(refusal.value)
+
+
+def test_a_function_scores_completions_without_rewards(write):
+    """It reads the row without its completion; a completion that has a reward keeps it."""
+    asked = []
+
+    def reward(row, completion):
+        asked.append(row)
+        return len(completion)
+
+    row = {"prompt": "a", "completion": "xyz", "answer": 3}
+    (record,) = trajectories(write(row), TOKENIZER, Reading(reward=reward))
+    assert record.rewards[-1] == 3 and asked == [{"prompt": "a", "answer": 3}]
+
+
+def test_exported_answers_keep_what_was_said_of_them(write):
+    """Rows of tokens are read by kto with their labels, whatever made them."""
+    rows = [{"prompt": "Q:", "completion": " yes", "label": True}, {"prompt": "Q:", "completion": " no", "label": 0}]
+    records = list(labelled(write(*rows), TOKENIZER))
+    again = write(*map(record_to_json, records), name="tokens.jsonl")
+    assert list(labelled(again, TOKENIZER)) == records

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.models import DecoderConfig, Model, init_params
+from shiq_jax.models.tracked import NormTracker
 from shiq_jax.sharding import make_mesh, named_sharding
 
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2, initializer_range=0.2)
@@ -116,6 +117,22 @@ def test_the_embedding_is_not_replicated_on_the_way():
     program = jax.jit(model.hidden).lower(model.abstract_params(), tokens).compile().as_text()
     assert "f32[2,16,32]" in program  # a device's own rows
     assert "f32[8,16,32]" not in program and "f32[8,16,16]" not in program
+
+
+def test_a_model_that_tracks_norms_belongs_to_one_pass(draw):
+    plain, tokens = Model.from_config(TIED), jnp.zeros((2, 5), jnp.int32)
+    params = draw(plain)
+    model = plain.tracking(NormTracker(jnp.zeros(2)), tokens)
+    hidden = model.hidden(params, tokens)
+    np.testing.assert_array_equal(hidden, plain.hidden(params, tokens))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        model.token_stats(params, hidden, tokens), plain.token_stats(params, hidden, tokens),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a pass over other tokens"):
+        model.hidden(params, tokens + 1)
+    with pytest.raises(ValueError, match="lse2"):
+        model.token_stats(params, hidden, tokens, extra=("lse2",))
 
 
 def test_models_are_keys():

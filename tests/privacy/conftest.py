@@ -82,7 +82,7 @@ def batch_of(buffer, references):
     def make(unit: str, rows_multiple: int = 1):
         drawn = bundles(buffer, unit, unit != "trajectory")
         shape = plan(buffer, drawn, multiple=8)._replace(slots=1)
-        return pack(drawn, buffer, references, shape, rows_multiple=rows_multiple).batch
+        return pack(drawn, buffer, shape, references={"reference": references}, rows_multiple=rows_multiple).batch
 
     return make
 

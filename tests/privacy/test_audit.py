@@ -73,7 +73,7 @@ def epsilon_of_a_step(setting, seed: int) -> float:
     inside = np.random.default_rng(seed).random(CANARIES) < 0.5
     rule = optax.sgd(1.0)
     update = make_update(model, OBJECTIVES["sft"], rule, privacy=MECHANISM, method="ghost")
-    state = init_state(model, params(), rule, key=jax.random.key(0), trainable=lambda path: path[0] == "embed")
+    state = init_state(model, params(), rule, trainable=lambda path: path[0] == "embed")
     before = np.asarray(state.trainable["embed"]["table"])
     given = place(batch._replace(real=batch.real & inside[:, None]), model.mesh)
     state, _ = update(state, given, Secret.insecure(seed).noise)

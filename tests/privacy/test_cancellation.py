@@ -38,8 +38,8 @@ def summing(name: str, clip, method: str):
     operation, _, shape, _ = OPERATIONS[name]
     params = {"w": jnp.zeros(shape, jnp.float32)}
 
-    def losses(params, batch, acc):
-        return jnp.sum(tracked.apply(operation, batch["x"], params["w"], acc) * batch["s"], axis=(1, 2))
+    def losses(params, batch, tracker):
+        return jnp.sum(tracked.apply(operation, batch["x"], params["w"], tracker) * batch["s"], axis=(1, 2))
 
     return jax.jit(lambda batch: clipped_sum(losses, params, batch, clip=clip, method=method)[:2])
 

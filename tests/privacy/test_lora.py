@@ -104,7 +104,7 @@ def test_the_private_update_moves_adapters_alone_and_the_same_on_every_mesh(mesh
         given = jax.tree.map(jnp.array, params)
         if grid is not None:
             given = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
-        state = init_state(model, given, RULE, key=jax.random.key(0), trainable=is_adapter)
+        state = init_state(model, given, RULE, trainable=is_adapter)
         update = make_update(model, objective, RULE, privacy=mechanism)
         state, _ = update(state, place(batch_of("pair", 8), grid), private_key=jax.random.key(5))
         after = jax.device_get(state.params())

@@ -94,7 +94,7 @@ def moved(decoder, batch_of):
         return jax.tree.map(lambda leaf: leaf[rows], batch)
 
     def run(kind, rows, known=None, weight=0.0):
-        state = init_state(model, jax.tree.map(jnp.array, params), rule, key=jax.random.key(0))
+        state = init_state(model, jax.tree.map(jnp.array, params), rule)
         if kind == "public":
             state, _ = public(state, take(rows))
         elif known is None:

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import train
-from shiq_jax.runs import passes, private_run
+from shiq_jax.runs import private_run
+from shiq_jax.runs.metrics import MetricsLog
 
 PRIVATE = ["--privacy.noise-multiplier", "2", "--privacy.delta", "1e-2"]
 OPTIONS = [
@@ -101,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, files, tmp_path, m
     """Same secret, same samples and noise: nothing is released twice with other noise."""
     given = ["--privacy.insecure-deterministic", "--seed", "3"]
     train.main(arguments(tiny, files, tmp_path / "whole", *given))
-    written = passes.MetricsLog.write
+    written = MetricsLog.write
 
     def stopped(log, stage, step, **values):
         if stage == "update" and step == 4:
@@ -109,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, files, tmp_path, m
         written(log, stage, step, **values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.MetricsLog, "write", stopped)
+        patch.setattr(MetricsLog, "write", stopped)
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "parts", *given))
     train.main(arguments(tiny, files, tmp_path / "parts", *given, "--resume"))
@@ -173,7 +174,7 @@ def test_labels_by_the_mean_of_other_answers_are_refused(tiny, files, tmp_path, 
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = arguments(tiny, files, tmp_path / "run", "--loss.name", "apo_zero_unpaired")
     given = ["kto", *given[1:3], "--data", str(tmp_path / "scored.jsonl"), *given[5:]]
-    assert "is what other units say" in refusal(given, capsys)
+    assert "belong to other units" in refusal(given, capsys)
     given[given.index("--batch-size") + 1] = "2"
     train.main([*given, "--threshold", "1.5"])
     assert json.loads((tmp_path / "run" / "privacy.json").read_text())["dataset_size"] == 3

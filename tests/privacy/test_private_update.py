@@ -42,7 +42,7 @@ def released(decoder, batch_of):
         if grid is not None:
             given = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         update = make_update(model, OBJECTIVE, RULE, privacy=mechanism, microbatches=microbatches, method=method)
-        state = init_state(model, given, RULE, key=jax.random.key(0))
+        state = init_state(model, given, RULE)
         state, metrics = update(state, place(batch, grid), private_key=ROOT)
         moved = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, jax.device_get(state.params()))
         return moved, jax.device_get(metrics)
@@ -87,12 +87,12 @@ def test_microbatches_change_nothing(method, mesh, released, relative):
     assert relative(released(microbatches=4, mesh=mesh, method=method)[0], released()[0]) < 1e-4
 
 
-def test_microbatches_add_up_in_one_array_of_gradients():
+def test_microbatches_add_up_in_one_array_of_gradients(full_compilation):
     """Beside a plain step's, which adds up in place too, the two methods that sum rows at once hold next to nothing."""
     sizes = dict(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=2, num_kv_heads=2)
     model = Model.from_config(DecoderConfig(vocab_size=64, tie_word_embeddings=True, **sizes), remat="full")
     batch = full_rows(np.random.default_rng(0).integers(64, size=(8, 8)))
-    state = init_state(model, init_params(model, jax.random.key(0)), RULE, key=jax.random.key(0))
+    state = init_state(model, init_params(model, jax.random.key(0)), RULE)
     array = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params()))
     grouped = dataclasses.replace(SILENT, clip=Groupwise(Abadi(0.5), count_groups(state.params())))
 
@@ -102,7 +102,6 @@ def test_microbatches_add_up_in_one_array_of_gradients():
         )
         return update.lower(state, batch, *key).compile().memory_analysis().temp_size_in_bytes
 
-    jax.config.update("jax_disable_most_optimizations", False)
     plain = beside()
     for mechanism, method in ((SILENT, "ghost"), (grouped, "group")):
         assert beside(dataclasses.replace(mechanism, unit="trajectory"), method, ROOT) < plain + 0.3 * array, method
@@ -147,7 +146,7 @@ def test_coupled_objectives_and_shared_rows_are_refused(decoder, batch_of):
         example=jax.tree.map(lambda leaf: np.repeat(leaf, 2, axis=1), batch.example),
     )  # fmt: skip
     update = make_update(model, OBJECTIVE, RULE, privacy=SILENT)
-    state = init_state(model, jax.tree.map(jnp.array, params), RULE, key=jax.random.key(0))
+    state = init_state(model, jax.tree.map(jnp.array, params), RULE)
     with pytest.raises(ValueError, match="rows have 2 slots, but a row of a private batch holds one pair"):
         update(state, double, private_key=ROOT)
 
@@ -155,7 +154,7 @@ def test_coupled_objectives_and_shared_rows_are_refused(decoder, batch_of):
 def test_what_units_said_is_told_only_to_those_who_ask(decoder, batch_of):
     model, params = decoder("tied")
     update = make_update(model, OBJECTIVE, RULE, privacy=SILENT, reveal=True)
-    state = init_state(model, jax.tree.map(jnp.array, params), RULE, key=jax.random.key(0))
+    state = init_state(model, jax.tree.map(jnp.array, params), RULE)
     _, metrics = update(state, batch_of("pair", 8), private_key=ROOT)
     assert set(metrics) == {"grad_norm", "param_norm", "private/norm", "private/loss"}
     assert np.isfinite(metrics["private/norm"]).sum() == 6

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import train
 from shiq_jax.privacy import adam_memory
 from shiq_jax.privacy.phases import MIXING
-from shiq_jax.runs import passes, private_run
+from shiq_jax.runs import private_run
 from shiq_jax.runs.inspection import inspect
 from shiq_jax.runs.public_options import Public
 from shiq_jax.training.checkpoints import Checkpoints
@@ -106,7 +106,7 @@ def test_it_can_be_looked_at(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_run_that_stops_in_either_phase_goes_on(at, tiny, files, finished, tmp_path, monkeypatch):
-    save = passes.Checkpoints.save
+    save = Checkpoints.save
 
     def stop_after(self, state, metadata, metrics=None):
         save(self, state, metadata, metrics)
@@ -115,7 +115,7 @@ def test_a_run_that_stops_in_either_phase_goes_on(at, tiny, files, finished, tmp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Checkpoints, "save", stop_after)
+        patch.setattr(Checkpoints, "save", stop_after)
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "run", *SWITCH))
     kept = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
@@ -166,7 +166,7 @@ def test_public_numbers_end_the_public_phase(more, public, tiny, files, tmp_path
     assert steps_of(tmp_path / "run", "public") == list(range(1, public + 1))
     assert steps_of(tmp_path / "run", "update") == list(range(public + 1, public + 7))
     shown = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).metadata(public + 6)
-    assert shown["before"] == public
+    assert shown["began"] == public
 
 
 @pytest.mark.parametrize("rule", ["sample", "cosine"])

@@ -86,8 +86,8 @@ def test_a_weight_is_used_twice(monkeypatch):
     x = jnp.asarray(rng.normal(size=(6, 4, 5)), jnp.float32)
     weight = {"kernel": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32)}
 
-    def losses(params, x, acc):
-        first, second = (tracked.apply(tracked.product(1), x, params["kernel"], acc) for _ in range(2))
+    def losses(params, x, tracker):
+        first, second = (tracked.apply(tracked.product(1), x, params["kernel"], tracker) for _ in range(2))
         return jnp.sum(first + second, axis=(1, 2))
 
     with pytest.raises(ValueError, match="would miscount kernel"):
@@ -106,7 +106,7 @@ def test_the_mean_of_what_was_drawn_in_the_place_of_the_sum(decoder, batch_of, m
         released = []
         update = make_update(model, objective, rule, privacy=MECHANISM, method="ghost")
         for drawn in (0, 1):
-            state = init_state(model, jax.tree.map(jnp.array, params), rule, key=jax.random.key(0))
+            state = init_state(model, jax.tree.map(jnp.array, params), rule)
             real = batch.real & (np.arange(len(batch.real)) < drawn)[:, None]
             state, _ = update(state, batch._replace(real=real), private_key=jax.random.key(1))
             released.append(jax.tree.map(jnp.subtract, params, state.params()))

@@ -54,7 +54,7 @@ def drawn(owned, statistics):
             clip=Abadi(1.0), unit="user",
         )  # fmt: skip
         secret = Secret.insecure(0)
-        batches = PrivateBatches(owned, units, mechanism, secret, statistics=statistics)
+        batches = PrivateBatches(owned, units, mechanism, secret, references={"reference": statistics})
         numbers, real = mechanism.sample(secret.sampling, 0)
         assert sorted(numbers[real]) == list(range(len(units)))
         return [units[number] for number in numbers[real]], batches(0).batch
@@ -82,7 +82,13 @@ def gradients(owned, statistics, drawn, decoder):
         gradient = jax.jit(jax.value_and_grad(loss))
         found = []
         for examples in units:
-            batch = pack([(example,) for example in examples], owned, statistics, shape, rows_multiple=most).batch
+            batch = pack(
+                [(example,) for example in examples],
+                owned,
+                shape,
+                references={"reference": statistics},
+                rows_multiple=most,
+            ).batch
             assert batch.real.sum() == len(examples) and batch.real.shape == (most, 1)
             found.append(jax.device_get(gradient(params, batch)))
         return found
@@ -147,7 +153,7 @@ def test_an_update_takes_rows_of_users(microbatches, drawn, gradients, decoder, 
         unit="user",
     )  # fmt: skip
     objective, rule = OBJECTIVES["dpo"].configure(beta=0.5), optax.sgd(1.0)
-    state = init_state(model, jax.tree.map(jnp.array, params), rule, key=jax.random.key(0))
+    state = init_state(model, jax.tree.map(jnp.array, params), rule)
     update = make_update(model, objective, rule, privacy=mechanism, microbatches=microbatches, method="ghost")
     state, _ = update(state, drawn("pair")[1], private_key=jax.random.key(5))
     moved = jax.tree.map(lambda old, new: old - np.asarray(new), params, jax.device_get(state.params()))

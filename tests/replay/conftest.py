@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from shiq_jax.replay import Buffer, Record
+from shiq_jax.replay import Buffer, Record, trees
 
 
-def random_record(rng, *, group="g", prompt=(), length=None, statistics=True, vocab=7):
+def judgements(rng):
+    """What the data may say of an answer, each of it or none."""
+    drawn = {"chosen": bool(rng.integers(2)), "label": bool(rng.integers(2)), "rank": 3.0, "score": float(rng.normal())}
+    return {name: value if rng.random() < 0.6 else None for name, value in drawn.items()}
+
+
+def random_record(rng, *, group="g", prompt=(), length=None, statistics=True, judged=False, vocab=7):
     """A valid record that begins with the tokens of `prompt`; environment tokens stand between its actions."""
     own = int(rng.integers(1, 9)) if length is None else length
     start = list(prompt) or [int(rng.integers(vocab))]
@@ -24,6 +30,7 @@ def random_record(rng, *, group="g", prompt=(), length=None, statistics=True, vo
         group=group,
         prompt=None if rng.random() < 0.3 else f'{{"prompt": "größer {group}"}}',
         user=None if rng.random() < 0.5 else f"user {rng.integers(3)}",
+        **(judgements(rng) if judged else {}),
         **columns,
     )
 
@@ -58,3 +65,11 @@ def make_buffer(tmp_path):
         return buffer
 
     return make
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Collects the sequences of each trie that is built."""
+    seen, build = [], trees.build
+    monkeypatch.setattr(trees, "build", lambda sequences: seen.append(sequences) or build(sequences))
+    return seen

@@ -12,7 +12,7 @@ from shiq_jax.replay import Buffer, from_dataset, record_from_json, record_to_js
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), statistics=st.booleans())
 def test_json_gives_the_record_back_bit_for_bit(make_record, seed, statistics):
-    record = make_record(np.random.default_rng(seed), statistics=statistics)
+    record = make_record(np.random.default_rng(seed), statistics=statistics, judged=True)
     content = json.loads(json.dumps(record_to_json(record), allow_nan=False))
     assert record_from_json(content) == record
     for name in ("action_mask", "rewards", *(["logp", "lse", "behaviour_logp"] if statistics else [])):
@@ -57,6 +57,12 @@ def test_prompts_of_any_kind_become_rows():
         (dict(action_mask=[0, 3, 1]), "action_mask holds something other"),
         (dict(action_mask=[True, True, True]), "first token"),
         (dict(rewards=[0, 0, float("nan")]), "rewards is nan"),
+        (dict(chosen="the better one"), "chosen is 'the better one'; give true, false or none"),
+        (dict(label=1), "label is '1'; give true, false"),
+        (dict(rank=True), "rank is 'True'; give a number"),
+        (dict(score="high"), "score is 'high'; give a number"),
+        (dict(score=10**400), "score does not fit"),
+        (dict(score=float("inf")), "score is inf; give a finite number"),
     ],
 )
 def test_each_fault_names_the_field(change, words):
@@ -66,7 +72,7 @@ def test_each_fault_names_the_field(change, words):
 
 
 def test_jsonl_holds_a_line_per_record(make_groups, make_buffer, tmp_path):
-    records = make_groups(np.random.default_rng(0))
+    records = make_groups(np.random.default_rng(0), judged=True)
     assert to_jsonl(make_buffer(records, parts=2), tmp_path / "out.jsonl") == len(records)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [record_from_json(json.loads(line)) for line in lines] == records
@@ -75,7 +81,7 @@ def test_jsonl_holds_a_line_per_record(make_groups, make_buffer, tmp_path):
 def test_datasets_opens_the_shards_and_gives_the_records_back(make_groups, make_buffer, tmp_path):
     import datasets
 
-    records = make_groups(np.random.default_rng(1))
+    records = make_groups(np.random.default_rng(1), judged=True)
     buffer = make_buffer(records, parts=2)
     opened = datasets.Dataset.from_file(str(buffer.record_files()[0]))
     assert opened["tokens"][0] == records[0].tokens.tolist() and len(opened) == len(buffer.shards[0])

@@ -1,5 +1,6 @@
 """Which answers are good, and that the answers beside them come from other prompts."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Record
-from shiq_jax.replay.labels import labelled, labels, mismatches
+from shiq_jax.replay.labels import given_labels, labelled, labels, mismatches
 
 
 def answers(*rows):
@@ -27,6 +28,24 @@ def test_above_the_mean_of_its_prompt_is_good(make_buffer):
     buffer = make_buffer(answers((1, 0.1), (1, 0.2), (2, 5), (1, 0.3), (2, 1), (3, 9), (4, 0.1), (4, 0.1), (4, 0.1)))
     assert labels(buffer, None).tolist() == [0, -1, 1, 1, 0, -1, -1, -1, -1]
     assert labels(buffer, 1.0).tolist() == [0, 0, 1, 0, -1, 1, 0, 0, 0]
+
+
+def test_what_the_data_say_goes_before_returns(make_buffer):
+    """A label first, then the side of a preference; returns decide only about answers without either."""
+    said = [{"label": False}, {"chosen": True}, {"chosen": True, "label": False}, {}, {"chosen": False}, {}]
+    rewards = (9, 0, 9, 1, 9, 0)
+    records = answers(*((1, reward) for reward in rewards))
+    buffer = make_buffer([dataclasses.replace(record, **more) for record, more in zip(records, said, strict=True)])
+    assert given_labels(buffer).tolist() == [0, 1, 0, -1, 0, -1]
+    assert labels(buffer, 0.5).tolist() == [0, 1, 0, 1, 0, 0]
+    assert [record.label for record in labelled(buffer, 0.5, mismatched=False)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,23 +72,24 @@ def test_one_prompt_is_not_enough(make_buffer):
 
 def test_an_answer_and_one_to_another_prompt_form_a_group(make_buffer):
     buffer = make_buffer(answers((1, 0.1), (1, 0.2), (1, 0.3), (2, 5), (2, 1)))
-    found = list(labelled(buffer))
+    found, kept = list(labelled(buffer)), buffer.read([0, 2, 3, 4])
     pairs = [found[place : place + 2] for place in range(0, len(found), 2)]
     assert [int(answer.tokens[1]) for answer, _ in pairs] == [100, 102, 103, 104]
-    assert [answer.rewards.tolist() for answer, _ in pairs] == [[0, 0], [0, 1], [0, 1], [0, 0]]
+    assert [answer.label for answer, _ in pairs] == [False, True, True, False]
+    assert [answer.rewards.tolist() for answer, _ in pairs] == [record.rewards.tolist() for record in kept]
     own = {1: {100, 101, 102}, 2: {103, 104}}
     for answer, other in pairs:
         assert answer.group == other.group and answer.lse.tolist() == [2.0, 2.0]
         assert other.tokens[0] == answer.tokens[0] and int(other.tokens[1]) not in own[int(answer.tokens[0])]
         assert other.tokens[2] == other.tokens[1] + 100 and other.action_mask.tolist() == [False, True, True]
-        assert not other.rewards.any() and other.logp is None and other.prompt is None
+        assert not other.rewards.any() and other.logp is None and other.prompt is None and other.label is None
     assert len({answer.group for answer, _ in pairs}) == 4
 
 
 def test_without_mismatches_groups_and_statistics_stay(make_buffer):
     buffer = make_buffer(answers((1, 0.1), (1, 0.3), (2, 5)))
     found = list(labelled(buffer, mismatched=False))
-    assert [record.group for record in found] == ["1", "1"] and found[1].rewards.tolist() == [0.0, 1.0]
+    assert [record.group for record in found] == ["1", "1"] and [record.label for record in found] == [False, True]
     np.testing.assert_array_equal(found[0].lse, buffer[0].lse)
 
 

@@ -17,7 +17,7 @@ def edit(buffer, change):
 def test_newer_versions_are_refused_with_the_way_out(make_buffer):
     buffer = make_buffer([])
     edit(buffer, lambda content: content.update(schema_version=manifest.SCHEMA_VERSION + 1))
-    with pytest.raises(Refusal, match=r"manifest.json has schema version 2, .* up to 1; upgrade shiq_jax"):
+    with pytest.raises(Refusal, match=r"manifest.json has schema version 3, .* up to 2; upgrade shiq_jax"):
         Buffer.open(buffer.path)
 
 
@@ -60,6 +60,7 @@ def test_older_versions_are_migrated_step_by_step(make_record, make_buffer, monk
         ('{"format": "shiq_jax.replay", "schema_version": 1, "statistics": {}}', "'shards'"),
         ('{"format": "shiq_jax.replay", "schema_version": 1, "shards": [{"rows": 1}], "statistics": {}}', "'tokens'"),
         ('{"format": "shiq_jax.replay", "schema_version": 1, "shards": 3, "statistics": {}}', "garbles"),
+        ('{"format": "shiq_jax.replay", "schema_version": 2, "shards": [{"rows": 1}], "statistics": {}}', "'tokens'"),
     ],
 )
 def test_unreadable_manifests_are_refused_by_name(tmp_path, content, words):

@@ -84,7 +84,7 @@ def test_every_sequence_of_a_batch_is_there_and_sees_only_itself(
     schedule = Schedule(len(everything), batch_size, seed)
     for step in range(3):
         chosen = [everything[number] for number in schedule.indices(step)]
-        packed = pack(chosen, buffer, statistics, shape, rows_multiple=multiple)
+        packed = pack(chosen, buffer, shape, references={"reference": statistics}, rows_multiple=multiple)
         rows = len(packed.batch.tokens)
         assert rows % multiple == 0
         assert packed.batch.tokens.shape == (rows, shape.length) and packed.batch.predictors.shape == (
@@ -102,7 +102,7 @@ def record(tokens, actions, group="g", reward=0.0):
 
 def test_a_row_worked_by_hand():
     records = [record([9, 1, 2, 3], 2), record([9, 1, 4], 1), record([9, 1, 2, 5], 2), record([7, 8], 1, "h")]
-    packed = pack([((0,), (1,), (2,)), ((3,),)], records, None, Shape(10, 6, 5, 1, 3))
+    packed = pack([((0,), (1,), (2,)), ((3,),)], records, Shape(10, 6, 5, 1, 3))
     batch = packed.batch
     assert batch.tokens.tolist() == [[9, 1, 2, 3, 5, 4, 7, 8, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 3, 2, 0, 1, 0, 0]]
@@ -128,7 +128,7 @@ def test_a_row_worked_by_hand():
 
 def test_padding_sees_only_padding_and_is_seen_by_nobody():
     records = [record([9, 1, 2], 1), record([9, 1], 1)]
-    packed = pack([((0,),), ((1,),)], records, None, Shape(8, 4, 4, 1, 2), rows_multiple=3)
+    packed = pack([((0,),), ((1,),)], records, Shape(8, 4, 4, 1, 2), rows_multiple=3)
     visible = sees(packed.batch.intervals)
     real = np.zeros((3, 8), bool)
     real[0, :5] = True
@@ -140,14 +140,16 @@ def test_equal_sequences_and_mixed_masks_share_their_tokens():
     # The same tokens, once with the second an action, once given by the environment.
     first = Record(tokens=[3, 4, 5], action_mask=[0, 1, 1], rewards=[1, 2], group="g")
     second = Record(tokens=[3, 4, 5], action_mask=[0, 0, 1], rewards=[3], group="g")
-    packed = pack([((0,), (1,), (0,))], [first, second], None, Shape(4, 3, 3, 1, 2))
+    packed = pack([((0,), (1,), (0,))], [first, second], Shape(4, 3, 3, 1, 2))
     assert packed.batch.tokens.tolist() == [[3, 4, 5, 0]]
     assert packed.batch.gather[0, :, 0].tolist() == [[0, 1], [1, -1], [0, 1]]
     assert packed.batch.targets.tolist() == [[4, 5, 0]] and packed.batch.predictors.tolist() == [[0, 1, 0]]
 
 
 def test_batches_are_pytrees_of_arrays():
-    packed = pack([((0,),)], [record([1, 2], 1)], [(np.zeros(1), np.zeros(1))], Shape(2, 1, 1, 1, 1))
+    packed = pack(
+        [((0,),)], [record([1, 2], 1)], Shape(2, 1, 1, 1, 1), references={"reference": [(np.zeros(1), np.zeros(1))]}
+    )
     leaves = jax.tree.leaves(packed.batch)
     assert len(leaves) == 12 and {leaf.dtype.name for leaf in leaves} == {"int32", "float32", "bool"}
     assert {leaf.shape[0] for leaf in leaves} == {1}
@@ -157,7 +159,7 @@ def test_packing_is_deterministic(make_groups, make_buffer):
     buffer = make_buffer(make_groups(np.random.default_rng(0), groups=12))
     everything = bundles(buffer, "trajectory")
     shape = plan(buffer, everything)
-    first, second = (pack(everything, buffer, None, shape) for _ in range(2))
+    first, second = (pack(everything, buffer, shape) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.batch, second.batch)
 
 
@@ -171,7 +173,7 @@ def test_a_shared_prompt_is_stored_once(make_buffer):
     shared, alone = bundles(buffer, "trajectory"), bundles(buffer, "trajectory", share_prompts=False)
     places = {}
     for name, chosen in (("shared", shared), ("alone", alone)):
-        packed = pack(chosen, buffer, None, plan(buffer, chosen, row_length=192))
+        packed = pack(chosen, buffer, plan(buffer, chosen, row_length=192))
         places[name] = packed.fill * packed.batch.tokens.size
     assert places["alone"] == 64 * 70
     assert places["shared"] <= 8 * (60 + 80)
@@ -198,18 +200,44 @@ def test_bundles_that_do_not_fit_are_refused_by_record(make_buffer):
         plan(buffer, everything, row_length=7)
     shape = plan(buffer, bundles(buffer, "trajectory", row_length=7), row_length=7)
     with pytest.raises(Refusal, match="a row holds 7"):
-        pack(everything, buffer, None, shape)
+        pack(everything, buffer, shape)
     full = plan(buffer, everything)
     for name, least in (("actions", 4), ("slots", 2), ("sequences", 1), ("steps", 2)):
         with pytest.raises(Refusal, match=rf"record 0 needs {name}={least} and the shape has {name}={least - 1}"):
-            pack(everything, buffer, None, full._replace(**{name: least - 1}))
+            pack(everything, buffer, full._replace(**{name: least - 1}))
 
 
 def test_statistics_of_another_record_are_refused():
     with pytest.raises(ValueError, match="statistics of 1 and 1 actions came with a record of 2"):
-        pack([((0,),)], [record([1, 2, 3], 2)], {0: (np.zeros(1), np.zeros(1))}, Shape(4, 2, 1, 1, 2))
+        pack(
+            [((0,),)],
+            [record([1, 2, 3], 2)],
+            Shape(4, 2, 1, 1, 2),
+            references={"reference": {0: (np.zeros(1), np.zeros(1))}},
+        )
+
+
+def test_references_are_filled_by_their_names():
+    """Each with its own statistics, which an objective finds under that name."""
+    records = [record([9, 1, 2, 3], 2, reward=0.5), record([9, 4], 1, reward=2.0)]
+    first, previous = statistics_of(records), [(logp - 7, lse + 3) for logp, lse in statistics_of(records)]
+    drawn, shape = [((0,), (1,))], Shape(8, 4, 2, 1, 2)
+    batch = pack(drawn, records, shape, references={"reference": first, "previous": previous}).batch
+    alone = pack(drawn, records, shape, references={"reference": first}).batch
+    for number in range(2):
+        count = len(records[number].rewards)
+        for name, known in (("reference", first), ("previous", previous)):
+            found = batch.example.references[name]
+            np.testing.assert_array_equal(found.logp[0, number, 0, :count], known[number][0])
+            np.testing.assert_array_equal(found.lse[0, number, 0, :count], known[number][1])
+            assert not found.logp[0, number, 0, count:].any() and not found.lse[0, number, 0, count:].any()
+    # A second reference leaves everything else unchanged.
+    references = {"reference": batch.example.references["reference"]}
+    same = batch._replace(example=batch.example._replace(references=references))
+    assert jax.tree.structure(same) == jax.tree.structure(alone)
+    jax.tree.map(np.testing.assert_array_equal, same, alone)
 
 
 def test_nothing_to_pack_is_refused():
     with pytest.raises(ValueError, match="holds no bundle"):
-        pack([], [], None, Shape(1, 1, 1, 1, 1))
+        pack([], [], Shape(1, 1, 1, 1, 1))

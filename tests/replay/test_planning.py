@@ -18,7 +18,7 @@ def records_of(rng, sizes):
 def fills(records, chosen, shape, batch_size, rows_multiple=1):
     schedule = Schedule(len(chosen), batch_size, 5)
     batches = [[chosen[k] for k in schedule.indices(step)] for step in range(schedule.steps())]
-    return [pack(batch, records, None, shape, rows_multiple=rows_multiple).fill for batch in batches]
+    return [pack(batch, records, shape, rows_multiple=rows_multiple).fill for batch in batches]
 
 
 def singles(records):

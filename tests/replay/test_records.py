@@ -82,8 +82,12 @@ def test_what_cannot_be_converted_without_loss_is_refused(change, words):
 
 
 def test_every_field_takes_part_in_equality():
-    full = record(behaviour_logp=[-1, -1], logp=[-2, -2], lse=[3, 3], prompt="{}", user="u")
+    said = {"prompt": "{}", "user": "u", "chosen": True, "label": False, "rank": 2.0, "score": 0.5}
+    full = record(behaviour_logp=[-1, -1], logp=[-2, -2], lse=[3, 3], **said)
     for field in dataclasses.fields(Record):
         value = getattr(full, field.name)
-        other = value + "x" if isinstance(value, str) else ~value if value.dtype == bool else value + 1
+        if isinstance(value, str):
+            other = value + "x"
+        else:
+            other = np.logical_not(value) if np.asarray(value).dtype == bool else value + 1
         assert dataclasses.replace(full, **{field.name: other}) != full

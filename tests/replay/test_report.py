@@ -24,7 +24,9 @@ def test_facts_are_those_of_the_records(make_buffer):
     assert facts["return"] == dict(mean=2.5, min=0.5, p25=1.5, median=2.5, p75=3.5, max=4.5)
     assert facts["group_size"]["max"] == 2 and facts["length"]["mean"] == 5
     assert facts["bytes"] == sum(file.stat().st_size for file in buffer.record_files())
-    assert facts["coverage"] == dict(behaviour_logp=0, logp=0, lse=0, prompt=0, user=4)
+    assert facts["coverage"] == dict(
+        behaviour_logp=0, logp=0, lse=0, prompt=0, user=4, chosen=0, label=0, rank=0, score=0
+    )
     assert json.loads(json.dumps(facts)) == facts
 
 

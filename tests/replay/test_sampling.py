@@ -80,6 +80,25 @@ def test_units_on_a_buffer_small_enough_to_see(make_buffer):
     assert bundles(buffer, "group").left_out == 0
 
 
+def test_pairs_are_what_the_data_say_before_what_returns_say(make_buffer):
+    """A side counts more than a rank, a rank more than a return that the data did not give."""
+    said = {
+        "sides": [({"chosen": False}, 5), ({"chosen": True}, 1), ({"chosen": True}, 9), ({}, 7)],
+        "one side": [({"chosen": True}, 1), ({}, 0)],
+        "ranks": [({"rank": 2.0}, 9), ({"rank": 3.0}, 1), ({"rank": 1.0}, 0), ({"rank": 1.0}, 5)],
+        "equal ranks": [({"rank": 1.0}, 1), ({"rank": 1.0}, 2)],
+        "a rank is missing": [({"rank": 1.0}, 1), ({}, 2)],
+        "scores": [({"rank": 1.0, "score": 1.0}, 1), ({"rank": 2.0, "score": 4.0}, 4)],
+    }
+    records = [
+        Record(tokens=[1, number], action_mask=[0, 1], rewards=[reward], group=group, **judged)
+        for group, members in said.items()
+        for number, (judged, reward) in enumerate(members)
+    ]
+    pairs = bundles(make_buffer(records), "pair")
+    assert pairs == [((1, 0),), ((8, 7),), ((13, 12),), ((15, 14),)] and pairs.left_out == 2
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lists=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=10),

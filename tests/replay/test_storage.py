@@ -7,6 +7,7 @@ import pytest
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
+from shiq_jax.replay.records import STATISTICS
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):
@@ -59,19 +60,24 @@ def test_shards_are_plain_arrow_streams_with_one_batch(tmp_path):
 
 def test_null_empty_and_full_rows_are_told_apart(tmp_path):
     rows = [None, np.zeros(0, np.float32), np.ones(3, np.float32), None]
-    columns = {field.name: rows for field in storage.RECORDS if field.nullable and field.name not in ("prompt", "user")}
+    columns = {name: rows for name in STATISTICS}
     columns |= {"tokens": [np.arange(2, dtype=np.int32)] * 4, "rewards": [np.ones(1, np.float32)] * 4}
     columns |= {
         "action_mask": [np.array([False, True])] * 4,
         "group": ["g"] * 4,
         "prompt": [None, "", "ü", None],
         "user": [None] * 4,
+        "chosen": [True, None, False, None],
+        "label": [None] * 4,
+        "rank": [1.0, 2.0, None, 0.0],
+        "score": [None] * 4,
     }
     storage.write_shard(tmp_path / "shard.arrow", storage.RECORDS, columns)
     shard = storage.Shard(tmp_path / "shard.arrow", storage.RECORDS, 4)
     read = [shard.get("logp", row) for row in range(4)]
     assert read[0] is None and read[3] is None and read[1].size == 0 and read[2].tolist() == [1, 1, 1]
-    assert [shard.text("prompt", row) for row in range(4)] == [None, "", "ü", None]
+    assert [shard.value("prompt", row) for row in range(4)] == [None, "", "ü", None]
+    assert shard.values("chosen") == [True, None, False, None] and shard.values("rank") == [1.0, 2.0, None, 0.0]
     assert (shard.present("logp"), shard.present("user"), shard.present("rewards")) == (2, 0, 4)
     np.testing.assert_array_equal(shard.sums("lse"), [0, 0, 3, 0])
 

@@ -7,13 +7,11 @@ from shiq_jax.runs import compilation_cache
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """The default place, with nothing said of another; what JAX had is put back."""
-    before = jax.config.jax_compilation_cache_dir
+def place(tmp_path, monkeypatch, jax_config):
+    """The default directory, while jax has none configured."""
     monkeypatch.setenv("SHIQ_JAX_CACHE", str(tmp_path / "cache"))
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield tmp_path / "cache" / "programs"
-    jax.config.update("jax_compilation_cache_dir", before)
+    with jax_config(jax_compilation_cache_dir=None):
+        yield tmp_path / "cache" / "programs"
 
 
 def test_programs_lie_apart_by_processor(place, monkeypatch):

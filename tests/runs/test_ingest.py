@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.formats import preferences, trajectories
-from shiq_jax.tasks.tiny import tiny_tokenizer
 from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer, storage
-from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.runs.ingest import import_records
 from shiq_jax.runs.sources import prompts_of
+from shiq_jax.tasks.tiny import tiny_tokenizer
+from shiq_jax.training.baseline import GroupMeanBaseline
 
 DATA = Path(__file__).parents[1] / "data"
 TOKENIZER = tiny_tokenizer()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from shiq_jax.errors import Refusal
-from shiq_jax.replay import Record
+from shiq_jax.replay import Record, trees
+from shiq_jax.replay.sampling import trajectory_bundles
 from shiq_jax.training import annotation
 from shiq_jax.training.annotation import PROBE_TOLERANCE, annotate, probe, reference_identity, statistics_of
 
@@ -35,20 +36,21 @@ def sampled(records, expected):
 
 @pytest.fixture
 def passes_made(monkeypatch):
-    """Calls of `statistics_of` by `annotate`, as numbers of records; the one at `stop` fails."""
+    """Passes over bundles, as numbers of their records; the one at `stop` fails."""
 
     class Calls(list):
         stop = None
 
     calls = Calls()
 
-    def counted(model, params, records, **options):
+    def counted(model, params, built, bundles, *options):
         if len(calls) == calls.stop:
             raise KeyboardInterrupt
-        calls.append(len(records))
-        return statistics_of(model, params, records, **options)
+        calls.append(sum(map(len, bundles)))
+        return compute(model, params, built, bundles, *options)
 
-    monkeypatch.setattr(annotation, "statistics_of", counted)
+    compute = annotation._bundle_statistics
+    monkeypatch.setattr(annotation, "_bundle_statistics", counted)
     return calls
 
 
@@ -145,6 +147,15 @@ def test_an_annotation_that_was_stopped_goes_on_where_it_was(
     assert passes_made == sizes
 
 
+def test_a_tree_is_built_once_for_planning_and_for_the_pass(model, params, records, make_buffer, monkeypatch):
+    built, build = [], trees.build
+    monkeypatch.setattr(trees, "build", lambda sequences: built.append(sequences) or build(sequences))
+    buffer = make_buffer(records, shards=2)
+    annotate(model, params, buffer, reference_identity(model, params))
+    groups = buffer.group_ids()
+    assert len(built) == sum(len(set(groups[shard.start : shard.stop])) for shard in buffer.shards)
+
+
 def test_statistics_of_another_model_are_refused_by_name(model, params, records, make_buffer):
     buffer, identity = make_buffer(records), reference_identity(model, params)
     annotate(model, params, buffer, identity)
@@ -172,8 +183,12 @@ def test_a_prompt_is_run_once_for_all_answers_that_fit_beside_it():
         )
         for _ in range(16)
     ]  # fmt: skip
-    assert annotation._bundles(group, 128) == [tuple((number,) for number in range(16))]
-    parts = annotation._bundles(group, 64)
+
+    def bundles(row_length):
+        return list(trajectory_bundles([tuple(range(16))], group, [43] * 16, row_length))
+
+    assert bundles(128) == [tuple((number,) for number in range(16))]
+    parts = bundles(64)
     assert len(parts) == 2 and sorted(number for part in parts for (number,) in part) == list(range(16))
     # A group with a sequence that is too long by itself is not lost, but left to be refused by name.
-    assert len(annotation._bundles(group, 20)) == 16
+    assert len(bundles(20)) == 16

@@ -46,12 +46,11 @@ def begin(model, host_params, records, references, mesh_of, tmp_path_factory):
             )
         slow = {name: jax.tree.map(lambda leaf: leaf * 0.9 - 0.1, params[HEADS][name]) for name in objective.slow}
         drawn = bundles(buffer, objective.unit)
-        statistics = references if "references" in objective.needs else None
-        batch = place(
-            pack(drawn, buffer, statistics, plan(buffer, drawn, multiple=8), rows_multiple=8).batch, headed.mesh
-        )
+        known = {"reference": references} if "references" in objective.needs else {}
+        shape = plan(buffer, drawn, multiple=8)
+        batch = place(pack(drawn, buffer, shape, references=known, rows_multiple=8).batch, headed.mesh)
         state = init_state(
-            headed, params, RULE, key=jax.random.key(0), targets=lambda _: {HEADS: slow} if slow else {},
+            headed, params, RULE, targets=lambda _: {HEADS: slow} if slow else {},
             trainable=None if objective.policy else lambda path: path[0] == HEADS,
         )  # fmt: skip
         return headed, jax.device_get(params), jax.device_get(slow), state, batch

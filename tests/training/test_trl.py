@@ -6,7 +6,6 @@ TRL's side is kept in `tests/goldens/trl_dpo.*`; `tests/goldens/make_trl_dpo.py`
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -63,7 +62,9 @@ def batch(models, tmp_path_factory):
     buffer.append(records)
     identity = reference_identity(*models["reference"])
     annotate(*models["reference"], buffer, identity)
-    made = Batches(buffer, "pair", len(GOLDEN["pairs"]), seed=0, statistics=buffer.statistics(identity))(0)
+    made = Batches(buffer, "pair", len(GOLDEN["pairs"]), seed=0, references={"reference": buffer.statistics(identity)})(
+        0
+    )
     assert (made.batch.real.sum(), made.fill < 1) == (len(GOLDEN["pairs"]), True)
     return made.batch
 
@@ -75,7 +76,7 @@ def test_loss_and_gradient_are_those_of_trl(variant, models, batch, tensors, tmp
     model, params = models["policy"]
     rule = optax.sgd(1.0, momentum=0.0)  # a momentum of 0 leaves the gradient in the state
     update = make_update(model, OBJECTIVES["dpo"].configure(**options), rule, donate=False)
-    state, metrics = update(init_state(model, params, rule, key=jax.random.key(0)), batch)
+    state, metrics = update(init_state(model, params, rule), batch)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=LOSS, atol=0)
     # Written as a checkpoint, the gradient has TRL's names and layouts.
     save_hf(model, optax.tree.get(state.opt_state, "trace"), tmp_path)

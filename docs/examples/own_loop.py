@@ -1,0 +1,101 @@
+"""The library's training loop around your own Flax model: `fit` with two callbacks, and no run directory.
+
+python docs/examples/own_loop.py
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from shiq_jax.objectives import dpo_loss, token_stats
+from shiq_jax.training.batches import DeviceBatch
+from shiq_jax.training.callbacks import RefuseNonFinite
+from shiq_jax.training.fit import Callback, fit
+
+VOCABULARY, LENGTH, PAIRS, FEATURES, BATCH, STEPS = 32, 8, 512, 16, 128, 150
+
+
+class Model(nnx.Module):
+    """Two layers over the sum of the embeddings so far; its unembedding is a matrix [features, vocabulary]."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
+        self.first = nnx.Linear(FEATURES, FEATURES, rngs=rngs)
+        self.second = nnx.Linear(FEATURES, FEATURES, rngs=rngs)
+        self.head = nnx.Param(0.3 * jax.random.normal(rngs.params(), (FEATURES, VOCABULARY)))
+
+    def logp(self, tokens):
+        """[rows, T] -> [rows], the log-probability of each sequence in nats."""
+        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+        hidden = self.second(nnx.relu(self.first(jnp.cumsum(self.embed(before), axis=1))))
+        return jnp.sum(token_stats(hidden, self.head[...], tokens).logp, axis=1)
+
+
+class State(NamedTuple):
+    """What an update takes and returns; `fit` never looks inside."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+class Measure(Callback):
+    """Calls a function with the parameters every so many updates and after the last one."""
+
+    def __init__(self, measure, every):
+        self.measure, self.every, self.found = measure, every, {}
+
+    def needs_state(self, step):
+        """Every so many updates."""
+        return step % self.every == 0
+
+    def on_state(self, step, state, last):
+        """Measure; the next update, which takes the state's memory, starts afterwards."""
+        if last or self.needs_state(step):
+            self.found[step] = self.measure(state.params)
+
+
+def main() -> tuple[float, float]:
+    """Share of held-out pairs ranked correctly before and after; the better sequence has the larger tokens."""
+    definition, params = nnx.split(Model(nnx.Rngs(0)))
+    pairs = jax.random.randint(jax.random.key(1), (2 * PAIRS, 2, LENGTH), 0, VOCABULARY)
+    order = jnp.argsort(-pairs.sum(-1), axis=1)
+    sides = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)  # [chosen and rejected, pairs, T]
+    logp = jax.jit(jax.vmap(lambda params, tokens: nnx.merge(definition, params).logp(tokens), (None, 0)))
+    # The reference is data: its log-probabilities are computed once.
+    reference = logp(params, sides)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def update(state: State, batch):
+        tokens, reference = batch
+
+        def loss(params):
+            return jnp.mean(dpo_loss(*(logp(params, tokens) - reference), beta=0.1))
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return State(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    def batches(step: int) -> DeviceBatch:
+        """A function of the step alone, so that a loop that starts at any step sees the same data."""
+        rows = jax.random.choice(jax.random.fold_in(jax.random.key(2), step), PAIRS, (BATCH,), replace=False)
+        return DeviceBatch((sides[:, rows], reference[:, rows]))
+
+    def accuracy(params) -> float:
+        chosen, rejected = logp(params, sides[:, PAIRS:]) - reference[:, PAIRS:]
+        return float(jnp.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+    measure = Measure(accuracy, every=50)
+    state = State(params, optimizer.init(params))
+    before = accuracy(params)
+    state = fit(state, update, batches, start=0, stop=STEPS, callbacks=[RefuseNonFinite(), measure])
+    print(f"held-out pairs ranked correctly: {before:.2f} before, then {measure.found}")
+    return before, measure.found[STEPS]
+
+
+if __name__ == "__main__":
+    main()

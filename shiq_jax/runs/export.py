@@ -1,0 +1,25 @@
+"""A policy as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from shiq_jax.models import Headed, save_hf
+from shiq_jax.models.heads import HEADS
+from shiq_jax.runs.run import Run
+
+
+def export(run: Run, model, params, path: Path) -> None:
+    """Weights, configuration and tokenizer in Hugging Face format; the directory appears when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    if path.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(model, Headed):
+        save_hf(model.plain(), {name: part for name, part in params.items() if name != HEADS}, partial)
+        model.save(params, partial)
+    else:
+        save_hf(model, params, partial)
+    run.tokenizer.save_pretrained(partial)
+    partial.rename(path)

@@ -1,0 +1,86 @@
+"""How a round learns: the plan of a run without privacy, and a plan carried out from policy to policy."""
+
+from __future__ import annotations
+
+import sys
+
+from shiq_jax.models.heads import HEADS
+from shiq_jax.objectives import OBJECTIVES
+from shiq_jax.runs import public_phase
+from shiq_jax.runs.evaluations import STAGES, Evaluations
+from shiq_jax.runs.export import export
+from shiq_jax.runs.ingest import demonstrations
+from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
+from shiq_jax.runs.round import LearningProblem, Round
+from shiq_jax.runs.run import Run
+from shiq_jax.training.baseline import GroupMeanBaseline
+from shiq_jax.training.batches import Batches
+from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.state import State, init_state
+from shiq_jax.training.trainable import learns
+from shiq_jax.training.update import make_update
+
+
+def passes(round: Round, problem: LearningProblem) -> Plan:
+    """Passes over the buffer, as one phase."""
+    run, job, objective, buffer = round.run, round.run.job, problem.objective, problem.buffer
+    batches = Batches(
+        buffer, objective.unit, job.batch_size, seed=run.seed(round.number), references=problem.references,
+        mesh=run.mesh, microbatches=job.microbatches, row_length=job.row_length,
+        records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
+    )  # fmt: skip
+    if batches.left_out:
+        print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
+    steps = batches.steps(job.epochs)
+    optimizer = job.optimizer.build(steps)
+    phase = Phase(
+        "update", make_update(problem.model, objective, optimizer, mesh=run.mesh, microbatches=job.microbatches),
+        batches, steps, steps_per_pass=max(batches.steps(1), 1), records=batches.records,
+        pass_ends=[batches.steps(number) for number in range(1, int(job.epochs) + 1)],
+    )  # fmt: skip
+    return Plan([phase], optimizer, job.optimizer.learning_rate_at(steps))
+
+
+def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
+    """The last state of a plan, evaluated on the way; in the first round also before its first update.
+
+    params: of `problem.model`; the state takes them over.
+    """
+    run, job = round.run, round.run.job
+    evaluations = Evaluations(round, problem)
+    if not round.number and not run.log.rows("evaluation"):
+        evaluations(params, 0)
+    copied = {name: params[HEADS][name] for name in problem.objective.slow}
+    state = init_state(
+        problem.model, params, plan.optimizer, mesh=run.mesh,
+        targets=lambda _: {HEADS: copied} if copied else {}, trainable=learns(problem.model, problem.objective),
+    )  # fmt: skip
+    checkpoints = Checkpoints(
+        round.directory.checkpoints, keep=job.keep, best="reward" if run.task.reward else None
+    )
+    ledger = Ledger(run.log, checkpoints, run.settings, job.save_every, round.before, round.tags)
+    stages = (*STAGES, public_phase.STAGE, public_phase.MEASURED)
+    return run_phases(plan, state, ledger, evaluations.callback(plan), stages)
+
+
+def warm_start(run: Run):
+    """Where the reference's weights are: the task's model, after the job's supervised updates if there are any."""
+    job, options = run.job, run.job.warm_start
+    if not run.task.demonstrations or job.objective == "sft":
+        return run.task.model
+    done = run.directory.reference
+    if not done.exists():
+        model, params = run.load(run.task.model)
+        batches = Batches(
+            demonstrations(run, run.directory.warm_start / "buffer", model), "trajectory", options.batch_size,
+            seed=job.seed, mesh=run.mesh, microbatches=job.microbatches, row_length=job.row_length,
+        )  # fmt: skip
+        optimizer = options.optimizer.build(options.steps)
+        update = make_update(model, OBJECTIVES["sft"], optimizer, mesh=run.mesh)
+        phase = Phase("warm start", update, batches, options.steps, records=batches.records)
+        plan = Plan([phase], optimizer, options.optimizer.learning_rate_at(options.steps))
+        state = init_state(model, params, optimizer, mesh=run.mesh)
+        checkpoints = Checkpoints(run.directory.warm_start / "checkpoints", keep=1)
+        state = run_phases(plan, state, Ledger(run.log, checkpoints, run.settings, job.save_every))
+        export(run, model, state.params(), done)
+    return done

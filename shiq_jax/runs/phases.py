@@ -1,0 +1,169 @@
+"""Phases of one policy's training, such as updates on public and then on private data: run in order, and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import optax
+
+from shiq_jax.progress import counting
+from shiq_jax.runs.callbacks import EndWhen, EvaluatePolicy, LogUpdates, ShowProgress, StopOnRequest, WarnOfNormalized
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.run_directory import refuse_differences
+from shiq_jax.training.batches import DeviceBatch
+from shiq_jax.training.callbacks import RefuseNonFinite, SaveCheckpoints
+from shiq_jax.training.checkpoints import Checkpoints
+from shiq_jax.training.fit import fit
+from shiq_jax.training.state import State
+
+
+class Phase(NamedTuple):
+    """Some updates of one kind on batches of one kind.
+
+    Attributes:
+        name: the stage of its lines in metrics.jsonl.
+        update: `update(state, batch) -> (state, metrics)`.
+        batches: updates that the state has seen -> the next batch.
+        steps: updates, at most.
+        on_end: what becomes of the state before the next phase.
+        steps_per_pass: updates of one pass over the data; None where passes are not counted.
+        pass_ends: updates of this phase after which a pass ends.
+        records: record by number, to name those of a bad batch; None where batches have no record numbers.
+        metrics: updates of this phase so far -> more numbers for the log.
+        metadata: the same -> more JSON values for a checkpoint.
+        check: metadata of a checkpoint that this phase is resumed from -> raises Refusal when they do not fit.
+        window, enough: every so many updates, whether these were enough; asked once the log has them.
+    """
+
+    name: str
+    update: Callable[[State, Any], tuple[State, Mapping[str, Any]]]
+    batches: Callable[[int], DeviceBatch]
+    steps: int
+    on_end: Callable[[State], State] = lambda state: state
+    steps_per_pass: int | None = None
+    pass_ends: Sequence[int] = ()
+    records: Any = None
+    metrics: Callable[[int], Mapping[str, Any]] = lambda done: {}
+    metadata: Callable[[int], Mapping[str, Any]] = lambda done: {}
+    check: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+    window: int | None = None
+    enough: Callable[[int], bool] = lambda done: False
+
+
+class Plan(NamedTuple):
+    """What is learned: phases that share one optimizer.
+
+    Attributes:
+        phases: in order.
+        optimizer: optax transformation of all their updates.
+        learning_rate: step -> its learning rate, for the log.
+        on_start: called with the state, and its step, that the phases start or resume from.
+        on_evaluation: called with the state and its step before each evaluation.
+    """
+
+    phases: Sequence[Phase]
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    on_start: Callable[[State, int], None] = lambda state, step: None
+    on_evaluation: Callable[[State, int], None] = lambda state, step: None
+
+    @property
+    def steps(self) -> int:
+        """Updates of all phases, at most."""
+        return sum(phase.steps for phase in self.phases)
+
+
+class Ledger(NamedTuple):
+    """Where phases write: a log, checkpoints, and what goes with both.
+
+    Attributes:
+        log: one line per update.
+        checkpoints: of this policy's training.
+        settings: JSON values that checkpoints carry; a checkpoint of other settings is refused.
+        save_every: updates between checkpoints.
+        before: updates of earlier rounds, which the log's steps count as well.
+        tags: more fields of every line.
+    """
+
+    log: MetricsLog
+    checkpoints: Checkpoints
+    settings: Mapping[str, Any]
+    save_every: int
+    before: int = 0
+    tags: Mapping[str, Any] = {}
+
+
+def run_phases(
+    plan: Plan, state: State, ledger: Ledger, evaluation: EvaluatePolicy | None = None, stages: Sequence[str] = ()
+) -> State:
+    """Update through all phases, from the newest checkpoint if there is one, and return the last state.
+
+    Args:
+        plan: what to learn.
+        state: as the first phase starts; a checkpoint takes its place.
+        ledger: where to write.
+        evaluation: evaluates and samples at its marks; None does neither.
+        stages: more stages of the log that are rewound to the checkpoint.
+
+    Raises:
+        Refusal: a checkpoint belongs to other settings, or numbers are not finite.
+        Stopped: the process was asked to stop; the state is saved.
+    """
+    # Closed also when an exception ends the phases: a save under way is finished before anything opens the directory.
+    with contextlib.closing(ledger.checkpoints):
+        found: Mapping[str, Any] = {}
+        if ledger.checkpoints.latest() is not None:
+            state, found = ledger.checkpoints.restore(state)
+            refuse_differences(ledger.checkpoints.directory, found.get("settings") or {}, ledger.settings)
+        names = [phase.name for phase in plan.phases]
+        current = names.index(found["phase"]) if found else 0
+        ledger.log.rewind((*names, *stages), ledger.before + int(state.step))
+        plan.on_start(state, int(state.step))
+        began = found.get("began", int(state.step))
+        for phase in plan.phases[current:]:
+            if found:
+                phase.check(found)
+            state = phase.on_end(_run_phase(phase, state, began, plan, ledger, evaluation))
+            began = int(state.step)
+    return state
+
+
+def _run_phase(
+    phase: Phase, state: State, began: int, plan: Plan, ledger: Ledger, evaluation: EvaluatePolicy | None
+) -> State:
+    """One phase from its first update, `began`, or from where it was left."""
+    start, stop = int(state.step), began + phase.steps
+
+    def metadata(step: int) -> dict[str, Any]:
+        return {"settings": ledger.settings, "phase": phase.name, "began": began} | phase.metadata(step - began)
+
+    saving = SaveCheckpoints(
+        ledger.checkpoints, every=ledger.save_every, metadata=metadata,
+        metrics=lambda: evaluation.numbers if evaluation is not None else {},
+    )  # fmt: skip
+    ending = EndWhen(phase.window, phase.enough)
+    ended = start == stop or (start > began and ending.ends(start))
+    log = LogUpdates(
+        ledger.log, phase.name, plan.learning_rate, before=ledger.before, tags=ledger.tags,
+        more=lambda step: phase.metrics(step - began),
+    )  # fmt: skip
+    shown = ShowProgress(log, evaluation)
+    callbacks = [
+        RefuseNonFinite(phase.name, phase.records), WarnOfNormalized(), log, shown, ending,
+        *([evaluation] if evaluation is not None else []), saving, StopOnRequest(phase.name, stop, saving),
+    ]  # fmt: skip
+    if evaluation is not None:
+        evaluation.begin(phase, began)
+        # A run that was asked to stop left the marks of its last step to the one that resumes.
+        if start and (ended or evaluation.needs_state(start)) and ledger.checkpoints.metrics(start) is None:
+            evaluation.on_state(start, state, ended)
+            saving.on_state(start, state, ended)
+            callbacks[-1].on_state(start, state, ended)
+    if not ended:
+        counted = counting(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
+        with counted as shown.advance:
+            state = fit(state, phase.update, phase.batches, start=start, stop=stop, callbacks=callbacks)
+    ledger.checkpoints.wait()
+    return state

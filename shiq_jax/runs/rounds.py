@@ -1,0 +1,102 @@
+"""Rounds of a run: policy -> data -> scores -> buffer -> statistics of the references -> phases -> policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from shiq_jax import stopping
+from shiq_jax.objectives import Objective
+from shiq_jax.replay import Buffer
+from shiq_jax.runs.export import export
+from shiq_jax.runs.learning import learn
+from shiq_jax.runs.phases import Plan
+from shiq_jax.runs.round import LearningProblem, Round, annotated, labelled
+from shiq_jax.runs.run import Run, Use
+from shiq_jax.runs.run_directory import read_json, write_json
+from shiq_jax.training.reference import Reference
+from shiq_jax.training.state import split
+from shiq_jax.training.trainable import learner, learns
+
+
+class Recipe(Protocol):
+    """An outer-loop algorithm.
+
+    Attributes:
+        rounds: how many rounds there are.
+    """
+
+    rounds: int
+
+    def collect(self, round: Round) -> Buffer:
+        """The records that the round learns from, with their rewards, complete on disk; resumes what is there."""
+
+    def objective(self, round: Round) -> Objective:
+        """What learns from them."""
+
+    def references(self, round: Round) -> Mapping[str, Reference]:
+        """Who annotates the records, by the name in `Example.references`; asked where the objective reads them."""
+
+    def plan(self, round: Round, problem: LearningProblem) -> Plan:
+        """The phases that learn."""
+
+
+def run_rounds(run: Run, recipe: Recipe, reference: Reference) -> list[dict[str, Any]]:
+    """Run what is left of a recipe's rounds; the last policy is then in the run's `export/`.
+
+    A round that has its `round.json` is over. Each round starts from the policy that the one before exported.
+
+    Args:
+        run: what all rounds share.
+        recipe: what they do.
+        reference: the policy before the first round.
+
+    Returns:
+        the `round.json` of every round: `records`, `buffer_bytes`, `probe` and `updates`.
+    """
+    policy, done = reference, []
+    for number in range(recipe.rounds):
+        directory = run.directory.round(number, recipe.rounds)
+        before = sum(each["updates"] for each in done)
+        round = Round(run, number, directory, policy, reference, before)
+        if not directory.done.exists():
+            _run_round(round, recipe)
+        done.append(read_json(directory.done))
+        policy = Reference(directory.policy, run.load)
+    return done
+
+
+def _run_round(round: Round, recipe: Recipe) -> None:
+    run, directory = round.run, round.directory
+    stopping.check("before the buffer")
+    answers = recipe.collect(round)
+    objective = recipe.objective(round)
+    buffer = labelled(round, answers, objective)
+    references = recipe.references(round) if "references" in objective.needs else {}
+    statistics, probes = annotated(run, buffer, references)
+    stopping.check("before the updates")
+    model, params = _learner(round, objective)
+    if round.policy is not round.reference or (model.lora is not None and recipe.rounds == 1):
+        # Its weights are learned from now on, or are the base of its adapters: no evaluation opens it again.
+        round.policy.close()
+    trainable = split(params, learns(model, objective))[0]
+    problem = LearningProblem(model, trainable, objective, buffer, statistics)
+    plan = recipe.plan(round, problem)
+    state = learn(round, problem, params, plan)
+    stopping.check("before the export")
+    export(run, model, state.params(), directory.policy)
+    found = {
+        "records": len(answers),
+        "buffer_bytes": answers.bytes,
+        "probe": next(iter(probes.values()), None),
+        "updates": int(state.step),
+    }
+    write_json(directory.done, found)
+
+
+def _learner(round: Round, objective: Objective):
+    """The round's policy with the adapters and heads that learn."""
+    job, keys = round.run.job, [round.run.key(use, round.number) for use in (Use.ADAPTERS, Use.HEADS)]
+    return learner(
+        *round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys)
+    )

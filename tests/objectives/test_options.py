@@ -1,0 +1,106 @@
+"""Options are what a loss's own signature and docstring declare, and the loss itself checks their values."""
+
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+from jaxtyping import ArrayLike
+
+from shiq_jax.objectives import OBJECTIVES, Example, LossOut, Objective, Option, check_options
+from shiq_jax.objectives.options import declared, described
+
+EVERY = [(name, option) for name, objective in OBJECTIVES.items() for option in objective.options]
+
+
+def loss(
+    example: Example, *, beta: ArrayLike, gamma: ArrayLike | None = None, n: int | None = None, sharp: bool = False,
+    kind: Literal["a", "b"] = "a", plain=2.0, kl: ArrayLike = 0.0,
+) -> LossOut:  # fmt: skip
+    """A loss.
+
+    Args:
+      example: of any kind.
+      beta, gamma: two numbers,
+        on two lines.
+      n: [T], in (0, 1): a colon.
+
+    Returns:
+      kind: no entry of the arguments.
+    """
+
+
+def test_signature_and_docstring_declare_the_options():
+    assert declared(loss, without={"kl"}, defaults={"beta": 0.1}) == {
+        "beta": Option(float, 0.1, "two numbers, on two lines."),
+        "gamma": Option(float, None, "two numbers, on two lines."),
+        "n": Option(int, None, "[T], in (0, 1): a colon."),
+        "sharp": Option(bool, False),
+        "kind": Option(Literal["a", "b"], "a"),
+        "plain": Option(float, 2.0),
+    }
+    assert described(loss)["example"] == "of any kind."
+    with pytest.raises(ValueError, match="option 'beta' of loss has no default"):
+        declared(loss)
+
+
+def test_an_objective_of_one_s_own_declares_them_by_its_loss():
+    objective = Objective(lambda example, *, gamma=1.0: None, frozenset(), "trajectory")
+    assert dict(objective.options) == {"gamma": Option(float, 1.0)}
+    with_heads = objective._replace(slow=("q1",), policy=False, heads={"q1": "q"})
+    assert list(with_heads.options) == ["gamma", "beta", "polyak"]
+    bound = with_heads.configure(beta=0.5, polyak=0.2, gamma=0.9)
+    assert (bound.steering, bound.polyak, bound.loss.keywords) == (2.0, 0.2, {"gamma": 0.9})
+    assert objective.steering == 0.0
+
+
+def test_losses_describe_every_option_once():
+    texts = {}
+    for name, option in EVERY:
+        texts.setdefault(option, set()).add(OBJECTIVES[name].options[option].text)
+    assert all(any(said) for said in texts.values()), texts
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_defaults_are_not_refused(name):
+    check_options(OBJECTIVES[name])
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("shiq", {"beta": 0.0}, "beta is 0.0 but must be a positive finite number"),
+        ("shiq", {"gamma": 1.5}, "gamma is 1.5"),
+        ("shiq", {"horizon": "n_step"}, "n is None with horizon='n_step'"),
+        ("shiq", {"value": "given"}, "value is 'given'"),
+        ("pcl", {"n": 0}, "n is 0"),
+        ("a_star_po", {"value_beta": -1.0}, "value_beta is -1.0"),
+        ("ilql", {"tau": 1.0}, "tau is 1.0"),
+        ("cql", {"alpha": -1.0}, "alpha is -1.0 but must be finite and not negative"),
+        ("mc_returns", {"alpha": float("inf")}, "alpha is inf"),
+        ("ilql", {"beta": 0.0}, "beta is 0.0"),
+        ("ilql", {"polyak": 0.0}, r"polyak is 0.0 but must lie in \(0, 1\]"),
+        ("exo", {"label_smoothing": 0.0}, "label_smoothing is 0.0"),
+        ("dpo", {"label_smoothing": 0.5}, "label_smoothing is 0.5"),
+        ("dpo", {"f_divergence": "alpha_divergence"}, "f_alpha is None"),
+        ("kto", {"beta": -1.0}, "beta is -1.0"),
+        ("kto", {"desirable_weight": -1.0}, "desirable_weight is -1.0"),
+        ("apo_zero_unpaired", {"undesirable_weight": float("nan")}, "undesirable_weight is nan"),
+        ("aot", {"rpo_alpha": -1.0}, "rpo_alpha is -1.0"),
+    ],
+)
+def test_values_are_refused_before_there_is_data(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        check_options(OBJECTIVES[name].configure(**options))
+
+
+def test_checking_starts_no_backend():
+    """Processes of a pod must find each other before the first backend starts, and options are checked earlier."""
+    code = """
+from jax._src import xla_bridge
+from shiq_jax.objectives import OBJECTIVES, check_options
+for objective in OBJECTIVES.values():
+    check_options(objective)
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,18 @@
+"""The tiny decoder and the random records of the tests of training."""
+
+from tests.training.conftest import (
+    dense,
+    host_params,
+    make_buffer,
+    make_records,
+    mesh_of,
+    model,
+    on_mesh,
+    quickly,
+    records,
+    relative,
+)
+
+__all__ = [
+    "dense", "host_params", "make_buffer", "make_records", "mesh_of", "model", "on_mesh", "quickly", "records", "relative",
+]  # fmt: skip
