@@ -111,7 +111,7 @@ def test_the_page_compares_the_arms(tmp_path):
     assert least == [3.55, 0, 2, 2, 10] and best == [3.55, 2, 2, 8, 10]
     assert clipping == [2.55, 2.0, 8, 25, 75] and resets == [3.05, 3.25, 3.25, 3.25]
     # The trace of the others is below 0.
-    assert slowdown == [1.5, 2, 4]
+    assert slowdown == [1.5, 2, 4, 0]
     assert page.reasons(found) == ""
     for run in found["arms"]["mixed 10%, epsilon 8"].values():
         run["losses"][-1][1] = 4.5
