@@ -127,7 +127,7 @@ def test_what_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampled", "data", "rounds"])
 def test_whatever_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
-    assert resume_images(name, jobs, whole, tmp_path, 10, seed=2) == {}
+    assert resume_images(name, jobs, whole, tmp_path, 6, seed=2) == {}
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
     objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return learner(model, params, objective, lora=lora, steering=objective.steering, keys=(key, key))
+    return learner(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:

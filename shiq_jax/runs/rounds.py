@@ -97,6 +97,4 @@ def _run_round(round: Round, recipe: Recipe) -> None:
 def _learner(round: Round, objective: Objective):
     """The round's policy with the adapters and heads that learn."""
     job, keys = round.run.job, [round.run.key(use, round.number) for use in (Use.ADAPTERS, Use.HEADS)]
-    return learner(
-        *round.policy.open(), objective, lora=job.lora.configured(), steering=objective.steering, keys=tuple(keys)
-    )
+    return learner(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))

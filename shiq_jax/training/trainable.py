@@ -15,7 +15,7 @@ from shiq_jax.training.state import Params, Path
 
 
 def learner(
-    model, params: Params, objective: Objective, *, lora: Lora | None, steering: float, keys: tuple[Array, Array]
+    model, params: Params, objective: Objective, *, lora: Lora | None, keys: tuple[Array, Array]
 ) -> tuple[Any, Params]:
     """The model and its parameters with fresh adapters and heads, with which it is still the same policy.
 
@@ -23,7 +23,6 @@ def learner(
         model, params: the reference; no array of it is copied.
         objective: says which heads there are.
         lora: the adapters, None for none.
-        steering: see `Headed`.
         keys: jax random keys of adapters and heads.
     """
     if lora is not None:
@@ -31,7 +30,7 @@ def learner(
         params = model.with_adapters(params, keys[0])
     if objective.heads:
         learned = params.get(HEADS) if isinstance(model, Headed) and dict(model.heads) == dict(objective.heads) else None
-        model = Headed.of(model, objective.heads, steering)
+        model = Headed.of(model, objective.heads, objective.steering)
         # A policy that has learned these heads before goes on with them.
         params = model.with_heads(params, keys[1]) if learned is None else params
     return model, params
