@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shiq_jax.replay.storage import write_atomically
+from shiq_jax.sharding import hosts
 
 
 class Tracker(Protocol):
@@ -41,10 +42,7 @@ class MetricsLog:
         """Append a line; arrays of one element become numbers."""
         row = {"stage": stage, "step": int(step)} | {name: _plain(value) for name, value in values.items()}
         self.begin()
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for tracker in self._trackers:
-            tracker.write(row)
+        self._append(row)
 
     def begin(self) -> None:
         """Give the rows of the log to the trackers, unless they have them."""
@@ -53,16 +51,42 @@ class MetricsLog:
             if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
                 self._keep(lambda row: True)
             self._begun = True
-            for tracker in self._trackers:
-                tracker.begin(self.rows())
+            if self._trackers:
+                self._begin_trackers(self.rows())
 
     def close(self) -> None:
         """Let the trackers finish."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._close_trackers()
 
     def rows(self, stage: str | None = None) -> list[dict]:
         """All lines, or those of one stage."""
+        # Nobody waits for a line that is written, so the writer alone knows which lines there are.
+        rows = hosts.agree(self._read(), f"the lines of {self.path}")
+        return [row for row in rows if stage is None or row["stage"] == stage]
+
+    def rewind(self, stages: Iterable[str], step: int) -> None:
+        """Drop the lines of `stages` whose step is larger than `step`."""
+        stages = set(stages)
+        self._keep(lambda row: row["stage"] not in stages or row["step"] <= step)
+
+    @hosts.on_writer(wait=False)
+    def _append(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for tracker in self._trackers:
+            tracker.write(row)
+
+    @hosts.on_writer(wait=False)
+    def _begin_trackers(self, rows: list[dict]) -> None:
+        for tracker in self._trackers:
+            tracker.begin(rows)
+
+    @hosts.on_writer(wait=False)
+    def _close_trackers(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _read(self) -> list[dict]:
         if not self.path.exists():
             return []
         rows = []
@@ -71,15 +95,10 @@ class MetricsLog:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return [row for row in rows if stage is None or row["stage"] == stage]
-
-    def rewind(self, stages: Iterable[str], step: int) -> None:
-        """Drop the lines of `stages` whose step is larger than `step`."""
-        stages = set(stages)
-        self._keep(lambda row: row["stage"] not in stages or row["step"] <= step)
+        return rows
 
     def _keep(self, wanted) -> None:
-        if self.path.exists():
+        if hosts.agree(self.path.exists(), f"whether there is {self.path}"):
             rows = self.rows()
             kept = [row for row in rows if wanted(row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
@@ -24,6 +22,7 @@ from shiq_jax.runs.public_phase import PublicData
 from shiq_jax.runs.round import LearningProblem, Round, annotated
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import read_json, write_json
+from shiq_jax.sharding import hosts
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import State
@@ -180,7 +179,7 @@ def _secret(run: Run) -> Secret:
         return Secret.insecure(run.job.seed)
     if run.directory.privacy.exists():
         return Secret.read(path)
-    if jax.process_count() > 1:
+    if hosts.count() > 1:
         raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
     if run.job.resume:
         if run.log.rows("update") or any(run.directory.checkpoints.glob("[0-9]*")):
@@ -190,5 +189,5 @@ def _secret(run: Run) -> Secret:
             )
         if path == run.directory.secret:
             # Nothing was released with it: the run stopped between the two files.
-            path.unlink(missing_ok=True)
+            hosts.on_writer(path.unlink)(missing_ok=True)
     return Secret.create(path)

@@ -15,6 +15,7 @@ from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
 from shiq_jax.runs.run import Run, Use
+from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import Batches, DeviceBatch
 from shiq_jax.training.private_batches import units_of
 from shiq_jax.training.private_gradient import UnitLosses
@@ -119,7 +120,7 @@ class PublicData:
         key = jax.random.fold_in(self._run.key(Use.CURVATURE), step)
         log: MetricsLog = self._run.log
         log.rewind([MEASURED], step - 1)
-        log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
+        log.write(MEASURED, step, **hosts.gather(self._look(state, self._looked, key)))
 
 
 def _cut(buffer: Buffer, unit: str, references: References):

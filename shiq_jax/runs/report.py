@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.sharding import hosts
 
 
 def machine() -> dict[str, Any]:
@@ -53,6 +54,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(label, summary.get(name)) for label, name in shown.items() if name in summary]
 
 
+@hosts.on_writer
 def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     """Reward of fresh samples and KL to the reference at every evaluation, and the loss of every update, as a PNG.
 
@@ -99,6 +101,7 @@ _IMPROVEMENT = {
 }
 
 
+@hosts.on_writer
 def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: str) -> None:
     """Loss-improvement diagnostics of private updates, as a PNG.
 
@@ -132,6 +135,7 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
     plt.close(figure)
 
 
+@hosts.on_writer
 def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
     """Rewards of fresh samples and their log-ratios to the reference, as a PNG.
 

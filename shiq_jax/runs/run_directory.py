@@ -14,6 +14,7 @@ from typing import Any
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.locks import exclusive
 from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
+from shiq_jax.sharding import hosts
 
 
 class RoundDirectory:
@@ -103,12 +104,7 @@ class RunDirectory(RoundDirectory):
             if run.path.exists() and (not run.path.is_dir() or set(run.path.iterdir()) - set(run._unborn())):
                 raise Refusal(f"{path} is not empty and holds no run: name another --output-dir")
             run._made = tuple(place for place in (run.path, *run.path.parents) if not place.exists())
-            run.path.mkdir(parents=True, exist_ok=True)
-            try:
-                run._claim(_plain(settings))
-            except BaseException:
-                run._unmake()
-                raise
+            run._make(_plain(settings))
             return run
         if not run.config.exists():
             raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
@@ -129,16 +125,31 @@ class RunDirectory(RoundDirectory):
             Refusal: another process is at work in the directory.
         """
         with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(self.config))
-            except (BlockingIOError, FileNotFoundError):
-                raise Refusal(
-                    f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
-                ) from None
-            for left in self._unborn():
-                left.unlink(missing_ok=True)
+            self._lock(stack)
             yield
 
+    @hosts.on_writer
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        try:
+            stack.enter_context(exclusive(self.config))
+        except (BlockingIOError, FileNotFoundError):
+            raise Refusal(
+                f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
+            ) from None
+        for left in self._unborn():
+            left.unlink(missing_ok=True)
+
+    @hosts.on_writer
+    def _make(self, settings: dict[str, Any]) -> None:
+        """Make the directory and its config.json, or leave nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._claim(settings)
+        except BaseException:
+            self._unmake()
+            raise
+
+    @hosts.on_writer
     def _claim(self, settings: dict[str, Any]) -> None:
         """Create config.json atomically and by one process only; a rename could replace that of a run just begun."""
         own = self.config.with_name(f"{self.config.name}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -162,6 +173,7 @@ class RunDirectory(RoundDirectory):
     def _taken(self) -> Refusal:
         return Refusal(f"{self.path} holds a run already: add --resume to go on with it, or name another --output-dir")
 
+    @hosts.on_writer(wait=False)
     def discard(self, *, samples: bool) -> None:
         """Delete a run that was refused before it learned anything, so that the command can be corrected and repeated.
 
@@ -192,6 +204,7 @@ class RunDirectory(RoundDirectory):
         if not self.weights.exists() or read_json(self.weights) != known:
             write_json(self.weights, known)
 
+    @hosts.on_writer
     def _unmake(self) -> None:
         """Remove the directories that were created for this run, if they are empty."""
         with contextlib.suppress(OSError):

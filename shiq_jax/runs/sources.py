@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.sharding import hosts
 from shiq_jax.tasks import rewards
 
 
@@ -54,7 +56,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
         raise Refusal(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
     if task.held_out is not None:
         task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
-    run.data.mkdir(exist_ok=True)
+    hosts.on_writer(run.data.mkdir)(exist_ok=True)
     for name in ("train", "held_out", "demonstrations"):
         write_jsonl(run.data / f"{name}.jsonl", list(getattr(task, name) or ()))
     write_json(run.task, {"model": task.model})
@@ -90,7 +92,7 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
 
     if job.model is None and not run.model.exists():
         partial = run.model.with_name("model.partial")
-        tiny_directory(partial, job.seed).rename(run.model)
+        hosts.on_writer(os.rename)(tiny_directory(partial, job.seed), run.model)
     rows = sorting_rows(job.collection.prompts + _demonstrations(job), seed=job.seed)
     backwards = np.random.default_rng(job.seed).random(len(rows)) < 0.5
     return Task(

@@ -13,6 +13,7 @@ from typing import Any
 from shiq_jax.errors import Refusal
 from shiq_jax.runs.metrics import Tracker
 from shiq_jax.runs.run_directory import RunDirectory, write_json
+from shiq_jax.sharding import hosts
 
 # The package that each tracker imports; the extra that installs it has the tracker's name.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -56,6 +57,7 @@ class TensorBoard:
     def __init__(self, directory: RunDirectory, settings: Mapping[str, Any]):
         self._directory, self._settings, self._writer = directory, settings, None
 
+    @hosts.on_writer
     def begin(self, rows: list[dict]) -> None:
         """Replace the event files by one with the settings and all rows."""
         from tensorboardX import SummaryWriter

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shiq_jax.sharding import hosts
+
 SPECIAL_TOKENS = (
     "<pad>",
     "<bos>",
@@ -119,11 +121,15 @@ def tiny_directory(path: str | Path, seed: int = 0, **config: int | bool) -> Pat
       seed: of the weights; equal seeds and sizes give equal bytes.
       **config: sizes, as keywords of `tiny_config`.
     """
+    _write(Path(path), tiny_config(**config), seed)
+    return Path(path)
+
+
+@hosts.on_writer
+def _write(path: Path, settings: dict, seed: int) -> None:
     from safetensors.numpy import save_file
 
-    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    settings = tiny_config(**config)
     (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     generation = {
         "bos_token_id": settings["bos_token_id"],
@@ -136,7 +142,6 @@ def tiny_directory(path: str | Path, seed: int = 0, **config: int | bool) -> Pat
     tiny_tokenizer().save_pretrained(path)
     # The metadata tells transformers which library's layout the tensors follow; it refuses files without it.
     save_file(_weights(settings, np.random.default_rng(seed)), path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def _weights(config: dict, random: np.random.Generator) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from shiq_jax.errors import Refusal
+from shiq_jax.sharding import hosts
 from shiq_jax.training.state import Params, State, split
 
 # What a checkpoint is called while its files are deleted, so that none is ever seen with a part of them, and what orbax
@@ -45,10 +46,7 @@ class Checkpoints:
 
         self.directory, self.keep, self.best, self.read_only = Path(directory), keep, best, read_only
         if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for state in (_REMOVED, _WRITTEN):
-                for left in self.directory.glob(f"*{state}*"):
-                    shutil.rmtree(left)
+            _tidy(self.directory)
         self._ocp = ocp
         self._saving = None
         self._checkpointer = ocp.training.Checkpointer(
@@ -156,8 +154,7 @@ class Checkpoints:
             return
         try:
             for step in steps:
-                path = self.directory / str(step)
-                shutil.rmtree(path.rename(path.with_name(path.name + _REMOVED)))
+                _delete(self.directory / str(step))
         finally:
             self._checkpointer.reload()
 
@@ -203,6 +200,20 @@ class Checkpoints:
                 raise Refusal(
                     f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}"
                 )
+
+
+@hosts.on_writer
+def _tidy(directory: Path) -> None:
+    """Make the directory, or remove what a process that was killed has left in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for state in (_REMOVED, _WRITTEN):
+        for left in directory.glob(f"*{state}*"):
+            shutil.rmtree(left)
+
+
+@hosts.on_writer
+def _delete(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + _REMOVED)))
 
 
 def _flatten(state: State, part: str) -> dict[str, Any]:
