@@ -49,7 +49,7 @@ def jobs(tmp_path_factory):
     """Arguments of a job that samples, of one that annotates given rows in several shards, and of one in rounds."""
     made = interruption.prepare(tmp_path_factory.mktemp("inputs"))
     data = [*made["data"], "--epochs", "0.5"]
-    rounds = [*SMALL, "--collection.samples-per-prompt", "4", "--epochs", "1", "--rounds", "3"]
+    rounds = [*SMALL, "--epochs", "1", "--rounds", "3"]
     return {"sampled": [*made["sampled"][:3], *SMALL], "data": data, "rounds": [*made["rounds"][:3], *rounds]}
 
 
