@@ -74,7 +74,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
-    rows.refuse_quick_results(options.quick, options.json, options.page)
+    rows.prepare(options.quick, options.json, options.page)
     if options.quick:
         print("quick: a tiny model, and no peers, whose rows stay empty", file=sys.stderr)
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -95,8 +95,8 @@ def measure_t2048(options: Options) -> dict:
 
 
 def measure_t1024(options: Options) -> dict:
-    """Two units, every method."""
-    return timed(options, options.work(1024, 2))
+    """Two units, every method; some with `quick`."""
+    return timed(options, options.work(1024, 2), ("plain", "bk", "group") if options.quick else ())
 
 
 def measure_t512(options: Options) -> dict:
@@ -106,13 +106,16 @@ def measure_t512(options: Options) -> dict:
 
 def measure_lora(options: Options) -> dict:
     """Two units; adapters of rank 16 on all linear maps learn."""
-    return timed(options, options.work(1024, 2, rank=16))
+    return timed(options, options.work(1024, 2, rank=16), ("plain", "vmap", "group") if options.quick else ())
 
 
 def measure_memory(options: Options) -> dict:
     """The most memory that a process of its own had resident which takes steps in one setting."""
     work, found = options.work(512, 4), {}
-    for name, (method, parts) in settings(1 if options.quick else work.units).items():
+    known = settings(work.units)
+    if options.quick:
+        known = {name: known[name] for name in ("plain", "scan")}
+    for name, (method, parts) in known.items():
         arguments = [json.dumps(work._asdict()), method, str(parts)]
         command = [sys.executable, "-m", "benchmarks.private_steps", *arguments]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -212,7 +215,7 @@ def _memory(details: Mapping[str, dict], goals: bool) -> Row:
         best, plain = (min(_of(peaks, methods), key=peaks.get) for methods in (FLAT, ("plain",)))
         value = peaks[best] / peaks[plain]
         told = [best, plain, *([fastest(details["T512"], FLAT)[0]] if "T512" in details else [])]
-        note = "; ".join(f"{name}: {peaks[name] / 1e9:.2f} GB" for name in dict.fromkeys(told))
+        note = "; ".join(f"{name}: {peaks[name] / 1e9:.2f} GB" for name in dict.fromkeys(told) if name in peaks)
     return Row("memory_best", value, "x", GOAL_OF_MEMORY if goals else None, True, note)
 
 

@@ -48,7 +48,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Train three steps and print time and memory."""
-    rows.refuse_quick_results(options.quick, options.json)
+    rows.prepare(options.quick, options.json)
     with tempfile.TemporaryDirectory() as directory:
         stages, shares = measure(Path(directory), options.remat, options.quick)
     found = table(stages, shares)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import tyro
 
 from shiq_jax.runs import report
@@ -68,17 +70,25 @@ def command(title: str, about: str | None, measure: Callable[[bool], tuple[list[
         measure: takes `quick`; returns the rows and the details behind them.
     """
     options = tyro.cli(Options, description=about)
-    refuse_quick_results(options.quick, options.json)
+    prepare(options.quick, options.json)
     found, details = measure(options.quick)
     write_json(options.json, found, details=details)
     show(title, found)
 
 
-def refuse_quick_results(quick: bool, *files: Path | None) -> None:
-    """Exit with one sentence when quick numbers would be written into docs/results."""
+def prepare(quick: bool, *files: Path | None) -> None:
+    """Called before anything is measured.
+
+    In quick form programs compile without optimisation, here and in processes that are started from here, and quick
+    numbers stay out of docs/results: SystemExit with one sentence when one of the files is there.
+    """
+    if not quick:
+        return
     for file in files:
-        if quick and file is not None and file.resolve().is_relative_to(RESULTS):
+        if file is not None and file.resolve().is_relative_to(RESULTS):
             sys.exit(f"quick numbers are not results: {file} is in {RESULTS}, choose a file elsewhere")
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:

@@ -58,7 +58,7 @@ class _Timed(Checkpoints):
         self.seconds.append(time.perf_counter() - began)
 
 
-def measure(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
+def run(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
     """The loop of a run over a work's groups, a checkpoint after every so many updates."""
     steps = json.loads(work.read_text())
     decoder, params = load_hf(model, remat="full")
@@ -95,15 +95,18 @@ def table(found: Stalls) -> list[Row]:
     ]
 
 
-def main(quick: bool) -> tuple[list[Row], dict[str, float]]:
-    """The rows and the seconds of a run on `bfcl_pairs`; quick: of a tiny model, with few updates."""
+def measure(quick: bool) -> tuple[list[Row], dict[str, float]]:
+    """The rows and the seconds behind them.
+
+    quick: a tiny model and few updates on rows of one shape, of which only the first compiles.
+    """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         model = tiny_directory(place / "model", num_layers=2) if quick else fetch.smollm2()
-        works.write(works.WORKS["bfcl_pairs"], place / "work.json", tiny=quick)
-        found = measure(str(model), place / "work.json", *((6, 2) if quick else ()))
+        works.write(works.WORKS["pairs" if quick else "bfcl_pairs"], place / "work.json", tiny=quick)
+        found = run(str(model), place / "work.json", *((6, 2) if quick else ()))
     return table(found), found._asdict()
 
 
 if __name__ == "__main__":
-    rows.command("stalls", __doc__, main)
+    rows.command("stalls", __doc__, measure)

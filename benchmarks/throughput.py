@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import flops, growth, rows, stalls, works
+from benchmarks import flops, growth, rows, stalls
 from benchmarks.contest import OURS, Contest
 from benchmarks.peers import TRANSFORMERS, quiet
 from benchmarks.rows import Row
@@ -73,7 +73,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
-    rows.refuse_quick_results(options.quick, options.json, options.page)
+    rows.prepare(options.quick, options.json, options.page)
     if options.quick:
         print("quick: a tiny model, and no peers, whose rows stay empty", file=sys.stderr)
     measured, found = Measured(options), rows.read(options.json)
@@ -151,11 +151,8 @@ class Measured:
 
     def stalls(self) -> list[Row]:
         """What the loop of a run adds to its updates."""
-        path = self.runs / "bfcl_pairs.json"
-        works.write(WORKS["bfcl_pairs"], path, tiny=self.quick)
-        found = stalls.measure(self.model, path, *((6, 2) if self.quick else ()))
-        self.details["stalls"] = found._asdict()
-        return stalls.table(found)
+        found, self.details["stalls"] = stalls.measure(self.quick)
+        return found
 
     def sampling(self) -> list[Row]:
         """Tokens per second: 16 prompts, 8 answers each, at most 64 tokens."""

@@ -65,17 +65,19 @@ def write(work: Work, path: Path, seed: int = 0, tiny: bool = False) -> None:
 
     tiny: as many groups and answers, but short ones of bytes, for a tiny model.
     """
-    makers = {"pairs": _fixed(64, 192), "groups_k16_long": _fixed(1600, 50)}
-    make = _short if tiny else makers.get(work.name, _bfcl)
-    groups = make(work, np.random.default_rng(seed))
+    if tiny:
+        makers = {"pairs": _fixed(16, 8, (0, 256)), "groups_k16_long": _fixed(64, 4, (0, 256))}
+    else:
+        makers = {"pairs": _fixed(64, 192), "groups_k16_long": _fixed(1600, 50)}
+    groups = makers.get(work.name, _short if tiny else _bfcl)(work, np.random.default_rng(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = [list(itertools.islice(groups, work.groups)) for _ in range(work.steps)]
     path.write_text(json.dumps(chosen))
 
 
-def _fixed(prompt: int, answer: int):
+def _fixed(prompt: int, answer: int, ids: tuple[int, int] = (100, 40_000)):
     def make(work: Work, random: np.random.Generator) -> Iterator[dict]:
-        draw = lambda length: random.integers(100, 40_000, length).tolist()  # noqa: E731
+        draw = lambda length: random.integers(*ids, length).tolist()  # noqa: E731
         while True:
             yield {"prompt": draw(prompt), "answers": [draw(answer) for _ in range(work.answers)]}
 

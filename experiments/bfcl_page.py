@@ -40,10 +40,14 @@ class Results:
         return interval(self.values(arm, name) - self.values(other, name))
 
 
+def kept(out: Path, scale: str) -> Results:
+    """What the seeds of a scale left below the page's directory."""
+    return Results(sorted((out / "bfcl").glob(f"{scale}-*.json")))
+
+
 def write(out: Path, scale: str) -> None:
     """`bfcl.md` and `bfcl.png` (with the scale in their names unless it is the small one)."""
-    files = sorted((out / "bfcl").glob(f"{scale}-*.json"))
-    results = Results(files)
+    results = kept(out, scale)
     name = "bfcl" if scale in ("small", "quick") else f"bfcl-{scale}"
     draw(results, out / f"{name}.png")
     (out / f"{name}.md").write_text(render(results, scale, name))
@@ -209,14 +213,18 @@ def _seconds(seed: dict) -> float:
     return sum(job["seconds"] for job in seed["jobs"].values()) + sum(arm["seconds"] for arm in seed["arms"].values())
 
 
+def ranking(results: Results, name: str) -> tuple[str, list[str], list[str]]:
+    """The best policy by a statistic, those that it beats beyond chance, and those that it does not."""
+    best, *rest = sorted(NAMES, key=lambda arm: -results.mean(arm, name).mean)
+    beaten = [arm for arm in rest if _decided(results.difference(best, arm, name))]
+    return best, beaten, [arm for arm in rest if arm not in beaten]
+
+
 def _verdict(results: Results) -> str:
     """Who wins, in words that follow from the numbers."""
     sentences = []
     for name, what in (("sampled", "Of answers sampled at temperature 1"), ("greedy", "With greedy decoding")):
-        order = sorted(NAMES, key=lambda arm: -results.mean(arm, name).mean)
-        best, rest = order[0], order[1:]
-        beaten = [arm for arm in rest if _decided(results.difference(best, arm, name))]
-        level = [arm for arm in rest if arm not in beaten]
+        best, beaten, level = ranking(results, name)
         sentence = f"**{what}, {NAMES[best]} has the most right ({results.mean(best, name).mean:.1%})**"
         if beaten:
             sentence += f", beyond chance above {_list(beaten)}"

@@ -1,4 +1,7 @@
-"""The figure of the embedded default: `python -m experiments.embedded` regenerates docs/results/embedded.png."""
+"""The figure of the embedded default: `python -m experiments.embedded` regenerates docs/results/embedded.png.
+
+    python -m experiments.embedded --quick    a few updates: tries the script, says nothing
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import tyro
 
 from shiq_jax.runs import commands
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.options import Job
 from shiq_jax.runs.pipeline import train as run_job
 from shiq_jax.runs.run_directory import RunDirectory
 
@@ -18,18 +22,33 @@ class Options:
     """Where the run is kept and where the figure goes."""
 
     runs: Path = Path("runs/embedded")
-    """Directory of the run of `train.py`; a finished one is read, a stopped one goes on."""
+    """Directory of the run of `train.py`; a finished one is read, a stopped one resumes."""
     out: Path = Path("docs/results")
     """Directory of the figure."""
+    quick: bool = False
+    """A few updates, to try the script itself; run and figure go to `embedded-quick` beside the run."""
 
 
 def main(options: Options) -> None:
     """Run what is missing and draw it."""
-    run = RunDirectory(options.runs)
+    quick = options.runs.with_name("embedded-quick")
+    run, out = (RunDirectory(quick / "run"), quick) if options.quick else (RunDirectory(options.runs), options.out)
     if not run.summary.exists():
         job = commands.embedded(commands.Shiq())
+        job = small(job) if options.quick else job
         run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
-    draw(MetricsLog(run.metrics), options.out / "embedded.png")
+    draw(MetricsLog(run.metrics), out / "embedded.png")
+
+
+def small(job: Job) -> Job:
+    """The job with little of everything."""
+    return dataclasses.replace(
+        job,
+        epochs=1.0,
+        warm_start=dataclasses.replace(job.warm_start, steps=2, batch_size=4, demonstrations=8),
+        collection=dataclasses.replace(job.collection, prompts=4, prompts_per_batch=4, samples_per_prompt=2),
+        evaluation=dataclasses.replace(job.evaluation, prompts=2, samples_per_prompt=1, times=1),
+    )
 
 
 def draw(log: MetricsLog, path: Path) -> None:

@@ -204,9 +204,12 @@ class Lab:
         return numbers["kl"], numbers["reward"]
 
     def _job(self, directory: Path) -> commands.Shiq:
-        job = commands.embedded(commands.Shiq())
+        job, warm_start = commands.embedded(commands.Shiq()), {}
+        if self.scale is QUICK:
+            warm_start = {"steps": 4, "batch_size": 8, "demonstrations": 64}
         return dataclasses.replace(
             job, seed=self.seed, output_dir=directory,
+            warm_start=dataclasses.replace(job.warm_start, **warm_start),
             collection=dataclasses.replace(
                 job.collection, prompts=self.scale.prompts, samples_per_prompt=self.scale.samples
             ),

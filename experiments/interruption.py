@@ -1,10 +1,10 @@
 """Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
 
 Three small jobs of `train.py` are run once to the end: one samples its buffer, one annotates given rows, and one samples
-and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes killed once
-more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the other half from inside, before
-a random one of the operations by which the process changes its directory, so that they fall into the short moments in
-which files are written. `--kills 2` tries the script itself.
+and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes killed
+once more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the other
+half from inside, before a random one of the operations by which the process changes its directory, so that they fall
+into the short moments in which files are written. `--quick` tries the script itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Options:
     runs: Path = Path("runs/interruption")
     """Where the runs are kept; must be empty or missing."""
     out: Path | None = None
-    """Directory of the page; default: docs/results, or beside the runs where `kills` is given."""
+    """Directory of the page; default: docs/results, or beside the runs where `kills` is given or with `quick`."""
+    quick: bool = False
+    """Two kills of the first job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +181,7 @@ def prepare(root: Path) -> dict[str, list[str]]:
     rate = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
     return {
         "sampled": ["shiq", "--model", model, *_COMMON, *_SAMPLED],
-        "rounds": ["dpo", "--model", model, *_COMMON, *_ROUNDS],
+        "rounds": ["shiq", "--model", model, *_COMMON, *_ROUNDS],
         "data": ["shiq", "--model", model, *_COMMON, *given, *rate],
     }
 
@@ -311,6 +313,8 @@ def _compare_checkpoints(ours: Path, theirs: Path) -> list[str]:
 
 def main(options: Options) -> None:
     """Kill, resume, compare, and write the page."""
+    if options.quick:
+        options = dataclasses.replace(options, kills=2, jobs=options.jobs[:1])
     random, root = np.random.default_rng(options.seed), options.runs.absolute()
     jobs = {name: arguments for name, arguments in prepare(root).items() if name in options.jobs}
     moments, lengths, outcomes = {}, {}, []

@@ -20,14 +20,14 @@ from shiq_jax.tasks import rewards
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a run learns on.
+    """Model, prompts, demonstrations and reward of a run.
 
     Attributes:
         model: directory in Hugging Face format, or hub id.
         train: prompt rows to sample answers for.
-        held_out: prompt rows to evaluate on; None where the run's own data are all there is.
+        held_out: prompt rows to evaluate on; None to use the prompts of the data.
         demonstrations: rows with `prompt` and `completion`, for supervised updates.
-        reward: scores the text of a completion to a row, None when nothing does.
+        reward: scores the text of a completion to a row; None if there is none.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Task:
 
 
 def prepare(job: Job, run: RunDirectory) -> Task:
-    """The task of a job; its rows are written to the run's `data/`, so that they can be looked at and used again.
+    """The task of a job; its rows are written to the run's `data/`, for inspection and reuse.
 
     Raises:
         Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
@@ -66,7 +66,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
 def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
     """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row.
 
-    Prompts of more than `longest` tokens are passed over; Refusal when none is short enough.
+    Prompts of more than `longest` tokens are skipped; Refusal when none is short enough.
     """
     seen: dict[bytes, dict] = {}
     for number in range(len(buffer)):
@@ -86,7 +86,7 @@ def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
 
 
 def _sorting(job: Job, run: RunDirectory) -> Task:
-    """The toy: a teacher who writes half of the answers backwards leaves a policy unsure of the direction."""
+    """The toy: half of the demonstrations are reversed, which leaves the policy unsure of the direction."""
     from shiq_jax.tasks.sorting import sorting_rows
     from shiq_jax.tasks.tiny import tiny_directory
 
@@ -108,7 +108,7 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
 
 
 def _bfcl(job: Job, run: RunDirectory) -> Task:
-    """Function calling: the first training questions are demonstrated, the next ones sampled, none both."""
+    """Function calling: the first training questions are demonstrated and the next ones sampled, without overlap."""
     from shiq_jax.tasks import bfcl, fetch
 
     train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)
@@ -127,7 +127,7 @@ def _demonstrations(job: Job) -> int:
 
 
 def _own(job: Job) -> Task:
-    """Somebody's data, which are learned from as they are, or prompts, which are sampled for."""
+    """External data to learn from, or prompts to sample answers for."""
     given = "--data" if job.data else "--prompts"
     if job.model is None:
         raise Refusal(f"{given} needs --model: the directory or hub id of the model that is to learn from it")

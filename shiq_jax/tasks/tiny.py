@@ -1,4 +1,4 @@
-"""A tiny decoder in Hugging Face format, made on the spot: byte-level tokenizer, Llama configuration, random weights.
+"""A tiny decoder in Hugging Face format, generated locally: byte-level tokenizer, Llama configuration, random weights.
 
 It lets every command run without a download. The tokenizer knows all 256 bytes, so any text, any JSON and any chat can
 be encoded; the weights are drawn with numpy and written under Hugging Face names, so transformers loads the directory
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = (
     "<eos>",
     "<|im_start|>",
     "<|im_end|>",
-    # Filling the vocabulary to a multiple of 8 keeps it divisible across devices and leaves no id without a token.
+    # A vocabulary that is a multiple of 8 is divisible across devices; every id has a token.
     "<reserved_0>",
     "<reserved_1>",
     "<reserved_2>",

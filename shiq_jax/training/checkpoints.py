@@ -48,6 +48,7 @@ class Checkpoints:
         if not read_only:
             _tidy(self.directory)
         self._ocp = ocp
+        self._saving = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             # The default policy drops a save without a word while another is under way.
@@ -81,10 +82,10 @@ class Checkpoints:
             self._remove([step])
         # A numpy float among the metrics would fail when the step is committed, long after this call.
         metrics = {name: float(value) for name, value in (metrics or {}).items()} or None
-        started = self._checkpointer.save_checkpointables_async(
+        self._saving = self._checkpointer.save_checkpointables_async(
             step, {part: _flatten(state, part) for part in _PARTS}, metrics=metrics, custom_metadata=dict(metadata)
         )
-        if started is None:
+        if self._saving is None:
             raise RuntimeError(f"orbax did not start saving step {step} in {self.directory}")
 
     def restore(self, into: State, step: int | None = None) -> tuple[State, dict]:
@@ -121,14 +122,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when every started save is complete on disk, and what is not to be kept is gone."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            # Without this call the thread and the event loop of the save outlive it.
+            saving.result()
         self._checkpointer.wait()
         if not self.read_only:
             self._prune()
 
     def close(self) -> None:
         """Finish what is under way and let go of the directory."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
     def _known(self) -> dict[int, dict | None]:
         return {known.step: known.metrics for known in self._checkpointer.checkpoints}

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import rows
 from benchmarks.rows import Row
 
@@ -35,3 +37,24 @@ def test_the_table_of_a_page_is_replaced_and_nothing_else(tmp_path):
     text = page.read_text()
     assert text.startswith("# Title\n\n<!-- table -->\n| row") and text.endswith("<!-- end of table -->\n\nwhy\n")
     assert "old" not in text and text.count("`not_there` | not measured yet | at least 5") == 1
+
+
+def test_a_quick_command_writes_its_rows_but_not_into_the_results(tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(rows.jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+
+    def measure(quick):
+        measured.append(quick)
+        return ROWS, {"a": 1}
+
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr("sys.argv", ["benchmark", "--quick", "--json", str(path)])
+    rows.command("title", None, measure)
+    assert measured == [True] and list(rows.read(path).values()) == ROWS and "title" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmark", "--quick", "--json", str(rows.RESULTS / "deep" / "rows.json")])
+    with pytest.raises(SystemExit, match="quick numbers are not results"):
+        rows.command("title", None, measure)
+    assert measured == [True] and not (rows.RESULTS / "deep").exists()
+    rows.prepare(False, rows.RESULTS / "rows.json")
+    rows.prepare(True, None)

@@ -44,7 +44,7 @@ def measured(tmp_path, monkeypatch, fake):
     monkeypatch.setattr(throughput.Measured, "_contest", lambda self, name: fake)
 
     def make(**options):
-        return throughput.Measured(throughput.Options(json=tmp_path / "rows.json", **options))
+        return throughput.Measured(throughput.Options(json=tmp_path / "rows.json", runs=tmp_path / "runs", **options))
 
     return make
 

@@ -21,6 +21,17 @@ def test_fixed_work_has_its_lengths(tmp_path, name, prompt, answer):
     assert again.read_text() == path.read_text()
 
 
+@pytest.mark.parametrize("name", works.WORKS)
+def test_tiny_work_has_as_many_short_sequences_of_bytes(tmp_path, name):
+    work = works.WORKS[name]
+    works.write(work, path := tmp_path / "work.json", tiny=True)
+    steps = json.loads(path.read_text())
+    assert len(steps) == work.steps and all(len(step) == work.groups for step in steps)
+    for group in sum(steps, []):
+        assert len(group["answers"]) == work.answers and all(len(each) <= 8 for each in group["answers"])
+        assert len(group["prompt"]) <= 64 and max(map(max, (group["prompt"], *group["answers"]))) < 256
+
+
 def test_peers_get_the_pairs_that_the_groups_hold():
     pairs = {name: work.pairs for name, work in works.WORKS.items()}
     assert pairs == {"pairs": 2, "bfcl_pairs": 8, "bfcl_groups_k8": 16, "groups_k16_long": 8}

@@ -1,4 +1,4 @@
-"""How policies are compared at equal distance, and that the page says what its numbers say."""
+"""How policies are compared at equal distance, and what the kept numbers hold."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments import frontier_page
-from experiments.frontier_page import DISTANCES, envelope, matched, mean_height, sentences, verdict
+from experiments.frontier_page import DISTANCES, envelope, matched, mean_height, verdict
 
-PAGE = Path(frontier_page.__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def points(*pairs, beta=0.1):
@@ -51,14 +51,12 @@ def test_a_verdict_needs_all_seeds():
     }  # fmt: skip
     found = verdict(numbers)
     assert found == {"1": {"DPO": "more", "DRO": "less", "CoPG": "unclear"}}
-    assert sentences(found) == ["Within 1 nats ShiQ has more than DPO; less than DRO; not to be told from CoPG."]
 
 
-def test_the_page_is_that_of_its_numbers():
-    numbers = json.loads((PAGE / "frontier.json").read_text())
+def test_the_kept_numbers_are_complete():
+    numbers = json.loads((RESULTS / "frontier.json").read_text())
     assert len(numbers["seeds"]) >= 3
     assert frontier_page.matched(numbers["seeds"]) == numbers["matched"]
-    assert frontier_page.render(numbers) == (PAGE / "frontier.md").read_text()
     for seed in numbers["seeds"].values():
         for method, found in seed.items():
             if method != "reference":
@@ -72,7 +70,7 @@ def test_the_page_is_that_of_its_numbers():
 
 def test_every_method_gains_over_the_reference():
     """What the page's figure shows at a glance: from one buffer all of them learn something."""
-    numbers = json.loads((PAGE / "frontier.json").read_text())
+    numbers = json.loads((RESULTS / "frontier.json").read_text())
     for method in numbers["matched"]:
         for seed in numbers["seeds"].values():
             assert max(point["reward"] for point in seed[method]) > seed["reference"], method

@@ -20,8 +20,8 @@ class Function(NamedTuple):
         name: with the classes and functions around it.
         lines: from `def` to its last line, docstring included, decorators not.
         parameters: all of them, `self`, `*args` and `**kwargs` included.
-        kernel: a Pallas kernel (named `*_kernel` in a module that imports Pallas): its parameters are the blocks that it
-            reads and writes, one each, which cannot be grouped.
+        kernel: a Pallas kernel (named `*_kernel` in a module that imports Pallas): its parameters are the blocks that
+            it reads and writes, one each, which cannot be grouped.
     """
 
     place: str
