@@ -131,6 +131,26 @@ back = hosts.reload(there)
 out["kept"] = all(leaf.sharding == back[name].sharding for name, leaf in tree.items())
 out["same"] = all((hosts.gather(back)[name] == gathered[name]).all() for name in gathered)
 
+from shiq_jax.replay import Buffer, Record
+from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.runs.run_directory import RunDirectory
+
+run = RunDirectory.begin(Path("run"), {"seed": 1}, resume=False)
+try:
+    RunDirectory.begin(Path("run"), {"seed": 1}, resume=False)
+except Refusal as refusal:
+    out["second run"] = str(refusal)
+with run.locked():
+    buffer = Buffer.create(run.buffer)
+    record = Record(tokens=[1, 2], action_mask=[False, True], rewards=[1.0], group="a")
+    out["appended"] = [buffer.append([record] * n) for n in (1, 2)]
+    out["manifests equal"] = buffer.manifest == Buffer.open(run.buffer).manifest
+    log = MetricsLog(run.metrics)
+    for step in range(3):
+        log.write("update", step, loss=1.0 / (step + 1))
+    log.rewind(["update"], 1)
+    out["rows"] = log.rows("update")
+
 if index == 0:
     try:
         hosts.barrier("where the other never comes", timeout=0.5)
@@ -199,6 +219,13 @@ def test_each_of_two_offloads_its_own_parts(two):
     for each in two:
         assert each["parts"] == {"spread": 2, "whole": 1, "own": 1}
         assert each["kept"] and each["same"]
+
+
+def test_two_share_one_run_directory(two):
+    for each in two:
+        assert "run holds a run already" in each["second run"]
+        assert each["appended"] == [1, 2] and each["manifests equal"]
+        assert each["rows"] == [{"stage": "update", "step": step, "loss": 1.0 / (step + 1)} for step in range(2)]
 
 
 def test_a_barrier_ends_in_time(two):
