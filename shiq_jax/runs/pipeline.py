@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shiq_jax import progress
@@ -17,7 +17,7 @@ from shiq_jax.runs.learning import warm_start
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.recipes import recipe_of
-from shiq_jax.runs.rounds import run_rounds
+from shiq_jax.runs.rounds import Recipe, run_rounds
 from shiq_jax.runs.run import Run, set_up
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json
 from shiq_jax.runs.trackers import require, trackers
@@ -26,8 +26,12 @@ from shiq_jax.training.reference import Reference
 
 @progress.shown()
 @disk_refusals()
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, recipe: Callable[[Job], Recipe] = recipe_of) -> dict[str, Any]:
     """Run a job to its end, or resume it, and return its summary.
+
+    Args:
+        job: all options.
+        recipe: job -> what its rounds do; by default what the options ask for.
 
     Raises:
         Refusal: some input cannot be used; a run that had not begun to learn or sample leaves nothing on disk.
@@ -37,7 +41,8 @@ def train(job: Job) -> dict[str, Any]:
     require(job.track)
     if job.privacy.on:
         private_run.check_private_job(job, job.loss.configured())
-    settings = job.settings()
+    algorithm = recipe(job)
+    settings = job.settings() | {"recipe": type(algorithm).__name__}
     directory = RunDirectory.begin(job.directory(), settings, resume=job.resume)
     settings = job.public_settings(settings)
     if directory.summary.exists():
@@ -51,7 +56,7 @@ def train(job: Job) -> dict[str, Any]:
             with disk_refusals(directory.path):
                 run = set_up(job, directory, settings)
                 stack.callback(run.log.close)
-                rounds = run_rounds(run, recipe_of(job), Reference(warm_start(run), run.load))
+                rounds = run_rounds(run, algorithm, Reference(warm_start(run), run.load))
                 # A run that was killed between its last line and its summary may have left half a line.
                 run.log.begin()
         except Refusal:
