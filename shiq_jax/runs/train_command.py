@@ -48,7 +48,7 @@ def run(command, name: str) -> None:
         train(command)
 
 
-def parse(arguments: Sequence[str], name: str):
+def parse(arguments: Sequence[str], name: str = "train.py"):
     """The command with its options; SystemExit with code 2 when there is no such command, option or value.
 
     name: of the program, for the usage text.
