@@ -87,7 +87,7 @@ def test_the_reference_statistics_of_the_buffer_are_those_of_the_reference(finis
     statistics = buffer.statistics(reference_identity(model, params))
     for index in (0, 17, 35):
         record = buffer[index]
-        logits = model.logits(params, record.tokens[None, :-1])[0]
+        logits = jax.jit(model.logits)(params, record.tokens[None, :-1])[0]
         dense = token_stats_from_logits(logits, record.tokens[1:])
         acting = record.action_mask[1:]
         np.testing.assert_allclose(statistics[index][0], np.asarray(dense.logp)[acting], atol=1e-4)

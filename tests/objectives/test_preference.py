@@ -1,5 +1,7 @@
 """Losses on pairs and on single completions: published numbers, symmetries, derivatives, limits, and residuals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,15 +82,22 @@ def test_scores_of_other_divergences(x64):
     np.testing.assert_allclose(near[0] - near[1], 1.2, atol=1e-6)
 
 
+@functools.cache
+def compiled(name):
+    """(loss, gradient), compiled once for all examples."""
+    loss = on_logratios(name)
+    return jax.jit(loss), jax.jit(jax.grad(loss, (0, 1)))
+
+
 @pytest.mark.parametrize("name", LOGRATIO_LOSSES)
 @given(w=st.floats(-20, 20), l=st.floats(-20, 20))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_gradients_are_slopes(name, w, l):
-    loss = on_logratios(name)
+    loss, slope = compiled(name)
     # The hinge's corner and DPOP's, where there is no slope.
     assume(abs(0.5 * (w - l) - 1) > 1e-3 and abs(w) > 1e-3)
     with jax.enable_x64(True):
-        gradient = jax.jit(jax.grad(loss, (0, 1)))(w, l)
+        gradient = slope(w, l)
         step = 1e-5
         slopes = (loss(w + step, l) - loss(w - step, l), loss(w, l + step) - loss(w, l - step))
         np.testing.assert_allclose(gradient, np.asarray(slopes) / (2 * step), rtol=1e-5, atol=1e-6)

@@ -59,8 +59,10 @@ def expected(decoder, batch_of, losses_of):
 @pytest.mark.parametrize(
     ("variant", "unit", "part"),
     [
-        ("tied", "trajectory", 1.0), ("untied", "pair", 1.0), ("biases", "group", 1.0), ("tied", "pair", 0.05),
-        ("tied", "pair", None), ("query and key norms", "pair", 1.0),
+        ("tied", "trajectory", 1.0), ("biases", "group", 1.0), ("tied", "pair", 0.05),
+        pytest.param("tied", "pair", None, marks=pytest.mark.slow),
+        pytest.param("untied", "pair", 1.0, marks=pytest.mark.slow),
+        pytest.param("query and key norms", "pair", 1.0, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_all_methods_give_the_sum_of_clipped_gradients(
@@ -173,7 +175,7 @@ def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, losses_
     # Per layer two norms, and four projections of attention and three of the MLP with kernel and bias; table and norm.
     assert clip.groups == 2 * (2 + 7 * 2) + 2
     total, *_ = run(losses, params, batch, clip=clip, method="auto")
-    grads = jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0))(
+    grads = jax.jit(jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0)))(
         params, jax.tree.map(lambda leaf: leaf[:, None], batch)
     )
     rule = clip.of_a_group
@@ -197,7 +199,7 @@ def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, loss
     batch, losses = batch_of("pair"), losses_of(model, "pair")
     clip = Groupwise(AutoV(1.0), count_groups(params))
     total, *_ = run(losses, params, batch, clip=clip, method="group")
-    grads = jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0))(
+    grads = jax.jit(jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0)))(
         params, jax.tree.map(lambda leaf: leaf[:, None], batch)
     )
     for name, part in (("embed", "table"), ("head", "kernel")):

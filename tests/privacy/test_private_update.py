@@ -66,8 +66,14 @@ def test_it_is_the_sum_of_clipped_gradients_over_the_expected_batch(released, to
     assert set(metrics) == {"grad_norm", "param_norm"}
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "replica=8", "fsdp=2,tensor=2", "replica=2,fsdp=2,tensor=2"])
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("fsdp=8", marks=pytest.mark.slow), pytest.param("replica=8", marks=pytest.mark.slow),
+        "fsdp=2,tensor=2", pytest.param("replica=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_devices_change_nothing(mesh, method, released, relative):
     assert relative(released(mesh=mesh, method=method)[0], released()[0]) < 1e-4
 
