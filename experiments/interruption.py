@@ -181,7 +181,7 @@ def prepare(root: Path) -> dict[str, list[str]]:
     rate = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
     return {
         "sampled": ["shiq", "--model", model, *_COMMON, *_SAMPLED],
-        "rounds": ["dpo", "--model", model, *_COMMON, *_ROUNDS],
+        "rounds": ["shiq", "--model", model, *_COMMON, *_ROUNDS],
         "data": ["shiq", "--model", model, *_COMMON, *given, *rate],
     }
 

@@ -20,8 +20,9 @@ FLAGS = {
     "xla_cpu_collective_call_terminate_timeout_seconds": 1200,
     "xla_cpu_collective_timeout_seconds": 1200,
 }
-_given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([_given, *(f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in _given)])
+for flag, value in FLAGS.items():
+    if flag not in os.environ.setdefault("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] += f" --{flag}={value}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

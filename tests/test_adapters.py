@@ -72,6 +72,7 @@ def test_a_run_is_evaluated_with_its_adapters_as_its_export_is(tiny, data, finis
         out = tmp_path / name.name
         evaluation_door.main([
             "--model", str(name), "--reference", tiny, "--data", data, "--max-tokens", "4", "--output-dir", str(out),
+            "--mesh", "fsdp=1",
         ])  # fmt: skip
         found.append(json.loads((out / "evaluation.json").read_text()))
     for measure in ("kl", "length"):

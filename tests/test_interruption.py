@@ -49,7 +49,7 @@ def jobs(tmp_path_factory):
     """Arguments of a job that samples, of one that annotates given rows in several shards, and of one in rounds."""
     made = interruption.prepare(tmp_path_factory.mktemp("inputs"))
     data = [*made["data"], "--epochs", "0.5"]
-    rounds = [*SMALL, "--collection.samples-per-prompt", "4", "--epochs", "1", "--rounds", "3"]
+    rounds = [*SMALL, "--epochs", "1", "--rounds", "3"]
     return {"sampled": [*made["sampled"][:3], *SMALL], "data": data, "rounds": [*made["rounds"][:3], *rounds]}
 
 
@@ -127,7 +127,7 @@ def test_what_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampled", "data", "rounds"])
 def test_whatever_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
-    assert resume_images(name, jobs, whole, tmp_path, 10, seed=2) == {}
+    assert resume_images(name, jobs, whole, tmp_path, 6, seed=2) == {}
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def measured(name, root, tmp_path, out):
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:4]))
     evaluation_door.main([
         "--model", str(name), "--data", str(prompts), "--reference", str(root / "reference"), "--max-tokens", "4",
-        "--samples-per-prompt", "2", "--output-dir", str(tmp_path / out),
+        "--samples-per-prompt", "2", "--mesh", "fsdp=1", "--output-dir", str(tmp_path / out),
     ])  # fmt: skip
     return json.loads((tmp_path / out / "evaluation.json").read_text())
 

@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -172,13 +171,14 @@ def test_inspect_names_the_stage_of_a_run_that_is_not_over(tmp_path, capsys):
     assert stop.value.code == 2 and "neither a run" in capsys.readouterr().err and files(tmp_path) == before
 
 
-def help_of(door, *arguments, columns=80):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / door), *arguments, "--help"], capture_output=True, text=True, cwd=ROOT,
-        env={"COLUMNS": str(columns), "PATH": "", "HOME": "/"},
-    )  # fmt: skip
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout
+def help_of(main, arguments, monkeypatch, capfd):
+    """What a terminal of 80 columns shows; with capsys, whose encoding is spelt in capitals, boxes would be missing."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    shown = capfd.readouterr()
+    assert not stop.value.code and not shown.err, shown.err
+    return shown.out
 
 
 def options_of(text):
@@ -195,14 +195,14 @@ def options_of(text):
 
 
 @pytest.mark.parametrize(
-    "door, arguments",
+    "main, arguments",
     [
-        ("train.py", ["shiq"]), ("train.py", ["dpo", "--data", "x"]), ("train.py", ["kto"]), ("train.py", ["inspect"]),
-        ("eval.py", []),
+        (training_door.main, ["shiq"]), (training_door.main, ["dpo", "--data", "x"]), (training_door.main, ["kto"]),
+        (training_door.main, ["inspect"]), (evaluation_door.main, []),
     ],
 )  # fmt: skip
-def test_help_explains_every_option_within_80_columns(door, arguments):
-    text = help_of(door, *arguments)
+def test_help_explains_every_option_within_80_columns(main, arguments, monkeypatch, capfd):
+    text = help_of(main, arguments, monkeypatch, capfd)
     assert max(map(len, text.splitlines())) <= 80
     options = options_of(text)
     assert options.pop("-h, --help")
@@ -215,8 +215,8 @@ def test_help_explains_every_option_within_80_columns(door, arguments):
         assert len(options) > 40 and list(options)[:2] == ["--model DIR|HUB_ID", "--data FILE|HUB_ID"]
 
 
-def test_help_without_a_command_lists_the_commands_with_examples():
-    text = help_of("train.py")
+def test_help_without_a_command_lists_the_commands_with_examples(monkeypatch, capfd):
+    text = help_of(training_door.main, [], monkeypatch, capfd)
     for name in ("shiq", "dpo", "kto", "sft", "shiq-bfcl", "inspect"):
         assert re.search(rf"• {name}\s+\w+", text), name
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("usage:"))

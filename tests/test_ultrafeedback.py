@@ -72,7 +72,7 @@ def test_a_trained_policy_is_evaluated_on_such_rows(trained, tmp_path):
         "2",
         "--no-greedy",
     ]
-    evaluation_door.main([*options, "--output-dir", str(tmp_path / "eval")])
+    evaluation_door.main([*options, "--mesh", "fsdp=1", "--output-dir", str(tmp_path / "eval")])
     found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert found["objective"] == "dpo" and 0 <= found["objective_metrics"]["rewards/accuracies"] <= 1
     assert len(Buffer.open(tmp_path / "eval" / "buffer")) == 10

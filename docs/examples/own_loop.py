@@ -52,7 +52,7 @@ class Measure(Callback):
         return step % self.every == 0
 
     def on_state(self, step, state, last):
-        """Measure; the next update, which takes the state's memory, starts afterwards."""
+        """Measure before the next update reuses the memory of the state."""
         if last or self.needs_state(step):
             self.found[step] = self.measure(state.params)
 

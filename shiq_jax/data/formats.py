@@ -209,7 +209,7 @@ def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Re
             raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
     judged = {"label": bool(row["label"])} if reading.score is None and row.get("label") in (0, 1) else {}
     if reading.score is not None and not isinstance(reward, list):
-        judged["score"] = reward
+        judged["score"] = float(reward)
     return _record(row, encoded, values, _group(row), **judged)
 
 

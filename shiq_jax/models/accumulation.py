@@ -69,7 +69,7 @@ begin.defvjp(_begin, lambda before, cotangent: (before + cotangent, None))
 
 @jax.custom_vjp
 def detour(weights: Leaves, passing: Leaves, layer: Int[Array, ""]) -> tuple[Leaves, Leaves]:
-    """Both as they are; the gradient of one layer's `weights` goes to that layer of `passing`, and not to `weights`."""
+    """Identity whose VJP adds the gradient of one layer's `weights` to that layer of `passing`, not to `weights`."""
     return weights, passing
 
 
@@ -87,7 +87,7 @@ detour.defvjp(_detour, _return)
 
 @jax.custom_vjp
 def end(x: Float[Array, "..."], passing: Leaves, before: Leaves) -> Float[Array, "..."]:
-    """`x`; what `passing` received on its way is added to `before`."""
+    """Identity in `x`; the cotangent of `passing` starts as `before`."""
     return x
 
 

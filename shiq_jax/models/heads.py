@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 from safetensors import safe_open
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 
 from shiq_jax.models.model import Model, Params
 from shiq_jax.objectives import TokenStats
-from shiq_jax.sharding import named_sharding
+from shiq_jax.sharding import hosts, named_sharding
 
 HEADS = "heads"  # their place among the parameters
 FILE = "heads.safetensors"
@@ -115,7 +114,7 @@ class Headed(Model):
         """Writes the heads beside a decoder's files, as `heads.safetensors`, with what they are in its metadata."""
         arrays = flatten_dict(dict(params[HEADS]), sep=".")
         about = {"heads": json.dumps(dict(self.heads)), "steering": json.dumps(self.steering)}
-        save_file({name: np.asarray(jax.device_get(leaf)) for name, leaf in arrays.items()}, directory / FILE, about)
+        hosts.on_writer(save_file)(hosts.gather(arrays), directory / FILE, about)
 
     @classmethod
     def load(cls, model: Model, params: Params, directory: Path) -> tuple[Model, Params]:

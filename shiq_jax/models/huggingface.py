@@ -23,6 +23,7 @@ from shiq_jax.models.lora import A, B, merged
 from shiq_jax.models.model import Model
 from shiq_jax.models.naming import Entry, entries
 from shiq_jax.progress import track
+from shiq_jax.sharding import hosts
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -81,24 +82,18 @@ def save_hf(model: Model, params: Mapping[str, Any], path: str | Path) -> Path:
     base, kept = model.switched_off(params)
     plan = entries(base.abstract_params(), model.config.num_layers)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
-    writing = jax.process_index() == 0
-    if writing:
-        directory.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(directory, SHARD_BYTES, total, writing)
+    hosts.on_writer(directory.mkdir)(parents=True, exist_ok=True)
+    writer = _Writer(directory, SHARD_BYTES, total)
     amount = ("MB", lambda entry: _at(params, entry.path).nbytes / 1e6)
     for entry in track(plan, f"writing {directory.name}", len(plan), "parameters", amount=amount):
         _save(entry, _whole(model, params, entry), writer)
     written = writer.finish()
-    if writing:
-        dtype = str(_at(params, plan[0].path).dtype)
-        spelling = "torch_dtype" if "torch_dtype" in model.config.source else "dtype"
-        _write_json(directory / "config.json", model.config.to_dict() | {spelling: dtype})
-        if model.generation_config is not None:
-            _write_json(directory / "generation_config.json", dict(model.generation_config))
-        # Weights of an earlier export under other names would be loaded beside, or instead of, these.
-        for stale in [*directory.glob("model*.safetensors"), directory / INDEX]:
-            if stale.name not in written:
-                stale.unlink(missing_ok=True)
+    dtype = str(_at(params, plan[0].path).dtype)
+    spelling = "torch_dtype" if "torch_dtype" in model.config.source else "dtype"
+    _write_json(directory / "config.json", model.config.to_dict() | {spelling: dtype})
+    if model.generation_config is not None:
+        _write_json(directory / "generation_config.json", dict(model.generation_config))
+    _remove_others(directory, written)
     return directory
 
 
@@ -257,38 +252,39 @@ def _part(entry: Entry, tensors: _Tensors, name: str, bounds: tuple[slice, ...])
 class _Writer:
     """Collects tensors and writes them to one file, or to numbered shards of at most `limit` bytes."""
 
-    def __init__(self, directory: Path, limit: int, total: int, writing: bool):
-        self.directory, self.limit, self.single, self.writing = directory, limit, total <= limit, writing
-        self.pending: dict[str, np.ndarray] = {}
+    def __init__(self, directory: Path, limit: int, total: int):
+        self.directory, self.limit, self.single = directory, limit, total <= limit
+        self.pending: dict[str, np.ndarray | None] = {}
         self.pending_bytes = self.total_bytes = 0
         self.shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        if not self.writing:
-            return
         if self.pending and not self.single and self.pending_bytes + tensor.nbytes > self.limit:
             self._flush()
-        self.pending[name] = tensor
+        # The other processes count along, without keeping what they do not write.
+        self.pending[name] = tensor if hosts.is_writer() else None
         self.pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
 
     def _flush(self) -> None:
         temporary = self.directory / f".{SINGLE}.{len(self.shards)}.partial"
-        save_file(self.pending, temporary, metadata={"format": "pt"})
-        # safetensors leaves files to their owner alone; whoever may read the directory may read the model.
-        temporary.chmod(self.directory.stat().st_mode & 0o666)
+        self._write(temporary)
         self.shards.append((temporary, list(self.pending)))
         self.pending, self.pending_bytes = {}, 0
 
+    @hosts.on_writer
+    def _write(self, path: Path) -> None:
+        save_file(self.pending, path, metadata={"format": "pt"})
+        # safetensors leaves files to their owner alone; whoever may read the directory may read the model.
+        path.chmod(self.directory.stat().st_mode & 0o666)
+
     def finish(self) -> set[str]:
         """Gives the shards their names and writes the index; returns the names of all files."""
-        if not self.writing:
-            return set()
         self._flush()
         count = len(self.shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for (temporary, _), name in zip(self.shards, names, strict=True):
-            os.replace(temporary, self.directory / name)
+            hosts.on_writer(os.replace)(temporary, self.directory / name)
         if count == 1:
             return set(names)
         weight_map = {tensor: name for (_, held), name in zip(self.shards, names, strict=True) for tensor in held}
@@ -319,17 +315,18 @@ def _check_params(abstract: Mapping[str, Any], params: Mapping[str, Any]) -> Non
 
 def _save(entry: Entry, value: jax.Array, writer: _Writer) -> None:
     for layer, name in enumerate(entry.names):
-        writer.add(name, entry.to_tensor(_on_host(value[layer] if entry.stacked else value)))
+        writer.add(name, entry.to_tensor(hosts.gather(value[layer] if entry.stacked else value)))
 
 
-def _on_host(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    from jax.experimental import multihost_utils
+@hosts.on_writer
+def _remove_others(directory: Path, written: set[str]) -> None:
+    """Remove weights of an earlier export under other names, which would be loaded with, or instead of, these."""
+    for stale in [*directory.glob("model*.safetensors"), directory / INDEX]:
+        if stale.name not in written:
+            stale.unlink(missing_ok=True)
 
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
-
+@hosts.on_writer
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shiq_jax.sharding import hosts
+
 _SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
@@ -24,7 +26,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     digest = hashlib.sha256()
-    sums = np.asarray(_checksums([leaf for _, leaf in leaves])) if leaves else np.zeros((0, 2), np.uint32)
+    sums = hosts.gather(_checksums([leaf for _, leaf in leaves])) if leaves else np.zeros((0, 2), np.uint32)
     for (name, leaf), pair in zip(leaves, sums, strict=True):
         digest.update(f"{name} {leaf.shape} {leaf.dtype} {pair[0]:08x}{pair[1]:08x}\n".encode())
     return digest.hexdigest()

@@ -28,10 +28,12 @@ class Shared(NamedTuple):
     Fields:
       options: (names of the inputs that the loss reads, whether it couples examples) -> the options that make sense.
       finish: (value of the loss, reading) -> (its final value, metrics).
+      extra: further statistics of the policy, with the names of the options that ask for them; see `Objective`.
     """
 
-    options: Callable[[frozenset[str], bool], Mapping[str, Option]]
+    options: Callable[[frozenset[str], bool], dict[str, Option]]
     finish: Callable[[Array, Reading], tuple[Array, dict[str, Array]]]
+    extra: Mapping[str, str] = MappingProxyType({})
 
 
 class View(NamedTuple):
@@ -45,7 +47,7 @@ class View(NamedTuple):
       each: whether the loss takes one sequence and is mapped over K; otherwise it takes the whole example.
       per_action: whether the mean over a batch runs over actions; otherwise over what is real.
       metrics: Reading -> name -> scalar or [K], sums over what the weight counts; read where the loss is real.
-      pairs: what two sequences an example consists of, in words; None for any number of sequences.
+      two_sequences: what the two sequences of an example are, for the error message; None for any number of them.
       shared: options that its losses share.
     """
 
@@ -56,14 +58,14 @@ class View(NamedTuple):
     each: bool = False
     per_action: bool = False
     metrics: Callable[[Reading], Mapping[str, Array]] = no_metrics
-    pairs: str | None = None
+    two_sequences: str | None = None
     shared: Shared | None = None
 
 
 def lift(
     loss: Callable[..., Any], view: View, *, couple: Couple | None = None, has_aux: bool = False,
     metrics: Callable[[Reading], Mapping[str, Array]] | None = None,
-    reads: Mapping[str, str] = MappingProxyType({}), defaults: Mapping[str, Any] = MappingProxyType({"beta": BETA}),
+    reads: Mapping[str, str] = MappingProxyType({}), defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Objective:  # fmt: skip
     """The objective of a plain loss.
 
@@ -78,7 +80,7 @@ def lift(
       has_aux: whether the loss returns (value, metrics) instead of the value.
       metrics: replaces the metrics of the view.
       reads: parameter -> input, where the names differ.
-      defaults: replace, or supply, defaults of the signature.
+      defaults: replace, or supply, defaults of the signature; that of `beta` is `BETA`.
 
     Raises:
       ValueError: a positional parameter names no input of the view, or an option has no default.
@@ -90,14 +92,17 @@ def lift(
     for each in parameters:
         if each.kind is not inspect.Parameter.KEYWORD_ONLY and each.name not in inputs:
             raise ValueError(f"{each.name!r} of {loss.__name__} is no input; known are {', '.join(view.inputs)}.")
-    options = declared(loss, without=inputs, defaults=defaults)
-    shared = view.shared.options(frozenset(inputs.values()), couple is not None) if view.shared else {}
+    options = declared(loss, without=inputs, defaults={"beta": BETA, **defaults})
+    shared, extra = {}, {}
+    if view.shared:
+        shared = view.shared.options(frozenset(inputs.values()), couple is not None)
+        extra = {statistic: option for statistic, option in view.shared.extra.items() if option in shared}
     read = [view.inputs[each] for each in inputs.values()]
     needs = frozenset(field for each in read for field in each.needs)
     heads = {head: kind for each in read for head, kind in each.heads.items()}
 
     def objective(example: Example, **given: Any) -> LossOut:
-        chosen = {option: each.default for option, each in (options | dict(shared)).items()} | given
+        chosen = {option: each.default for option, each in (options | shared).items()} | given
         reading = read_example(example, view, name=name, needs=needs, options=chosen)
         own = {option: value for option, value in chosen.items() if option not in shared}
         function = jax.vmap(lambda read: loss(**read, **own)) if view.each else lambda read: loss(**read, **own)
@@ -112,18 +117,16 @@ def lift(
     return Objective(
         objective, needs - {"policy", "values"}, view.unit, couple,
         heads=MappingProxyType(heads), slow=tuple(head for each in read for head in each.slow),
-        policy="policy" in needs,
-        extra=MappingProxyType({"lse2": "use_weighting"} if "use_weighting" in shared else {}),
-        declared=MappingProxyType(options | dict(shared)),
+        policy="policy" in needs, extra=MappingProxyType(extra), declared=MappingProxyType(options | shared),
     )  # fmt: skip
 
 
 def read_example(example: Example, view: View, **about: Any) -> Reading:
     """The inputs of a view; raises ValueError for fields that are missing and the wrong number of sequences."""
     reading = Reading(example, view.inputs, **about)
-    if view.pairs and reading.mask.shape[0] != 2:
+    if view.two_sequences and reading.mask.shape[0] != 2:
         raise ValueError(
-            f"action_mask has shape {reading.mask.shape} but {reading.name} takes {view.pairs} [2, T]; give two "
+            f"action_mask has shape {reading.mask.shape} but {reading.name} takes {view.two_sequences} [2, T]; give two "
             "sequences."
         )
     return reading

@@ -120,4 +120,5 @@ def finished(value: Array, reading: Reading) -> tuple[Array, dict[str, Array]]:
 
 def shared(*, differential: bool = False, supervised: bool = False) -> Shared:
     """The shared options of losses of one kind; see `options_of`."""
-    return Shared(partial(options_of, differential=differential, supervised=supervised), finished)
+    options = partial(options_of, differential=differential, supervised=supervised)
+    return Shared(options, finished, {"lse2": "use_weighting"})

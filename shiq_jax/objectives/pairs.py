@@ -87,7 +87,7 @@ def reward_metrics(chosen: Array, rejected: Array) -> dict[str, Array]:
 
 
 PAIRS = View(
-    "pair", MappingProxyType(INPUTS), both_real, metrics=pair_metrics, pairs="pairs", shared=shared()
+    "pair", MappingProxyType(INPUTS), both_real, metrics=pair_metrics, two_sequences="pairs", shared=shared()
 )
 """A loss of scalars; the mean over a batch runs over pairs of which both completions have an action.
 

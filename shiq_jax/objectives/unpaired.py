@@ -93,7 +93,7 @@ INPUTS = {
 
 ANSWERS = View(
     "group", MappingProxyType(INPUTS), partial(_first, "real"), metrics=kto_metrics,
-    pairs="an answer and a mismatched one",
+    two_sequences="an answer and a mismatched one",
 )  # fmt: skip
 """A loss of sequence 0; sequence 1, another prompt's answer after this prompt, serves the KL alone.
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from shiq_jax.errors import Refusal
+from shiq_jax.sharding import hosts
 
 BYTES = 32
 
@@ -31,19 +32,8 @@ class Secret:
     @classmethod
     def create(cls, path: Path) -> Secret:
         """Fresh entropy in a new file that only its owner can read; Refusal when there is a file already."""
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise Refusal(
-                f"{path} holds the secret of another run: a secret is used for one run only, so name another file, or "
-                "remove this one if nothing was released with it"
-            ) from None
-        with os.fdopen(descriptor, "wb") as file:
-            root = secrets.token_bytes(BYTES)
-            file.write(root)
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(root)
+        _write_entropy(path)
+        return cls(path.read_bytes())
 
     @classmethod
     def read(cls, path: Path) -> Secret:
@@ -89,3 +79,19 @@ class Secret:
 
     def __repr__(self) -> str:
         return f"Secret({self.fingerprint})"
+
+
+# Returns nothing: what a function of `on_writer` returns travels over the network.
+@hosts.on_writer
+def _write_entropy(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise Refusal(
+            f"{path} holds the secret of another run: a secret is used for one run only, so name another file, or "
+            "remove this one if nothing was released with it"
+        ) from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(BYTES))
+        file.flush()
+        os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from shiq_jax.replay import report, storage
 from shiq_jax.replay.manifest import SCHEMA_VERSION, Manifest, check_vacant, remove_leftovers
 from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
 from shiq_jax.replay.statistics import Identity, Statistics, absent, check_annotations
+from shiq_jax.sharding import hosts
 
 _COLUMNS = tuple(field.name for field in storage.RECORDS)
 _SCALARS = ("group", "prompt", "user", *JUDGEMENTS)
@@ -45,7 +46,7 @@ class Buffer:
         """Makes an empty buffer; raises Refusal when `path` is a buffer already or holds other files."""
         path = Path(path)
         check_vacant(path)
-        path.mkdir(parents=True, exist_ok=True)
+        hosts.on_writer(path.mkdir)(parents=True, exist_ok=True)
         manifest = Manifest()
         manifest.save(path)
         return cls(path, manifest)
@@ -95,7 +96,7 @@ class Buffer:
             for part in _parts(_validated(records, vocab_size) if check else records):
                 made.append(self._write_records(len(self.manifest.shards) + len(made), part))
         except BaseException:
-            remove_leftovers(self.path, self.manifest.files())
+            hosts.on_writer(remove_leftovers, wait=False)(self.path, self.manifest.files())
             raise
         if made:
             self._commit(Manifest(self.manifest.shards + made, self.manifest.statistics))
@@ -210,7 +211,7 @@ class Buffer:
         self._begin_writing()
         name = f"statistics/{Identity(identity).digest}/{shard:05d}.arrow"
         for directory in (self.path / "statistics", (self.path / name).parent):
-            directory.mkdir(exist_ok=True)
+            hosts.on_writer(directory.mkdir)(exist_ok=True)
             storage.sync_directory(directory.parent)
         logp, lse = ([np.asarray(pair[k], np.float32) for pair in values] for k in (0, 1))
         written = storage.write_shard(self.path / name, storage.ANNOTATIONS, {"logp": logp, "lse": lse})

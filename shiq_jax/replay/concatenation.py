@@ -7,6 +7,7 @@ from shiq_jax.errors import Refusal
 from shiq_jax.replay import storage
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.manifest import NAME, Manifest, remove_leftovers
+from shiq_jax.sharding import hosts
 
 
 def concatenate(paths: Sequence[str | Path], out: str | Path) -> Buffer:
@@ -34,7 +35,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path) -> Buffer:
                 copied = dict(entry)
                 if entry["source"] == "file":
                     copied["file"] = f"statistics/{digest}/{first + int(number):05d}.arrow"
-                    (out / copied["file"]).parent.mkdir(parents=True, exist_ok=True)
+                    hosts.on_writer((out / copied["file"]).parent.mkdir)(parents=True, exist_ok=True)
                     storage.copy_file(source.path / entry["file"], out / copied["file"])
                 into["shards"][str(first + int(number))] = copied
     merged.save(out)

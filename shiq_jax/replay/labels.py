@@ -17,7 +17,7 @@ _ROUNDING = 1e-6
 
 
 def given_labels(buffer: Buffer) -> Int8[np.ndarray, " records"]:
-    """1 for a record that the data call desirable or chosen, 0 for undesirable or rejected, -1 where they say neither."""
+    """1 for a record that the data call desirable or chosen, 0 for undesirable or rejected, -1 for neither."""
     said = zip(buffer.column("label"), buffer.column("chosen"), strict=True)
     known = [chosen if label is None else label for label, chosen in said]
     return np.array([-1 if value is None else value for value in known], np.int8)

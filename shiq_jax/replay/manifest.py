@@ -8,6 +8,7 @@ from typing import Any
 
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.storage import RECORD_SCHEMAS, TEMPORARY, write_atomically
+from shiq_jax.sharding import hosts
 
 NAME = "manifest.json"
 FORMAT = "shiq_jax.replay"
@@ -111,6 +112,7 @@ def migrate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return content
 
 
+@hosts.on_writer
 def remove_leftovers(path: Path, listed: set[str]) -> None:
     """Deletes what an interrupted write left in a buffer's directory: temporaries and shards that are not `listed`."""
     for file in _own_files(path):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from shiq_jax.errors import Refusal
+from shiq_jax.sharding import hosts
 
 TEMPORARY = ".tmp"
 
@@ -53,6 +54,7 @@ RECORD_SCHEMAS = {1: _RECORDS_1, 2: RECORDS}
 ANNOTATIONS = pa.schema([pa.field("logp", _FLOAT, nullable=False), pa.field("lse", _FLOAT, nullable=False)])
 
 
+@hosts.on_writer
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
     """Makes `path` hold what `write` writes, or leaves it as it was; returns the bytes written.
 
@@ -85,6 +87,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@hosts.on_writer
 def write_shard(path: Path, schema: pa.Schema, columns: dict[str, Sequence]) -> dict[str, int]:
     """Writes one shard atomically; returns {"rows", "bytes", "crc32"} for the manifest.
 

@@ -12,6 +12,7 @@ import numpy as np
 from shiq_jax.errors import Refusal
 from shiq_jax.rollout.drawing import Drawn, Sampling
 from shiq_jax.rollout.lanes import Engine
+from shiq_jax.sharding import hosts
 
 # Rows that are refilled together, as a part of all: prompts are computed some at a time, and a row waits for them.
 _TOGETHER = 8
@@ -104,12 +105,12 @@ class Sampler:
                 holding |= taken
                 state = self._admit(params, state, taken, prompts, key, first, together, widest)
             state = self._engine.advance(params, state, rows - len(holding) + min(together, len(holding)))
-            busy = np.asarray(jax.device_get(self._engine.busy(state)))
+            busy = hosts.gather(self._engine.busy(state))
             ended = [row for row in holding if not busy[row]]
             for start in range(0, len(ended), together):
                 some = ended[start : start + together]
                 padded = np.resize(np.asarray(some, np.int32), together)
-                completions = jax.device_get(self._engine.take(state, padded))
+                completions = hosts.gather(self._engine.take(state, padded))
                 for place, row in enumerate(some):
                     yield holding.pop(row), _trimmed(completions, place)
 

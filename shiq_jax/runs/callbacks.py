@@ -23,12 +23,12 @@ class LogUpdates(Callback):
     """One line of the log per update.
 
     Args:
-        log: where to.
-        stage: of the lines.
+        log: the file.
+        stage: the `stage` of every line.
         learning_rate: step -> learning rate.
-        before: updates of earlier rounds, which the lines' steps count as well.
-        tags: more fields of every line.
-        more: step -> more numbers.
+        before: updates of earlier rounds, added to the step of every line.
+        tags: additional fields of every line.
+        more: step -> additional numbers.
 
     Attributes:
         latest: the newest line.
@@ -43,7 +43,7 @@ class LogUpdates(Callback):
         self.latest: Mapping[str, Any] = {}
 
     def on_update(self, done: FinishedUpdate) -> None:
-        """Write the line; of metrics with a number per unit, the median."""
+        """Write the line; a metric with one number per unit is reduced to its median."""
         metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in done.metrics.items()}
         about = {"seconds": round(done.seconds, 4), "compiled": done.compiled}
         if done.item.tokens is not None:
@@ -58,12 +58,12 @@ class EvaluatePolicy(Callback):
 
     Args:
         evaluate: (state, step, passes over the data) -> numbers.
-        sample: the same, to show what the policy generates; returns nothing.
+        sample: called with the same arguments to store some generations.
         every: updates between evaluations; None evaluates after the last one only.
         before: called with (state, step) before each evaluation.
 
     Attributes:
-        numbers: what was found at the step at hand; empty where nothing was evaluated.
+        numbers: those of the current step; empty if it was not evaluated.
         latest: reward and KL of the newest evaluation.
     """
 
@@ -79,16 +79,16 @@ class EvaluatePolicy(Callback):
         self._pass_ends: Collection[int] = ()
 
     def begin(self, phase, began: int) -> None:
-        """A phase starts after `began` updates."""
+        """Start a phase after `began` updates."""
         self._began, self._steps_per_pass = began, phase.steps_per_pass
         self._pass_ends = {began + end for end in phase.pass_ends}
 
     def needs_state(self, step: int) -> bool:
-        """Where it evaluates or samples."""
+        """Whether an evaluation or sampling is due."""
         return bool(self.every) and step % self.every == 0 or step in self._pass_ends
 
     def on_state(self, step: int, state: State, last: bool) -> None:
-        """Evaluate or sample where it is due; a process that is asked to stop leaves it to the run that resumes."""
+        """Evaluate or sample if due; after a stop request this is left to the resumed run."""
         self.numbers = {}
         if stopping.requested():
             return
@@ -103,7 +103,7 @@ class EvaluatePolicy(Callback):
 
 
 class EndWhen(Callback):
-    """End the loop early where `enough(step)` says so, asked every `window` updates; None never asks."""
+    """End the loop when `enough(step)` is true, checked every `window` updates; a window of None never ends it."""
 
     def __init__(self, window: int | None, enough: Callable[[int], bool]):
         self.window, self.enough = window, enough
@@ -122,7 +122,7 @@ class StopOnRequest(Callback):
 
     Args:
         name: of the updates, for the message.
-        total: updates after the last one.
+        total: updates of the whole loop.
         saving: saves the state.
     """
 
@@ -142,12 +142,12 @@ class StopOnRequest(Callback):
 
 
 class WarnOfNormalized(Callback):
-    """Warn once when the logits seem normalized: the policy is the same, but their log-sum-exp is 0 and says nothing."""
+    """Warn once if the logits seem normalized: the policy is the same, but a log-sum-exp of 0 carries no value."""
 
     warned = False
 
     def on_update(self, done: FinishedUpdate) -> None:
-        """Look at the first update."""
+        """Check the first update."""
         size = done.metrics.get("lse_abs", 1)
         if not self.warned and size < NORMALIZED:
             print(

@@ -1,4 +1,4 @@
-"""What the commands have in common: their names, and that every foreseen end is one sentence and an exit code."""
+"""Shared by the commands: their names, and one sentence with an exit code for every expected failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def program(script: str, installed: str) -> str:
 
 @contextlib.contextmanager
 def one_sentence(program: str, resumes: str) -> Iterator[None]:
-    """Inside, a refusal exits with code 2 and an interruption with 130, each after one sentence on stderr.
+    """Turn a Refusal into exit code 2 and an interruption into 130, each with one sentence on stderr.
 
     Args:
         program: name at the beginning of the sentence.

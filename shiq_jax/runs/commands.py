@@ -1,4 +1,4 @@
-"""The training commands: what each is called, its defaults, and which of its options have no effect."""
+"""The training commands: names, defaults, and options without effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shiq_jax.training.optimizers import Optimizer
 
 @dataclass(frozen=True)
 class Shiq(Job):
-    """Q-learning on the logits, or another loss on scored answers; learns offline."""
+    """Q-learning on the logits, or another loss on scored answers."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
@@ -43,7 +43,7 @@ class Kto(Job):
     objective: ClassVar[str] = "kto"
     loss: LabelLoss = LabelLoss()
     threshold: Annotated[float | None, given_as("REWARD", "the mean of its prompt's answers")] = None
-    """Where answers have rewards and no labels: good are those above it, bad those below it."""
+    """For answers with rewards but no labels: those above it are good, those below it bad."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,12 +83,12 @@ class DpoUltraFeedback(Dpo):
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show a run: how far it is, its numbers, some generations; or a replay buffer."""
+    """Show the stage, numbers and generations of a run; or a replay buffer."""
 
     path: tyro.conf.Positional[Path]
-    """Directory of a run or of a buffer, whose files are held against their checksums."""
+    """Directory of a run, or of a buffer, whose checksums are verified."""
     generations: int = 3
-    """How many prompts to show of a run, with what was generated for them."""
+    """Prompts of a run whose generations are shown."""
 
 
 def embedded(job: Job) -> Job:
@@ -125,7 +125,7 @@ def function_calling(job: Job) -> Job:
 
 
 def own_data(job: Job) -> Job:
-    """The job with defaults for a pretrained model on somebody's data."""
+    """The job with defaults for a pretrained model on external data."""
     return replace(
         job,
         batch_size=8,
@@ -137,7 +137,7 @@ def own_data(job: Job) -> Job:
 
 
 def ultrafeedback(job: Job) -> Job:
-    """The job with defaults for a pretrained chat model on answers of very unlike length that others have scored."""
+    """The job with defaults for a pretrained chat model on scored answers of very different lengths."""
     job = replace(own_data(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
     if job.objective == "shiq":
         return replace(job, baseline="group_mean", loss=RewardLoss(normalisation="mean_t"))
@@ -145,7 +145,7 @@ def ultrafeedback(job: Job) -> Job:
 
 
 def command_line(arguments: Sequence[str]):
-    """The commands as a type for tyro, with the defaults that fit what the arguments are about."""
+    """The commands as a type for tyro, with defaults that depend on the data and task of the arguments."""
     given = " ".join(arguments)
     defaults = embedded
     if re.search(r"--(data|prompts)\b", given):
@@ -162,7 +162,7 @@ def command_line(arguments: Sequence[str]):
     return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
 
 
-# Options, or groups of them, without effect: where data are given, and where demonstrations are imitated.
+# Options, or groups of options, without effect: with --data, and in sft.
 _IDLE_WITH_DATA = ("task", "collection", "warm_start")
 _IDLE_IN_SFT = (
     *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "prompts_in_flight", "sampling")),
@@ -171,7 +171,7 @@ _IDLE_IN_SFT = (
 
 
 def without_effect(job: Job) -> Iterator[str]:
-    """The flags of options that differ from their defaults although nothing in such a run looks at them."""
+    """Flags of options that differ from their defaults but are not read by such a run."""
     idle = _IDLE_WITH_DATA if job.data else _IDLE_IN_SFT if job.objective == "sft" else ()
     if job.prompts:
         idle = ("task", "warm_start")

@@ -1,4 +1,4 @@
-"""Compiled programs outlive the process that compiled them."""
+"""JAX's persistent compilation cache, on by default."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from shiq_jax.tasks.fetch import cache_directory
 
 
 def keep_programs() -> None:
-    """JAX's persistent compilation cache, below the directory of fetched inputs, unless JAX was told where to have it.
+    """Turn on JAX's persistent compilation cache, in the cache directory of fetched inputs unless JAX names another.
 
-    `JAX_COMPILATION_CACHE_DIR=DIR` names another place and `JAX_ENABLE_COMPILATION_CACHE=false` does without. Programs
-    of unlike processors lie apart, for a home directory may be shared and a program runs only where it was made for.
+    `JAX_COMPILATION_CACHE_DIR=DIR` selects another directory; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
+    Every kind of processor has its own subdirectory, because a home directory may be shared between machines.
     """
     if jax.config.jax_compilation_cache_dir is None:
         directory = cache_directory() / "programs" / _processor()
-        # A home that cannot be written to is no reason not to run.
+        # A run must not fail because the home directory is read-only.
         with contextlib.suppress(OSError):
             directory.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _processor() -> str:
-    """A name for what programs of the CPU are made for."""
+    """Name of the CPU's instruction set."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         features = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))

@@ -22,7 +22,7 @@ Objectives = Literal["shiq", "dpo", "kto", "sft"]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What to evaluate, on what."""
+    """What to evaluate, and on which rows."""
 
     model: str
     """A run, its checkpoints or one of them; or a model's directory or hub id."""
@@ -31,13 +31,13 @@ class Evaluate:
     reward: Annotated[str | None, given_as("NAME", "nothing is scored")] = None
     """exact, sorting, bfcl or module:function(row, completion) -> float."""
     reference: Annotated[str | None, given_as("DIR|HUB_ID", "the run's own")] = None
-    """What the KL is measured to."""
+    """Model that the KL is measured to."""
     output_dir: Annotated[Path | None, given_as("DIR", "runs/eval")] = None
     """Where evaluation.json, evaluation.png and samples.jsonl go."""
     resume: bool = False
-    """Go on in an output directory of the same options; a finished evaluation is shown again."""
+    """Continue in an output directory of the same options; a finished evaluation is shown again."""
     prompts: int = 512
-    """How many rows, at most."""
+    """Maximum number of rows."""
     samples_per_prompt: int = 1
     """Fresh temperature-1 samples of each prompt."""
     max_tokens: int = 64
@@ -45,15 +45,15 @@ class Evaluate:
     greedy: bool = True
     """Also decode greedily."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
     objective: Annotated[Objectives | None, given_as("{shiq,dpo,kto,sft}", "by the rows")] = None
-    """Whose metrics to measure, on the rows if they are its examples, or on the fresh samples."""
+    """Objective whose metrics are measured, on the rows if they are its examples, else on the fresh samples."""
     beta: float = 0.1
     """Temperature of that objective."""
     score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
     """Field of the rows that holds the scores of their answers."""
     prompts_in_flight: int = 32
-    """Prompts that are worked on at once."""
+    """Prompts that are decoded at once."""
     mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
     """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
     compute: Literal["float32", "bfloat16"] = "float32"

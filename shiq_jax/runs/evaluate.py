@@ -28,6 +28,7 @@ from shiq_jax.runs.options import Adapters
 from shiq_jax.runs.policies import find_policy
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
 from shiq_jax.runs.sources import prompts_of
+from shiq_jax.sharding import hosts
 from shiq_jax.tasks import rewards
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
@@ -106,7 +107,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     if name in learned_by:
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
-        shutil.rmtree(out.buffer, ignore_errors=True)
+        hosts.on_writer(shutil.rmtree)(out.buffer, ignore_errors=True)
         examples = import_records(
             out.buffer, lambda reading: READERS[name](file, tokenizer, reading), model,
             score=options.score, reward=reward,
@@ -125,7 +126,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     if reference is None:
         numbers = {key: value for key, value in numbers.items() if not key.startswith("kl")}
     if examples is None and reward is not None:
-        shutil.rmtree(out.path / "fresh", ignore_errors=True)
+        hosts.on_writer(shutil.rmtree)(out.path / "fresh", ignore_errors=True)
         examples = Buffer.create(out.path / "fresh")
         examples.append(found.records)
     numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
@@ -140,7 +141,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
 
 def _labelled(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:
     """The examples as good and bad answers: by their labels, or by the mean of a prompt's answers."""
-    shutil.rmtree(out.labelled, ignore_errors=True)
+    hosts.on_writer(shutil.rmtree)(out.labelled, ignore_errors=True)
     return label(out.labelled, examples, objective, None, model.config.max_positions)
 
 

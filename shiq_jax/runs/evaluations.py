@@ -12,6 +12,7 @@ from shiq_jax.runs.round import LearningProblem, Round
 from shiq_jax.runs.run import Use
 from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.runs.sources import prompts_of
+from shiq_jax.sharding import hosts
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
 from shiq_jax.training.reference import Reference
 
@@ -49,7 +50,7 @@ class Evaluations:
         where = {"step": at, "pass": round(passes, 3)} | self._round.tags
         from_itself = {} if at else {"logratio": 0.0}
         shown = self._evaluator.shown(found, SHOWN_PROMPTS, SHOWN_SAMPLES)
-        run.directory.samples.mkdir(exist_ok=True)
+        hosts.on_writer(run.directory.samples.mkdir)(exist_ok=True)
         write_jsonl(run.directory.generations(at), [where | row | from_itself for row in shown])
         run.log.write(stage, at, **found.numbers, **self._round.tags)
         return found.numbers

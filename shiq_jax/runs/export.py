@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from shiq_jax.models import Headed, save_hf
 from shiq_jax.models.heads import HEADS
 from shiq_jax.runs.run import Run
+from shiq_jax.sharding import hosts
 
 
 def export(run: Run, model, params, path: Path) -> None:
@@ -15,11 +17,11 @@ def export(run: Run, model, params, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     if path.exists():
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    hosts.on_writer(shutil.rmtree)(partial, ignore_errors=True)
     if isinstance(model, Headed):
         save_hf(model.plain(), {name: part for name, part in params.items() if name != HEADS}, partial)
         model.save(params, partial)
     else:
         save_hf(model, params, partial)
-    run.tokenizer.save_pretrained(partial)
-    partial.rename(path)
+    hosts.on_writer(run.tokenizer.save_pretrained)(partial)
+    hosts.on_writer(os.rename)(partial, path)

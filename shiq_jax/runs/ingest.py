@@ -14,6 +14,7 @@ from shiq_jax.models import DecoderConfig
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Record, is_buffer
 from shiq_jax.runs.run import Run
+from shiq_jax.sharding import hosts
 
 # How somebody's rows become records, by the objective that learns from them.
 READERS = {
@@ -126,5 +127,5 @@ def open_or_create(path: Path) -> Buffer:
         # What a run goes on with is read once as a whole: a damaged number would only be learned from.
         buffer.verify()
         return buffer
-    path.parent.mkdir(parents=True, exist_ok=True)
+    hosts.on_writer(path.parent.mkdir)(parents=True, exist_ok=True)
     return Buffer.create(path)

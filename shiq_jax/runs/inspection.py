@@ -1,4 +1,4 @@
-"""A look at a run from outside: how far it is, its latest numbers, and what it generated."""
+"""Inspection of a run from outside: its stage, its latest numbers and its generations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _WIDTH = 76
 
 
 def inspect(path: Path, *, prompts: int = 3) -> str:
-    """What a directory holds, as text: a run, or a replay buffer.
+    """Describe a run or a replay buffer as text.
 
-    Nothing is written, so it may be a run that is under way.
+    Nothing is written, so the run may be active.
 
     Args:
         path: the directory.
-        prompts: how many prompts of the latest kept generations to show.
+        prompts: number of prompts whose latest generations are shown.
 
     Raises:
         Refusal: it is neither, or a file of it is damaged.
@@ -54,7 +54,7 @@ def _facts(run: RunDirectory) -> Iterator[str]:
     updates = log.rows("update") or log.rows("public")
     if updates:
         row = updates[-1]
-        # A private update says nothing of its loss, but now and then what has been spent.
+        # A private update logs no loss, and epsilon only now and then.
         said = [f"{name} {_number(row[name])}" for name in ("loss", "epsilon") if name in row]
         said.append(f"{_number(tokens_per_second(updates))} tokens/s")
         yield f"  update      {row['step']:,}: {', '.join(said)}"
@@ -64,7 +64,7 @@ def _facts(run: RunDirectory) -> Iterator[str]:
 
 
 def _stage(run: RunDirectory) -> str:
-    """The last thing that is there, and so the next one that is not."""
+    """The latest stage that has left something."""
     log = MetricsLog(run.metrics)
     for reached, text in (
         (run.summary.exists(), "complete"),
@@ -119,7 +119,7 @@ def _mean_return(buffer: Buffer) -> float | None:
 
 
 def _short(text: str, *, ending: bool = False) -> str:
-    """One line; of a long prompt the end says more."""
+    """One line; a long prompt keeps its end, which says more."""
     line = json.dumps(text, ensure_ascii=False)
     if len(line) <= _WIDTH:
         return line

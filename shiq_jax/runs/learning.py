@@ -1,4 +1,4 @@
-"""How a round learns: the plan of a run without privacy, and a plan carried out from policy to policy."""
+"""How a round learns: the plan of a run without privacy, and the execution of a plan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def passes(round: Round, problem: LearningProblem) -> Plan:
         records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
     )  # fmt: skip
     if batches.left_out:
-        print(f"{batches.left_out} groups hold no two answers of unlike reward and give no pair", file=sys.stderr)
+        print(f"{batches.left_out} groups have no two answers of different reward and give no pair", file=sys.stderr)
     steps = batches.steps(job.epochs)
     optimizer = job.optimizer.build(steps)
     phase = Phase(
@@ -42,7 +42,7 @@ def passes(round: Round, problem: LearningProblem) -> Plan:
 
 
 def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
-    """The last state of a plan, evaluated on the way; in the first round also before its first update.
+    """Carry out a plan with its evaluations and return the last state; the first round is also evaluated before it.
 
     params: of `problem.model`; the state takes them over.
     """
@@ -64,7 +64,7 @@ def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
 
 
 def warm_start(run: Run):
-    """Where the reference's weights are: the task's model, after the job's supervised updates if there are any."""
+    """Path or hub id of the reference: the task's model, or the export of the warm start if the job has one."""
     job, options = run.job, run.job.warm_start
     if not run.task.demonstrations or job.objective == "sft":
         return run.task.model

@@ -97,7 +97,12 @@ def _annotation(name: str, objectives: Mapping[str, Objective]) -> Any:
         kinds = {Literal[tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))]}
     if len(kinds) != 1:
         raise ValueError(f"option {name!r} is of different types in {_list(tuple(takers))}; rename one of them.")
-    hint = f"(default: {_shared({loss: _shown(option.default) for loss, option in takers.items()})})"
+    defaults = _shared({loss: "none" if each.default is None else str(each.default) for loss, each in takers.items()})
+
+    def hint(given: str) -> str:
+        # A command may give an option for its user.
+        return f"(default: {defaults if given == 'None' else given})"
+
     about = tyro.conf.arg(help=_help(takers, objectives), help_behavior_hint=hint)
     return Annotated[kinds.pop() | None, about, tyro.conf.DisallowNone]
 
@@ -123,10 +128,6 @@ def _shared(values: Mapping[str, str], usual: str | None = None) -> str:
         if value != usual:
             others.setdefault(value, []).append(loss)
     return "; ".join([usual, *(f"{', '.join(losses)}: {value}" for value, losses in others.items())])
-
-
-def _shown(default: Any) -> str:
-    return "none" if default is None else str(default)
 
 
 def _list(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The JSONL log of a run, which survives a restart, and those who follow it."""
+"""The JSONL log of a run, which survives a restart, and the interface of its trackers."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from pathlib import Path
 from typing import Protocol
 
 from shiq_jax.replay.storage import write_atomically
+from shiq_jax.sharding import hosts
 
 
 class Tracker(Protocol):
-    """Somebody who follows a log, such as TensorBoard, and shows what it holds: no less, and nothing twice."""
+    """A viewer that follows a log, such as TensorBoard, and shows every row exactly once."""
 
     def begin(self, rows: list[dict]) -> None:
-        """The log holds these rows: called before the first one is written, and again when some were dropped."""
+        """Called with the rows of the log before a new one is written, and again after rows were dropped."""
 
     def write(self, row: dict) -> None:
-        """A row was added."""
+        """Called with every new row."""
 
     def close(self) -> None:
-        """Nothing more will be written; called even if nothing ever was."""
+        """Called once after the last row, also if there was none."""
 
 
 class MetricsLog:
     """Appends one JSON object per line: `stage`, `step` and numbers.
 
-    Lines of a stage that lie behind the step from which it is resumed are dropped by `rewind`, so that the file of a
-    run that was interrupted is that of a run that was not.
+    `rewind` drops the lines after the step that a stage resumes from, so that an interrupted run ends with the same
+    file as an uninterrupted one.
 
     Args:
-        path: the file; made by the first line.
-        trackers: begin when the first line is about to be written, after most of what may refuse a run.
+        path: the file; created with the first line.
+        trackers: begin just before the first line is written, after most checks that may refuse a run.
     """
 
     def __init__(self, path: Path, trackers: Iterable[Tracker] = ()):
@@ -41,28 +42,51 @@ class MetricsLog:
         """Append a line; arrays of one element become numbers."""
         row = {"stage": stage, "step": int(step)} | {name: _plain(value) for name, value in values.items()}
         self.begin()
+        self._append(row)
+
+    def begin(self) -> None:
+        """Give the rows of the log to the trackers, unless they have them."""
+        if not self._begun:
+            # A crash may have cut the last line short. Readers keep it, because another process may be writing it.
+            if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                self._keep(lambda row: True)
+            self._begun = True
+            if self._trackers:
+                self._begin_trackers(self.rows())
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        self._close_trackers()
+
+    def rows(self, stage: str | None = None) -> list[dict]:
+        """All lines, or those of one stage."""
+        # Nobody waits for a line that is written, so the writer alone knows which lines there are.
+        rows = hosts.agree(self._read(), f"the lines of {self.path}")
+        return [row for row in rows if stage is None or row["stage"] == stage]
+
+    def rewind(self, stages: Iterable[str], step: int) -> None:
+        """Drop the lines of `stages` whose step is larger than `step`."""
+        stages = set(stages)
+        self._keep(lambda row: row["stage"] not in stages or row["step"] <= step)
+
+    @hosts.on_writer(wait=False)
+    def _append(self, row: dict) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
             tracker.write(row)
 
-    def begin(self) -> None:
-        """Tell the trackers what the log holds, unless they know."""
-        if not self._begun:
-            # A line that was cut short by a crash; to who only reads it may be one that is being written.
-            if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-                self._keep(lambda row: True)
-            self._begun = True
-            for tracker in self._trackers:
-                tracker.begin(self.rows())
+    @hosts.on_writer(wait=False)
+    def _begin_trackers(self, rows: list[dict]) -> None:
+        for tracker in self._trackers:
+            tracker.begin(rows)
 
-    def close(self) -> None:
-        """Let the trackers finish."""
+    @hosts.on_writer(wait=False)
+    def _close_trackers(self) -> None:
         for tracker in self._trackers:
             tracker.close()
 
-    def rows(self, stage: str | None = None) -> list[dict]:
-        """All lines, or those of one stage."""
+    def _read(self) -> list[dict]:
         if not self.path.exists():
             return []
         rows = []
@@ -71,15 +95,10 @@ class MetricsLog:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return [row for row in rows if stage is None or row["stage"] == stage]
-
-    def rewind(self, stages: Iterable[str], step: int) -> None:
-        """Drop the lines of `stages` whose step is larger than `step`."""
-        stages = set(stages)
-        self._keep(lambda row: row["stage"] not in stages or row["step"] <= step)
+        return rows
 
     def _keep(self, wanted) -> None:
-        if self.path.exists():
+        if hosts.agree(self.path.exists(), f"whether there is {self.path}"):
             rows = self.rows()
             kept = [row for row in rows if wanted(row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -96,7 +115,7 @@ def _plain(value):
 
 
 def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
-    """Real tokens through the update step per second, over the updates that did not compile and say how many."""
+    """Real tokens per second in the update step, over updates that did not compile and that count their tokens."""
     counted = [row for row in rows if not row["compiled"] and "tokens" in row]
     seconds = sum(row["seconds"] for row in counted)
     return sum(row["tokens"] for row in counted) / seconds if seconds else None

@@ -18,7 +18,7 @@ from shiq_jax.runs.private_options import Privacy
 from shiq_jax.runs.public_options import Public
 from shiq_jax.training.optimizers import Optimizer
 
-# Of a run's directory; runs of another format are not resumed.
+# Version of the run directory; runs of another version are not resumed.
 FORMAT = 2
 
 
@@ -39,11 +39,11 @@ class WarmStart:
     """A few supervised updates on demonstrations, before anything is sampled, make the reference."""
 
     steps: int = 0
-    """Updates; 0 starts from the model as it is."""
+    """Updates; 0 starts from the model unchanged."""
     batch_size: int = 32
     """Demonstrations of an update."""
     demonstrations: int = 2048
-    """How many demonstrations to use at most."""
+    """Maximum number of demonstrations."""
     optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="cosine")
 
     def __post_init__(self):
@@ -52,14 +52,14 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Collection:
-    """What is sampled from the reference into the replay buffer."""
+    """What is sampled from the policy into the replay buffer."""
 
     prompts: int = 512
     """Prompts of the training split."""
     samples_per_prompt: int = 4
     """Answers to each prompt."""
     prompts_per_batch: int = 128
-    """Prompts whose answers are scored and kept together."""
+    """Prompts whose answers are scored and stored together."""
     prompts_in_flight: int = 32
     """Prompts that the sampler works on at once."""
     sampling: Sampling = Sampling()
@@ -75,7 +75,7 @@ class Evaluation:
     data: Annotated[str | None, given_as("FILE|HUB_ID", "the task's held-out split, or the data's own prompts")] = None
     """Prompts to evaluate on: rows with `prompt` and what the reward needs."""
     prompts: int = 128
-    """How many prompts, at most."""
+    """Maximum number of prompts."""
     samples_per_prompt: int = 4
     """Samples of each prompt."""
     prompts_in_flight: int = 32
@@ -83,7 +83,7 @@ class Evaluation:
     max_tokens: int = 64
     """Longest completion, in tokens."""
     times: int = 4
-    """Evaluations during the passes, evenly spread; the last one comes after the last update."""
+    """Evaluations per round, evenly spread; the last one comes after the last update."""
     greedy: bool = True
     """Also decode greedily."""
 
@@ -93,7 +93,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What rounds of sampling and learning are measured from."""
+    """How rounds of sampling and learning follow each other."""
 
     reference: Literal["first", "previous"] = "first"
     """The reference of the loss: the policy before the first round, or the one that the round samples from."""
@@ -101,14 +101,14 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA: a low-rank addition to the layers' linear maps learns, and the model stays as it is."""
+    """LoRA: train a low-rank addition to the layers' linear maps, and freeze the model."""
 
     rank: Annotated[int | None, given_as("RANK", "none: all parameters learn")] = None
-    """Rank of the additions; adapters learn where this is given."""
+    """Rank of the additions; turns LoRA on."""
     alpha: Annotated[float | None, given_as("ALPHA", "twice the rank")] = None
     """The additions are multiplied by alpha / rank."""
     targets: tuple[Literal[TARGETS], ...] = TARGETS
-    """Which linear maps have one."""
+    """Linear maps that have adapters."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -117,7 +117,7 @@ class Adapters:
         self.configured()
 
     def configured(self) -> Lora | None:
-        """The adapters, None where there are none."""
+        """The adapters; None without LoRA."""
         if self.rank is None:
             return None
         return Lora(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha, self.targets)
@@ -125,24 +125,24 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Precision:
-    """Numbers and memory of the forward pass."""
+    """Arithmetic and memory of the forward pass."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the model's layers; parameters, statistics and losses are float32 always."""
+    """Arithmetic of the model's layers; parameters, statistics and losses are always float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What is recomputed in the backward pass instead of stored."""
     attention: Literal["xla", "flash"] = "xla"
-    """The engine: plain XLA, or a kernel for GPU and TPU, lowered for both in tests and timed on neither."""
+    """Engine: plain XLA, or a Pallas kernel for GPU and TPU, which has been timed on neither."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every training command takes."""
+    """Options of every training command."""
 
     model: Annotated[str | None, given_as("DIR|HUB_ID", "the task's own")] = None
-    """What learns: a directory in Hugging Face format, or a hub id, of the Llama family or Qwen3."""
+    """Model to train: a directory in Hugging Face format or a hub id, of the Llama family or Qwen3."""
     data: Annotated[str | None, given_as("FILE|HUB_ID", "none: sample answers and score them")] = None
-    """Learn from these rows (.jsonl, .json, .parquet, hub id) or replay buffer, sample nothing; see docs/data.md."""
+    """Learn from these rows (.jsonl, .json, .parquet, hub id) or replay buffer without sampling; see docs/data.md."""
     prompts: Annotated[str | None, given_as("FILE|HUB_ID", "the task's own")] = None
     """Sample answers to these prompts and score them with --reward."""
     task: Literal["sorting", "bfcl"] = "sorting"
@@ -154,31 +154,31 @@ class Job:
     drop_longer_than: Annotated[int | None, given_as("TOKENS", "refuse what exceeds the context")] = None
     """Leave out longer sequences of the data."""
     baseline: Literal["none", "group_mean"] = "none"
-    """What is taken off an answer's last reward; the mean of its prompt's answers does not move the optimum."""
+    """Subtracted from an answer's last reward; the mean of its prompt's answers does not move the optimum."""
     rounds: int = 1
-    """How often to sample from the policy, score, and learn."""
+    """Number of rounds of sampling, scoring and learning."""
     epochs: float = 2.0
     """Passes over the buffer of a round."""
     batch_size: int = 32
     """Prompts (with all their answers), pairs, kto's answers, or demonstrations of one update."""
     seed: int = 0
-    """Of data order, sampling and the embedded model."""
+    """Seed of data order, sampling and the embedded model."""
     output_dir: Annotated[Path | None, given_as("DIR", "runs/COMMAND")] = None
-    """Where everything is written; see docs/run-directory.md."""
+    """Directory of everything that is written; see docs/run-directory.md."""
     resume: bool = False
-    """Go on with the run in the output directory, with its own options."""
+    """Continue the run in the output directory, with the same options."""
     track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], given_as("{tensorboard,wandb} ...", "neither")] = ()
     """Show the metrics elsewhere as well; metrics.jsonl is always written."""
     save_every: int = 100
     """Updates between checkpoints."""
     keep: int = 2
-    """How many of the latest checkpoints to keep, besides the best."""
+    """Number of latest checkpoints to keep, besides the best."""
     mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
     """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
     microbatches: int = 1
     """Slices of a batch that are run one after the other to save memory."""
     row_length: int = 4096
-    """Tokens of a packed row at most; a larger group of answers is split and its prompt repeated."""
+    """Maximum tokens of a packed row; a larger group of answers is split and its prompt repeated."""
     loss: Any = SftLoss()
     optimizer: Optimizer = Optimizer()
     collection: Collection = Collection()
@@ -199,9 +199,9 @@ class Job:
             what = "data are given once" if self.data is not None else "sft learns from demonstrations"
             raise ValueError(f"rounds sample from the policy, but {what}: leave rounds out")
         if self.rounds == 1 and self.round != Rounds():
-            raise ValueError("round.reference says what several rounds measure from: give rounds, or leave it out")
+            raise ValueError("round.reference names the reference of several rounds: give rounds, or leave it out")
         if self.data is not None and self.prompts is not None:
-            raise ValueError("data are learned from as they are and prompts are sampled for: give one of them")
+            raise ValueError("data and prompts exclude each other: give one of them")
         if self.data is None and (self.score is not None or self.drop_longer_than is not None):
             raise ValueError("score and drop_longer_than say how data are read: give data, or leave them out")
         if self.score is not None and self.objective == "sft":
@@ -211,14 +211,14 @@ class Job:
         if self.lora.rank is not None and not self.loss.configured().policy:
             raise ValueError(f"the loss {self.loss.name} leaves the policy as it is: leave lora out")
         if self.public.data is None and self.public != Public():
-            raise ValueError("the options of public data say what becomes of them: give public.data, or leave them out")
+            raise ValueError("options of public data have no effect without them: give public.data, or leave them out")
         if self.public.data is not None and not self.privacy.on:
-            raise ValueError("public data go with private ones: give privacy.epsilon, or learn from them with data")
+            raise ValueError("public data belong to a private run: give privacy.epsilon, or learn from them with data")
         if self.public.data is not None and self.optimizer.name != "adamw":
             raise ValueError(f"public data go with adamw, whose memory they leave behind, not {self.optimizer.name}")
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
             raise ValueError(
-                "a baseline leaves the optimum as it is for ShiQ with gamma 1 only: leave baseline at none"
+                "a baseline keeps the optimum of ShiQ with gamma 1 only: leave baseline at none"
             )
 
     def directory(self) -> Path:

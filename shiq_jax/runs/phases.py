@@ -1,4 +1,4 @@
-"""Phases of one policy's training, such as updates on public and then on private data: run in order, and resumed."""
+"""Phases of one policy's training, such as public and then private updates: run in order, resumed in any of them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ class Phase(NamedTuple):
     Attributes:
         name: the stage of its lines in metrics.jsonl.
         update: `update(state, batch) -> (state, metrics)`.
-        batches: updates that the state has seen -> the next batch.
-        steps: updates, at most.
-        on_end: what becomes of the state before the next phase.
+        batches: number of updates so far -> the next batch.
+        steps: maximum number of updates.
+        on_end: maps the last state to the one that the next phase starts with.
         steps_per_pass: updates of one pass over the data; None where passes are not counted.
         pass_ends: updates of this phase after which a pass ends.
         records: record by number, to name those of a bad batch; None where batches have no record numbers.
-        metrics: updates of this phase so far -> more numbers for the log.
-        metadata: the same -> more JSON values for a checkpoint.
-        check: metadata of a checkpoint that this phase is resumed from -> raises Refusal when they do not fit.
-        window, enough: every so many updates, whether these were enough; asked once the log has them.
+        metrics: updates of this phase so far -> additional numbers for the log.
+        metadata: updates of this phase so far -> additional JSON values for a checkpoint.
+        check: called with the metadata of the checkpoint that this phase resumes from; raises Refusal on a mismatch.
+        window, enough: every `window` updates, `enough(updates of this phase)` says whether the phase ends; the log
+            then has these updates.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Phase(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is learned: phases that share one optimizer.
+    """A training plan: phases that share one optimizer.
 
     Attributes:
         phases: in order.
@@ -76,15 +77,15 @@ class Plan(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """Where phases write: a log, checkpoints, and what goes with both.
+    """Where phases write: log and checkpoints, and the settings of both.
 
     Attributes:
         log: one line per update.
         checkpoints: of this policy's training.
         settings: JSON values that checkpoints carry; a checkpoint of other settings is refused.
         save_every: updates between checkpoints.
-        before: updates of earlier rounds, which the log's steps count as well.
-        tags: more fields of every line.
+        before: updates of earlier rounds, added to the steps of the log.
+        tags: additional fields of every line.
     """
 
     log: MetricsLog
@@ -98,14 +99,14 @@ class Ledger(NamedTuple):
 def run_phases(
     plan: Plan, state: State, ledger: Ledger, evaluation: EvaluatePolicy | None = None, stages: Sequence[str] = ()
 ) -> State:
-    """Update through all phases, from the newest checkpoint if there is one, and return the last state.
+    """Run all phases, from the newest checkpoint if there is one, and return the last state.
 
     Args:
         plan: what to learn.
-        state: as the first phase starts; a checkpoint takes its place.
+        state: initial state of the first phase; a checkpoint replaces it.
         ledger: where to write.
-        evaluation: evaluates and samples at its marks; None does neither.
-        stages: more stages of the log that are rewound to the checkpoint.
+        evaluation: evaluates and samples when due; None does neither.
+        stages: other stages of the log that are rewound to the checkpoint.
 
     Raises:
         Refusal: a checkpoint belongs to other settings, or numbers are not finite.
@@ -133,7 +134,7 @@ def run_phases(
 def _run_phase(
     phase: Phase, state: State, began: int, plan: Plan, ledger: Ledger, evaluation: EvaluatePolicy | None
 ) -> State:
-    """One phase from its first update, `began`, or from where it was left."""
+    """Run one phase from the step of the state; the phase began after `began` updates."""
     start, stop = int(state.step), began + phase.steps
 
     def metadata(step: int) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _run_phase(
     ]  # fmt: skip
     if evaluation is not None:
         evaluation.begin(phase, began)
-        # A run that was asked to stop left the marks of its last step to the one that resumes.
+        # A run that was asked to stop did not evaluate its last step.
         if start and (ended or evaluation.needs_state(start)) and ledger.checkpoints.metrics(start) is None:
             evaluation.on_state(start, state, ended)
             saving.on_state(start, state, ended)

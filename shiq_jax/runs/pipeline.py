@@ -1,7 +1,6 @@
 """A run from its options to its summary: warm start, rounds, export, report.
 
-Every stage leaves a file or directory that says that it is complete and begins where that file says, so a run that was
-stopped anywhere resumes with the same calls.
+Every stage leaves a file or directory that marks it complete, so the same calls resume a run that was stopped anywhere.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def _report(run: Run, rounds: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """Draw the pictures, write the summary, print the table."""
+    """Draw the figures, write the summary, print the table."""
     job, directory = run.job, run.directory
     summary = summarise(run, rounds, seconds)
     report.draw_learning_curve(run.log, directory.curve, f"{job.objective} on {job.data or job.task}")

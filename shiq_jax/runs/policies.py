@@ -25,7 +25,7 @@ class PolicySource(NamedTuple):
 
 
 def find_policy(name: str) -> PolicySource:
-    """What a name stands for; anything that is no run and no part of one is taken for a model."""
+    """Resolve a name; whatever is neither a run nor a part of one is taken for a model."""
     path, step = Path(name), None
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent, int(path.name)

@@ -1,4 +1,4 @@
-"""The options of a private run, and what they stand for."""
+"""The options of a private run, and the mechanism that they describe."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _RULES = {"abadi": Abadi, "auto_s": AutoS, "auto_v": AutoV, "global": Global, "r
 
 @dataclass(frozen=True)
 class Privacy:
-    """Differential privacy of the data that is learned from; see docs/privacy.md."""
+    """Differential privacy of the training data; see docs/privacy.md."""
 
     epsilon: Annotated[float | None, given_as("EPSILON", "not private")] = None
-    """What the whole run may cost; the noise is chosen for it. With noise_multiplier or this the run is private."""
+    """Budget of the whole run, which the noise is calibrated to. This or noise_multiplier makes the run private."""
     noise_multiplier: Annotated[float | None, given_as("SIGMA", "what epsilon asks for")] = None
-    """Standard deviation of the noise over the sensitivity, in the place of epsilon."""
+    """Standard deviation of the noise over the sensitivity, instead of epsilon."""
     delta: Annotated[float | None, given_as("DELTA", "none: give one below 1 / units of data")] = None
-    """The probability with which epsilon may fail."""
+    """Delta of the guarantee: the probability with which epsilon may fail."""
     unit: Literal["example", "user"] = "example"
-    """What is protected: a trajectory, pair or group of the objective, or all rows of one user_id."""
+    """Unit of privacy: an example of the objective (trajectory, pair or group), or all rows of one user_id."""
     adjacency: Literal["zero_out", "replace_one"] = "zero_out"
-    """What neighbouring data differ by: a unit that counts for nothing, or another in its place."""
+    """Neighbouring data sets differ in one unit, which is zeroed out or replaced by another."""
     clip: Literal["auto_s", "auto_v", "abadi", "reparametrised", "global"] = "auto_s"
-    """The rule by which a unit's gradient is made shorter."""
+    """Rule that scales a unit's gradient."""
     clip_norm: float = 1.0
-    """C: how long it may be afterwards; with reparametrised, from which length on it is made shorter, to 1."""
+    """C: largest norm after clipping; with reparametrised, the norm that is scaled to 1, as are all larger ones."""
     groupwise: bool = False
     """Clip each parameter of each layer by itself: one backward pass instead of two."""
     method: Literal["auto", "ghost", "bk", "scan", "vmap", "group"] = "auto"
-    """How clipping is computed, which does not change its result."""
+    """How clipping is computed; the result is the same."""
     secret: Annotated[Path | None, given_as("FILE", "secret.key in the output directory")] = None
-    """Where the root key of sampling and noise is kept, readable by its owner alone."""
+    """File of the root key of sampling and noise, readable by its owner only."""
     insecure_deterministic: bool = False
-    """Derive that key from --seed, so that anybody can: for tests, never for data that are private."""
+    """Derive that key from --seed, so that anyone can: for tests, never for private data."""
     log_private: bool = False
-    """Also log losses and gradient norms of private units, which nobody accounts for."""
+    """Also log losses and gradient norms of private units, a release that epsilon does not cover."""
 
     def __post_init__(self):
         for name in ("epsilon", "noise_multiplier", "clip_norm"):
@@ -64,7 +64,7 @@ class Privacy:
     def mechanism(
         self, trainable, *, dataset_size: int, expected_batch: int, steps: int, multiple: int, example: str
     ) -> Mechanism:
-        """Sampler, noise and accounting of a run over so many units; `example` is what an objective's example is."""
+        """Sampler, noise and accounting of a run; `example` is the unit of the objective."""
         rule = _RULES[self.clip](self.clip_norm)
         known = dict(
             dataset_size=dataset_size, expected_batch=expected_batch, steps=steps, delta=self.delta,

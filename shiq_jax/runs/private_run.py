@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
@@ -24,17 +22,18 @@ from shiq_jax.runs.public_phase import PublicData
 from shiq_jax.runs.round import LearningProblem, Round, annotated
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import read_json, write_json
+from shiq_jax.sharding import hosts
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
-# By name of what a private run writes down of itself: what to restore where it has changed.
+# What to restore when a field of privacy.json has changed, by field.
 _RESTORE = {
     "dataset_size": "the data that it was begun with", "secret": "the secret that it was begun with",
     "largest_batch": "the number of devices and microbatches that it was begun with",
 }  # fmt: skip
-# In how many of the updates the log says what has been spent.
+# Number of updates whose lines in the log have an epsilon.
 SHOWN = 100
 
 
@@ -47,23 +46,23 @@ class Private(NamedTuple):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is written down: the mechanism, a fingerprint of the secret, and what voids its epsilon."""
-        # A key that can be guessed, or units whose numbers are shown, leave no epsilon.
+        """Content of privacy.json: the mechanism, a fingerprint of the secret, and the options that void epsilon."""
+        # Epsilon does not hold with a guessable key or with logged numbers of units.
         return dataclasses.asdict(self.mechanism) | {
             "clip": repr(self.mechanism.clip), "secret": self.secret.fingerprint,
             "insecure": self.options.insecure_deterministic, "shown": self.options.log_private,
         }  # fmt: skip
 
     def spent(self, done: int) -> dict[str, float]:
-        """Epsilon after so many private updates, where it is logged."""
-        # An accountant takes a second: often enough to draw a curve.
+        """Epsilon after `done` private updates, for the log; empty where it is not logged."""
+        # The accountant takes about a second per call, so epsilon is logged just often enough for a curve.
         every = max(self.mechanism.steps // SHOWN, 1)
         if done % every and done != self.mechanism.steps:
             return {}
         return {"epsilon": self.mechanism.epsilon(done)}
 
     def metadata(self, done: int) -> dict[str, Any]:
-        """What checkpoints say: the mechanism, whose secret, and what is spent; not the secret."""
+        """Metadata of checkpoints: epsilon so far, the mechanism and a fingerprint of the secret, never the secret."""
         return {"epsilon": self.mechanism.epsilon(done), "privacy": self.about}
 
     def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -111,7 +110,7 @@ def private_plan(round: Round, problem: LearningProblem) -> Plan:
 
 
 def check_private_job(job: Job, objective: Objective) -> None:
-    """Raises Refusal for options that would release what nobody accounts for, or that a private run cannot keep to."""
+    """Raises Refusal for options that release what epsilon does not cover, or that a private run does not support."""
     if objective.couple is not None:
         raise Refusal(
             f"the loss {job.loss.name} couples the examples of a batch, so that none can be clipped by itself: choose "
@@ -120,16 +119,16 @@ def check_private_job(job: Job, objective: Objective) -> None:
     clipped_by_operations = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
     if clipped_by_operations and (objective.heads or objective.statistics):
         raise Refusal(
-            f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, of which the methods "
-            "ghost, bk and group know nothing: leave --privacy.method and --privacy.groupwise out, or choose another "
+            f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, which the methods "
+            "ghost, bk and group do not support: leave --privacy.method and --privacy.groupwise out, or choose another "
             "loss"
         )
     if job.data is None:
-        raise Refusal("a private run learns from --data: samples of its own are no data of anybody")
+        raise Refusal("a private run learns from --data and samples nothing to learn from: give --data")
     if job.evaluation.data is None:
-        raise Refusal("an evaluation releases what it looks at: give public prompts with --evaluation.data")
+        raise Refusal("an evaluation on private prompts would release them: give public prompts with --evaluation.data")
     if job.baseline != "none":
-        raise Refusal("a baseline of a prompt's other answers is a release of those: leave --baseline out")
+        raise Refusal("a baseline reads the answers of other units, which is not accounted for: leave --baseline out")
     if job.seed and not job.privacy.insecure_deterministic:
         raise Refusal(
             "a seed that is known takes the noise off again: leave --seed out, or add --privacy.insecure-deterministic "
@@ -138,7 +137,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
 
 
 def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]:
-    """Mechanism, secret and batches of a run, those of before where it resumes."""
+    """Mechanism, secret and batches of a run; a resumed run has those that it began with."""
     job, options, buffer = run.job, run.job.privacy, problem.buffer
     units = units_of(buffer, problem.objective.unit, options.unit)
     if job.batch_size > len(units):
@@ -150,8 +149,8 @@ def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]
     )  # fmt: skip
     if mechanism.delta >= 1 / len(units):
         print(
-            f"warning: delta {mechanism.delta:g} is not below 1 / {len(units)} units of data: publishing one of them "
-            "would be as private",
+            f"warning: delta {mechanism.delta:g} is not below 1 / {len(units)} units of data: publishing a random unit "
+            "would satisfy it too",
             file=sys.stderr,
         )
     private = Private(mechanism, _secret(run), options)
@@ -180,7 +179,7 @@ def _secret(run: Run) -> Secret:
         return Secret.insecure(run.job.seed)
     if run.directory.privacy.exists():
         return Secret.read(path)
-    if jax.process_count() > 1:
+    if hosts.count() > 1:
         raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
     if run.job.resume:
         if run.log.rows("update") or any(run.directory.checkpoints.glob("[0-9]*")):
@@ -190,5 +189,5 @@ def _secret(run: Run) -> Secret:
             )
         if path == run.directory.secret:
             # Nothing was released with it: the run stopped between the two files.
-            path.unlink(missing_ok=True)
+            hosts.on_writer(path.unlink)(missing_ok=True)
     return Secret.create(path)

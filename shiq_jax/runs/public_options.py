@@ -1,4 +1,4 @@
-"""The options of public data beside private ones."""
+"""The options of public data in a private run."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from shiq_jax.runs.loss_options import given_as
 
 @dataclass(frozen=True)
 class Public:
-    """Public data that a private run learns from first, or in every step; see docs/privacy.md."""
+    """Public data for the first updates of a private run, or for a part of every update; see docs/privacy.md."""
 
     data: Annotated[str | None, given_as("FILE|HUB_ID", "none: private steps alone")] = None
-    """Rows like those of --data that nobody needs to protect."""
+    """Rows in the format of --data that need no protection."""
     rule: Literal["switch", "sample", "cosine"] = "switch"
-    """Public updates first, then private ones; or a public gradient in each, of constant or of growing weight."""
+    """Public updates first, then private ones; or a public gradient in every update, of constant or growing weight."""
     share: float = 0.1
-    """Part of all updates that are public at most (switch), or weight of the public gradient (sample)."""
+    """Largest fraction of public updates (switch), or weight of the public gradient (sample)."""
     stall: Annotated[float | None, given_as("NATS", "never: the share decides")] = None
     """Switch as soon as the public loss falls by less than this from one window of updates to the next."""
     slowdown: Annotated[float | None, given_as("FACTOR", "never: the share decides")] = None
-    """Switch as soon as noise would slow a step down by no more than this, as public data say at an evaluation."""
+    """Switch as soon as an evaluation on public data estimates that noise slows a step down by at most this factor."""
     window: int = 20
-    """Updates of a window."""
+    """Updates per window."""
     reset: Reset = "momentum"
-    """What Adam forgets at the switch."""
+    """Part of Adam's state that is reset at the switch."""
     probes: int = 8
     """Random vectors that measure the curvature of the public loss at every evaluation; 0 measures nothing."""
 

@@ -1,4 +1,4 @@
-"""What a private run does with public data: a phase before its own, or a part of every update, and what they tell."""
+"""Public data in a private run: a phase of public updates or a part of every update, and diagnostics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
 from shiq_jax.runs.run import Run, Use
+from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import Batches, DeviceBatch
 from shiq_jax.training.private_batches import units_of
 from shiq_jax.training.private_gradient import UnitLosses
@@ -22,7 +23,7 @@ from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
 STAGE, MEASURED = "public", "improvement"
-# Units whose losses are looked at, in so many batches.
+# Number of units, and of batches of them, that the diagnostics are measured on.
 LOOKED_AT, BATCHES = 128, 8
 
 
@@ -46,38 +47,38 @@ class PublicData:
             microbatches=job.microbatches, row_length=job.row_length,
         )  # fmt: skip
         share = self.options.share
-        # Public updates at most; those that are mixed into private ones come before none.
+        # Maximum number of public updates; 0 if public gradients are mixed into the private updates.
         self.steps = math.ceil(round(mechanism.steps * share / (1 - share), 9)) if self.first else 0
         self._looked = _cut(buffer, objective.unit, references)
         self._look: Callable | None = None
 
     @property
     def first(self) -> bool:
-        """Whether public updates come before the private ones, and not into them."""
+        """Whether public updates precede the private ones instead of being mixed into them."""
         return self.options.rule == "switch"
 
     def enough(self, done: int) -> bool:
-        """Whether the public phase ends after so many updates, a window's end; the log's public numbers say so."""
+        """Whether the public phase ends after `done` updates, by the log's public numbers at the end of a window."""
         log, window, options = self._run.log, self.options.window, self.options
         if done % window or not done:
             return False
         losses = np.array([row["loss"] for row in log.rows(STAGE)][:done])
         if options.stall is not None and stalled(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
             return True
-        # What is measured after this update is not known yet, except to a run that goes on from here; and where the
-        # trace comes out below 0 nothing is known of noise.
+        # Ignore later measurements so that a resumed run decides identically. An estimated trace below 0 says nothing
+        # about noise.
         rows = [row for row in log.rows(MEASURED) if row["step"] < done and row["trace"] > 0]
         slowdowns = [row["slowdown"] for row in rows]
         return options.slowdown is not None and affordable(slowdowns, options.slowdown)
 
     def changed_over(self, state: State) -> State:
-        """The state as the private phase begins with it."""
+        """The state that the private phase starts with."""
         if self.options.reset == "none":
             return state
         return state._replace(opt_state=change_over(state.opt_state, self.options.reset))
 
     def phase(self, model, optimizer: optax.GradientTransformation) -> Phase:
-        """Updates on public data alone; where the options say so, they end before `steps`."""
+        """Updates on public data only, which may end before `steps`."""
         run, options = self._run, self.options
         update = make_update(model, self._objective, optimizer, mesh=run.mesh, microbatches=run.job.microbatches)
         return Phase(
@@ -96,16 +97,16 @@ class PublicData:
         return batches
 
     def weight(self, step: int) -> float:
-        """Of the public gradient in a private update."""
+        """Weight of the public gradient in a private update."""
         return mixing_weight(self.options.rule, step, self._mechanism.steps, self.options.share)
 
     def begin(self, model, state: State, step: int) -> None:
-        """`look`, unless it has been done before."""
+        """Measure once before the first update; a resumed run has done it."""
         if not self._run.log.rows(MEASURED):
             self.look(model, state, step)
 
     def look(self, model, state: State, step: int) -> None:
-        """Log what a private update could gain here, and how much of it noise takes, from public data alone."""
+        """Log the loss improvement of a private update with and without noise, estimated on public data."""
         if not self.options.probes or self._looked is None:
             return
         if self._look is None:
@@ -119,11 +120,11 @@ class PublicData:
         key = jax.random.fold_in(self._run.key(Use.CURVATURE), step)
         log: MetricsLog = self._run.log
         log.rewind([MEASURED], step - 1)
-        log.write(MEASURED, step, **jax.device_get(self._look(state, self._looked, key)))
+        log.write(MEASURED, step, **hosts.gather(self._look(state, self._looked, key)))
 
 
 def _cut(buffer: Buffer, unit: str, references: References):
-    """Some units, each in a row of its own, as equal batches stacked; None where there are too few for two."""
+    """Some units, one per row, as stacked equal batches; None if there are too few for two batches."""
     units = units_of(buffer, unit)[:LOOKED_AT]
     count = min(BATCHES, len(units))
     if count < 2:

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the table, the learning curve and the summary."""
+"""Tables and figures of runs and evaluations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.sharding import hosts
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -53,6 +54,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(label, summary.get(name)) for label, name in shown.items() if name in summary]
 
 
+@hosts.on_writer
 def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     """Reward of fresh samples and KL to the reference at every evaluation, and the loss of every update, as a PNG.
 
@@ -74,7 +76,7 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     axes[0].set(title="reward of fresh samples", xlabel="update")
     axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
     axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
-    # A private run says nothing of its loss, but what it has spent.
+    # A private run logs epsilon instead of its loss.
     last = "epsilon" if any("epsilon" in row for row in updates) else "loss"
     shown = [row for row in updates if last in row]
     axes[2].plot([row["step"] for row in shown], [row[last] for row in shown], color="tab:blue", linewidth=1)
@@ -88,7 +90,7 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-# What `privacy.loss_improvement` says, as panels: title, and names with their labels.
+# Panels for the numbers of `privacy.loss_improvement`: title -> {field: label}.
 _IMPROVEMENT = {
     "squared gradient": {"gradient": ""},
     "curvature that a step meets": {"curvature": "along the gradient", "decelerator": "decelerator"},
@@ -99,13 +101,14 @@ _IMPROVEMENT = {
 }
 
 
+@hosts.on_writer
 def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: str) -> None:
-    """What public data said of private updates on the way, as a PNG.
+    """Loss-improvement diagnostics of private updates, as a PNG.
 
     Args:
-        runs: by label the rows of a run, with `step` and the fields of `privacy.Landscape` and `privacy.Improvement`.
-        path: of the picture.
-        title: over it.
+        runs: label -> rows of a run, with `step` and the fields of `privacy.Landscape` and `privacy.Improvement`.
+        path: the file.
+        title: title of the figure.
     """
     import matplotlib
 
@@ -116,7 +119,7 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
     for axis, (panel, names) in zip(axes.flat, _IMPROVEMENT.items(), strict=True):
         for number, (run, rows) in enumerate(runs.items()):
             for name, style in zip(names, ("o-", "s:")):
-                # What is not above 0 has no place on a logarithmic scale.
+                # A logarithmic scale cannot show 0 or less.
                 shown = [row[name] if row[name] > 0 else math.nan for row in rows]
                 label = ", ".join(word for word in (names[name], run) if word)
                 axis.plot(
@@ -132,8 +135,9 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
     plt.close(figure)
 
 
+@hosts.on_writer
 def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
-    """Rewards of fresh samples, and how far each sample lies from the reference, as a PNG.
+    """Rewards of fresh samples and their log-ratios to the reference, as a PNG.
 
     Args:
         samples: rows as `Evaluator.shown` gives them; greedy ones are left out.

@@ -1,4 +1,4 @@
-"""One round of a run: where it lies, what it starts from, and the problem that it learns on."""
+"""One round of a run: its directory, what it starts from, and the problem that it learns."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Round(NamedTuple):
 
     @property
     def tags(self) -> dict[str, int]:
-        """What the log says besides of every line of this round: its number, where there are several."""
+        """Additional fields of this round's lines in the log: its number, if there are several rounds."""
         return {"round": self.number} if self.directory is not self.run.directory else {}
 
 
 class LearningProblem(NamedTuple):
-    """What a round learns, and on what.
+    """What a round learns and the data that it learns from.
 
     Attributes:
         model: with its adapters and heads.
@@ -58,7 +58,7 @@ class LearningProblem(NamedTuple):
 
 
 def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
-    """The answers themselves, or for an objective that reads labels a buffer of good and bad ones.
+    """The answers, or for an objective that reads labels a second buffer of good and bad answers.
 
     Raises:
         Refusal: see `check_threshold`.

@@ -32,19 +32,19 @@ class Recipe(Protocol):
         """The records that the round learns from, with their rewards, complete on disk; resumes what is there."""
 
     def objective(self, round: Round) -> Objective:
-        """What learns from them."""
+        """The loss of the round."""
 
     def references(self, round: Round) -> Mapping[str, Reference]:
-        """Who annotates the records, by the name in `Example.references`; asked where the objective reads them."""
+        """The models that annotate the records, by name in `Example.references`; called if the objective reads them."""
 
     def plan(self, round: Round, problem: LearningProblem) -> Plan:
-        """The phases that learn."""
+        """The phases of updates."""
 
 
 def run_rounds(run: Run, recipe: Recipe, reference: Reference) -> list[dict[str, Any]]:
-    """Run what is left of a recipe's rounds; the last policy is then in the run's `export/`.
+    """Run the rounds of a recipe that are not complete; the last policy is then in the run's `export/`.
 
-    A round that has its `round.json` is over. Each round starts from the policy that the one before exported.
+    A round that has its `round.json` is complete. Each round starts from the policy that the one before exported.
 
     Args:
         run: what all rounds share.
@@ -77,7 +77,7 @@ def _run_round(round: Round, recipe: Recipe) -> None:
     stopping.check("before the updates")
     model, params = _learner(round, objective)
     if round.policy is not round.reference or (model.lora is not None and recipe.rounds == 1):
-        # Its weights are learned from now on, or are the base of its adapters: no evaluation opens it again.
+        # No evaluation opens it again: its weights are now trained, or are the base of the adapters.
         round.policy.close()
     trainable = split(params, learns(model, objective))[0]
     problem = LearningProblem(model, trainable, objective, buffer, statistics)
@@ -97,6 +97,4 @@ def _run_round(round: Round, recipe: Recipe) -> None:
 def _learner(round: Round, objective: Objective):
     """The round's policy with the adapters and heads that learn."""
     job, keys = round.run.job, [round.run.key(use, round.number) for use in (Use.ADAPTERS, Use.HEADS)]
-    return learner(
-        *round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys)
-    )
+    return learner(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))

@@ -24,7 +24,7 @@ from shiq_jax.training.placement import mesh_of
 
 
 class Use(enum.IntEnum):
-    """What a run draws random numbers for; each use has a key of its own."""
+    """Uses of random numbers in a run; each has its own key."""
 
     SAMPLING = 0
     EVALUATION = 1
@@ -62,7 +62,7 @@ class Run:
         A policy that the run itself exported comes with its heads.
 
         Raises:
-            Refusal: they cannot be had, or are not those that the run has used before.
+            Refusal: they cannot be loaded, or differ from those that the run has used before.
         """
         options = self.job.precision
         model, params = load_hf(
@@ -78,10 +78,10 @@ class Run:
 
 
 def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Run:
-    """Everything that a run needs before it computes anything; what can be refused early is refused here."""
+    """Prepare what all stages share; input that can be checked before any computation is checked here."""
     task, mesh = prepare(job, directory), mesh_of(job.mesh)
     source = locate(task.model)
-    # First, for transformers would blame the tokenizer for what is wrong with config.json.
+    # Read first: transformers would blame the tokenizer for an error in config.json.
     config = DecoderConfig.read(source)
     tokenizer, context = load_tokenizer(source, config.vocab_size), config.max_positions
     rows = [(row, job.collection.sampling.max_tokens) for row in task.train]

@@ -14,6 +14,7 @@ from typing import Any
 from shiq_jax.errors import Refusal
 from shiq_jax.replay.locks import exclusive
 from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
+from shiq_jax.sharding import hosts
 
 
 class RoundDirectory:
@@ -33,9 +34,9 @@ class RoundDirectory:
 
 
 class RunDirectory(RoundDirectory):
-    """Paths of a run, which are also those of its round where it has one, and the rule under which a run may begin."""
+    """Paths of a run, and of its round if it has only one; creates, locks and discards the run."""
 
-    # Directories that were made for the run, the innermost first.
+    # Directories that were created for the run, the innermost first.
     _made: tuple[Path, ...] = ()
 
     def __init__(self, path: Path):
@@ -79,13 +80,13 @@ class RunDirectory(RoundDirectory):
         return self.begun_rounds()[-1]
 
     def start_of(self, round: RoundDirectory) -> Path | str:
-        """Where the policy is that a round starts from: that of the round before it, the reference, or the model."""
+        """Path or hub id that a round starts from: the policy of the round before, the reference, or the model."""
         if round.path.parent == self.rounds and int(round.path.name) > 0:
             return self.rounds / f"{int(round.path.name) - 1:03d}" / "policy"
         return self.reference if self.reference.exists() else read_json(self.task)["model"]
 
     def generations(self, step: int) -> Path:
-        """The generations that were kept after so many updates."""
+        """The file of the generations after `step` updates."""
         return self.samples / f"{step:06d}.jsonl"
 
     @classmethod
@@ -103,12 +104,7 @@ class RunDirectory(RoundDirectory):
             if run.path.exists() and (not run.path.is_dir() or set(run.path.iterdir()) - set(run._unborn())):
                 raise Refusal(f"{path} is not empty and holds no run: name another --output-dir")
             run._made = tuple(place for place in (run.path, *run.path.parents) if not place.exists())
-            run.path.mkdir(parents=True, exist_ok=True)
-            try:
-                run._claim(_plain(settings))
-            except BaseException:
-                run._unmake()
-                raise
+            run._make(_plain(settings))
             return run
         if not run.config.exists():
             raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
@@ -123,30 +119,45 @@ class RunDirectory(RoundDirectory):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the run to this process; the kernel lets go of it however the process ends.
+        """Lock the run for this process; the kernel releases the lock however the process ends.
 
         Raises:
             Refusal: another process is at work in the directory.
         """
         with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(self.config))
-            except (BlockingIOError, FileNotFoundError):
-                raise Refusal(
-                    f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
-                ) from None
-            for left in self._unborn():
-                left.unlink(missing_ok=True)
+            self._lock(stack)
             yield
 
+    @hosts.on_writer
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        try:
+            stack.enter_context(exclusive(self.config))
+        except (BlockingIOError, FileNotFoundError):
+            raise Refusal(
+                f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
+            ) from None
+        for left in self._unborn():
+            left.unlink(missing_ok=True)
+
+    @hosts.on_writer
+    def _make(self, settings: dict[str, Any]) -> None:
+        """Make the directory and its config.json, or leave nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._claim(settings)
+        except BaseException:
+            self._unmake()
+            raise
+
+    @hosts.on_writer
     def _claim(self, settings: dict[str, Any]) -> None:
-        """Make config.json, whole and by one process only: renaming could replace that of a run just begun."""
+        """Create config.json atomically and by one process only; a rename could replace that of a run just begun."""
         own = self.config.with_name(f"{self.config.name}.{secrets.token_hex(4)}{TEMPORARY}")
         write_json(own, settings)
         try:
             os.link(own, self.config)
         except (FileExistsError, FileNotFoundError):
-            # Another has made it, and may already have cleared what others left.
+            # Another process has created it, and may already have removed the leftovers of others.
             raise self._taken() from None
         except OSError:
             # A file system without hard links.
@@ -156,17 +167,18 @@ class RunDirectory(RoundDirectory):
         sync_directory(self.path)
 
     def _unborn(self) -> list[Path]:
-        """What a process that was killed before its run had a config.json has left of it."""
+        """Temporary files of processes that were killed before their run had a config.json."""
         return list(self.path.glob(f"{self.config.name}.*{TEMPORARY}"))
 
     def _taken(self) -> Refusal:
         return Refusal(f"{self.path} holds a run already: add --resume to go on with it, or name another --output-dir")
 
+    @hosts.on_writer(wait=False)
     def discard(self, *, samples: bool) -> None:
-        """Take a run that was refused before it learned anything off the disk again, so that the command can be mended.
+        """Delete a run that was refused before it learned anything, so that the command can be corrected and repeated.
 
         Args:
-            samples: whether the buffer's records are worth keeping; with such records the run stays.
+            samples: whether the buffer's records were sampled; a run that has such records is kept.
         """
         if self.metrics.exists() or (samples and any(self.latest_round().buffer.glob("records-*.arrow"))):
             return
@@ -178,10 +190,10 @@ class RunDirectory(RoundDirectory):
         self._unmake()
 
     def keep_weights(self, role: str, digest: str, source: str | Path) -> None:
-        """Write down which weights the run uses as its "model" or "reference", or hold them against what was written.
+        """Record the fingerprint of the weights in a role such as "model", or compare it with the recorded one.
 
         Raises:
-            Refusal: the weights in `source` are others than those that the run has used before.
+            Refusal: the weights in `source` differ from those that the run has used before.
         """
         known = read_json(self.weights) if self.weights.exists() else {}
         if known.setdefault(role, digest) != digest:
@@ -192,8 +204,9 @@ class RunDirectory(RoundDirectory):
         if not self.weights.exists() or read_json(self.weights) != known:
             write_json(self.weights, known)
 
+    @hosts.on_writer
     def _unmake(self) -> None:
-        """Take away the directories that this run has made, as far as they are empty."""
+        """Remove the directories that were created for this run, if they are empty."""
         with contextlib.suppress(OSError):
             for place in self._made:
                 place.rmdir()
@@ -211,19 +224,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by indented JSON, or leave it as it was."""
+    """Replace a file by indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Replace a file by one JSON object per line, or leave it as it was."""
+    """Replace a file by one JSON object per line, atomically."""
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def refuse_differences(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refusal naming the first setting in which what is at `path` was begun otherwise than wanted now."""
+    """Raises Refusal naming the first wanted setting that differs from those that `path` was begun with."""
     for name, there, here in _differences(known, _plain(wanted)):
         if name.endswith("_digest"):
             option = name.removesuffix("_digest").replace("_", ".")
@@ -234,7 +247,7 @@ def refuse_differences(path: Path, known: dict[str, Any], wanted: dict[str, Any]
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are once written down: a path is its text, a tuple its list."""
+    """Settings as JSON stores them: paths as text, tuples as lists."""
     return json.loads(json.dumps(settings, default=str))
 
 

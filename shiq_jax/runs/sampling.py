@@ -1,4 +1,4 @@
-"""Answers of a round's policy to the run's prompts, scored and kept in the round's buffer."""
+"""Answers of a round's policy to the run's prompts, scored and stored in the round's buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shiq_jax.runs.run import Use
 
 
 def sample_answers(round: Round) -> Buffer:
-    """The buffer of a round's own answers; what it holds already is not sampled again."""
+    """The buffer of the policy's answers; answers that it already has are not sampled again."""
     run, options, rows = round.run, round.run.job.collection, round.run.task.train
     buffer = open_or_create(round.directory.buffer)
     done = len(buffer) // options.samples_per_prompt
@@ -49,7 +49,7 @@ def sample_answers(round: Round) -> Buffer:
 
 
 def _announce(records: Sequence[Record], times: float) -> None:
-    """Say how large a buffer of `times` as many records like these will be, before it is written."""
+    """Print the estimated size of a buffer of `times` as many records like these."""
     counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
     text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
     size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))

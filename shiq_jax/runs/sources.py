@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,19 +14,20 @@ from shiq_jax.errors import Refusal
 from shiq_jax.replay import Buffer
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
+from shiq_jax.sharding import hosts
 from shiq_jax.tasks import rewards
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a run learns on.
+    """Model, prompts, demonstrations and reward of a run.
 
     Attributes:
         model: directory in Hugging Face format, or hub id.
         train: prompt rows to sample answers for.
-        held_out: prompt rows to evaluate on; None where the run's own data are all there is.
+        held_out: prompt rows to evaluate on; None to use the prompts of the data.
         demonstrations: rows with `prompt` and `completion`, for supervised updates.
-        reward: scores the text of a completion to a row, None when nothing does.
+        reward: scores the text of a completion to a row; None if there is none.
     """
 
     model: str
@@ -36,7 +38,7 @@ class Task:
 
 
 def prepare(job: Job, run: RunDirectory) -> Task:
-    """The task of a job; its rows are written to the run's `data/`, so that they can be looked at and used again.
+    """The task of a job; its rows are written to the run's `data/`, for inspection and reuse.
 
     Raises:
         Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
@@ -54,7 +56,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
         raise Refusal(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
     if task.held_out is not None:
         task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
-    run.data.mkdir(exist_ok=True)
+    hosts.on_writer(run.data.mkdir)(exist_ok=True)
     for name in ("train", "held_out", "demonstrations"):
         write_jsonl(run.data / f"{name}.jsonl", list(getattr(task, name) or ()))
     write_json(run.task, {"model": task.model})
@@ -64,7 +66,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
 def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
     """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row.
 
-    Prompts of more than `longest` tokens are passed over; Refusal when none is short enough.
+    Prompts of more than `longest` tokens are skipped; Refusal when none is short enough.
     """
     seen: dict[bytes, dict] = {}
     for number in range(len(buffer)):
@@ -84,13 +86,13 @@ def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
 
 
 def _sorting(job: Job, run: RunDirectory) -> Task:
-    """The toy: a teacher who writes half of the answers backwards leaves a policy unsure of the direction."""
+    """The toy: half of the demonstrations are reversed, which leaves the policy unsure of the direction."""
     from shiq_jax.tasks.sorting import sorting_rows
     from shiq_jax.tasks.tiny import tiny_directory
 
     if job.model is None and not run.model.exists():
         partial = run.model.with_name("model.partial")
-        tiny_directory(partial, job.seed).rename(run.model)
+        hosts.on_writer(os.rename)(tiny_directory(partial, job.seed), run.model)
     rows = sorting_rows(job.collection.prompts + _demonstrations(job), seed=job.seed)
     backwards = np.random.default_rng(job.seed).random(len(rows)) < 0.5
     return Task(
@@ -106,7 +108,7 @@ def _sorting(job: Job, run: RunDirectory) -> Task:
 
 
 def _bfcl(job: Job, run: RunDirectory) -> Task:
-    """Function calling: the first training questions are demonstrated, the next ones sampled, none both."""
+    """Function calling: the first training questions are demonstrated and the next ones sampled, without overlap."""
     from shiq_jax.tasks import bfcl, fetch
 
     train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)
@@ -125,7 +127,7 @@ def _demonstrations(job: Job) -> int:
 
 
 def _own(job: Job) -> Task:
-    """Somebody's data, which are learned from as they are, or prompts, which are sampled for."""
+    """External data to learn from, or prompts to sample answers for."""
     given = "--data" if job.data else "--prompts"
     if job.model is None:
         raise Refusal(f"{given} needs --model: the directory or hub id of the model that is to learn from it")

@@ -13,16 +13,17 @@ from typing import Any
 from shiq_jax.errors import Refusal
 from shiq_jax.runs.metrics import Tracker
 from shiq_jax.runs.run_directory import RunDirectory, write_json
+from shiq_jax.sharding import hosts
 
-# What each tracker imports, and the extra of this package that brings it.
+# The package that each tracker imports; the extra that installs it has the tracker's name.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def require(names: Sequence[str]) -> None:
-    """See that trackers can be had, before a run writes anything.
+    """Check that trackers are available before a run writes anything.
 
     Raises:
-        Refusal: a package is not installed, or W&B does not know who is asking.
+        Refusal: a package is not installed, or W&B has no API key.
     """
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
@@ -39,7 +40,7 @@ def trackers(names: Sequence[str], directory: RunDirectory, settings: Mapping[st
 
     Args:
         names: "tensorboard", "wandb".
-        directory: where their files go; `samples/` in it gives the generations that go with a row.
+        directory: where their files go; its `samples/` has the generations of a row.
         settings: the run's options.
     """
     kinds = {"tensorboard": TensorBoard, "wandb": WandB}
@@ -47,17 +48,18 @@ def trackers(names: Sequence[str], directory: RunDirectory, settings: Mapping[st
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`, written anew from the log whenever a run begins or goes on.
+    """Event files in `tensorboard/`, rewritten from the log whenever a run begins or resumes.
 
-    So no point is doubled or left over after an interruption; `purge_step` could not do that, because the steps of the
+    So no point is doubled or left over after an interruption. `purge_step` could not do that, because the steps of the
     warm start and those of the passes both count from 1.
     """
 
     def __init__(self, directory: RunDirectory, settings: Mapping[str, Any]):
         self._directory, self._settings, self._writer = directory, settings, None
 
+    @hosts.on_writer
     def begin(self, rows: list[dict]) -> None:
-        """Write the settings and all rows into a new file in place of those that are there."""
+        """Replace the event files by one with the settings and all rows."""
         from tensorboardX import SummaryWriter
 
         self.close()
@@ -85,17 +87,17 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per run directory, whose id and number of rows sent stand in `wandb.json`.
+    """One W&B run per run directory, whose id and number of sent rows are in `wandb.json`.
 
-    A row's W&B step is its line number in the log. W&B cannot take a point back, so a run that goes on sends the lines
-    that were not sent before; those that it makes again are the same.
+    A row's W&B step is its line number in the log. W&B cannot delete a point, so a resumed run sends only the lines
+    that were not sent before; the lines that it writes again are the same.
     """
 
     def __init__(self, directory: RunDirectory, settings: Mapping[str, Any]):
         self._directory, self._settings, self._run = directory, settings, None
 
     def begin(self, rows: list[dict]) -> None:
-        """Open the run, or go on with it, and send the rows that it lacks."""
+        """Open or resume the W&B run, and send the rows that it lacks."""
         if self._run is None:
             self._open()
         self._line = 0
@@ -119,7 +121,7 @@ class WandB:
         self._remember()
 
     def close(self) -> None:
-        """Let W&B send what it holds."""
+        """Finish the W&B run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
@@ -143,7 +145,7 @@ class WandB:
             raise Refusal(f"--track wandb: W&B does not open a run ({error}): mend that, or leave it out") from error
         for stage in ("warm_start", "update", "evaluation", "samples"):
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        # The server knows best what reached it; without one (offline) there is only what we noted.
+        # The server's count is authoritative; offline there is only our own.
         self._sent = self._run.step if self._run.resumed else known["rows"]
         self._remember()
 
@@ -176,7 +178,7 @@ def _numbers(row: Mapping) -> dict[str, float]:
 
 
 def _generations(directory: RunDirectory, row: Mapping) -> Iterator[dict]:
-    """The generations that an evaluation kept, beside whose row they stand."""
+    """The generations that were stored with an evaluation's row."""
     if row["stage"] in ("evaluation", "samples"):
         file: Path = directory.generations(row["step"])
         if file.exists():

@@ -1,4 +1,4 @@
-"""Fine-tune a language model offline: ShiQ, DPO, KTO or supervised.
+"""Fine-tune a language model: ShiQ, DPO, KTO or supervised.
 
 examples:
   python train.py                                    the embedded toy, minutes
@@ -7,12 +7,13 @@ examples:
                                                      on answers that it samples
   python train.py dpo --model DIR --data FILE        on preference pairs
   python train.py kto --model DIR --data FILE        on good and bad answers
-  python train.py shiq --output-dir DIR --resume     go on after a stop
+  python train.py dpo --rounds 3                     sample, score, learn, again
+  python train.py shiq --output-dir DIR --resume     continue after a stop
   python train.py inspect DIR                        look at a run or a buffer
 
-Options without a command are those of shiq; --help behind a command lists them.
+Options without a command are those of shiq; --help after a command lists them.
 
-Defaults fit what is learned from: `train.py shiq --data FILE --help` says so.
+Defaults depend on the data: `train.py shiq --data FILE --help` shows them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from shiq_jax.runs.commands import Inspect, command_line, without_effect
 
 
 def run(command, name: str) -> None:
-    """Carry out a parsed command; `name` begins its warnings."""
+    """Run a parsed command; `name` is the prefix of its warnings."""
     if isinstance(command, Inspect):
         from shiq_jax.runs.inspection import inspect
 
         print(inspect(command.path, prompts=command.generations))
         return
     if idle := list(without_effect(command)):
-        why = "nothing is sampled, nor warmed up, with data" if command.data else "sft samples nothing to learn from"
+        why = "nothing is sampled or warmed up with data" if command.data else "sft samples nothing to learn from"
         print(f"{name}: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
     with stopping.on_signals():
         from shiq_jax.runs.compilation_cache import keep_programs
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str], name: str):
         with contextlib.redirect_stderr(said):
             return tyro.cli(command_line(arguments), args=arguments, prog=name, description=about)
     finally:
-        # Groups of options are called there as tyro calls them inside; as many letters keep its frame straight.
+        # Replace tyro's internal name of option groups by one of the same length, which keeps its frame straight.
         sys.stderr.write(said.getvalue().replace("__tyro-dummy-inner__.", "the group of options "))
 
 

@@ -7,7 +7,7 @@ A row is a plain dict:
     prompt            messages: a short system message with the functions and the answer's form, then the question
     functions         descriptions of the functions on offer
     answers           what the official checker accepts: per call, per parameter, the list of accepted values
-    target            one accepted answer as text, the shortest: parameters that may be left out are left out
+    target            one accepted answer as text, without the parameters that may be left out
 """
 
 from __future__ import annotations

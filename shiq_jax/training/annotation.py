@@ -13,6 +13,7 @@ from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Identity, Record, Shape, Trees, pack, plan
 from shiq_jax.replay.sampling import Bundle, group_members, trajectory_bundles
+from shiq_jax.sharding import hosts
 from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
 
@@ -68,7 +69,7 @@ def _bundle_statistics(
     amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)
     for packed in track(batches, "token statistics", len(starts), "batches", amount=amount):
         stopping.check("while computing token statistics")
-        stats = jax.device_get(forward(params, place(packed.batch, model.mesh)))
+        stats = hosts.gather(forward(params, place(packed.batch, model.mesh)))
         for spot, number in np.ndenumerate(packed.members):
             if number >= 0:
                 actions = np.count_nonzero(packed.batch.example.action_mask[spot])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from shiq_jax.errors import Refusal
+from shiq_jax.sharding import hosts
 from shiq_jax.training.state import Params, State, split
 
 # What a checkpoint is called while its files are deleted, so that none is ever seen with a part of them, and what orbax
@@ -45,11 +46,9 @@ class Checkpoints:
 
         self.directory, self.keep, self.best, self.read_only = Path(directory), keep, best, read_only
         if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for state in (_REMOVED, _WRITTEN):
-                for left in self.directory.glob(f"*{state}*"):
-                    shutil.rmtree(left)
+            _tidy(self.directory)
         self._ocp = ocp
+        self._saving = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             # The default policy drops a save without a word while another is under way.
@@ -83,10 +82,10 @@ class Checkpoints:
             self._remove([step])
         # A numpy float among the metrics would fail when the step is committed, long after this call.
         metrics = {name: float(value) for name, value in (metrics or {}).items()} or None
-        started = self._checkpointer.save_checkpointables_async(
+        self._saving = self._checkpointer.save_checkpointables_async(
             step, {part: _flatten(state, part) for part in _PARTS}, metrics=metrics, custom_metadata=dict(metadata)
         )
-        if started is None:
+        if self._saving is None:
             raise RuntimeError(f"orbax did not start saving step {step} in {self.directory}")
 
     def restore(self, into: State, step: int | None = None) -> tuple[State, dict]:
@@ -123,14 +122,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when every started save is complete on disk, and what is not to be kept is gone."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            # Without this call the thread and the event loop of the save outlive it.
+            saving.result()
         self._checkpointer.wait()
         if not self.read_only:
             self._prune()
 
     def close(self) -> None:
         """Finish what is under way and let go of the directory."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
     def _known(self) -> dict[int, dict | None]:
         return {known.step: known.metrics for known in self._checkpointer.checkpoints}
@@ -149,8 +154,7 @@ class Checkpoints:
             return
         try:
             for step in steps:
-                path = self.directory / str(step)
-                shutil.rmtree(path.rename(path.with_name(path.name + _REMOVED)))
+                _delete(self.directory / str(step))
         finally:
             self._checkpointer.reload()
 
@@ -196,6 +200,20 @@ class Checkpoints:
                 raise Refusal(
                     f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}"
                 )
+
+
+@hosts.on_writer
+def _tidy(directory: Path) -> None:
+    """Make the directory, or remove what a process that was killed has left in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for state in (_REMOVED, _WRITTEN):
+        for left in directory.glob(f"*{state}*"):
+            shutil.rmtree(left)
+
+
+@hosts.on_writer
+def _delete(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + _REMOVED)))
 
 
 def _flatten(state: State, part: str) -> dict[str, Any]:

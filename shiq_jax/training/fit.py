@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import DeviceBatch, prefetch
 from shiq_jax.training.state import State
 
@@ -79,7 +80,7 @@ def fit(
 
     def finish(running, ended: float) -> float:
         step, item, metrics, began, waited, compiled = running
-        metrics = jax.device_get(metrics)
+        metrics = hosts.gather(metrics)
         now = time.perf_counter()
         done = FinishedUpdate(step, item, metrics, now - max(began, ended), waited, compiled)
         for callback in callbacks:

@@ -13,6 +13,7 @@ from shiq_jax.errors import Refusal
 from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
 from shiq_jax.replay import NO_REFERENCES, Batch, Buffer, References, Trees, bundles, pack, plan
+from shiq_jax.sharding import hosts
 from shiq_jax.training.examples import combined, objective_sums, summaries
 from shiq_jax.training.placement import data_devices, place
 
@@ -59,7 +60,7 @@ def objective_metrics(
         coupled = _coupled(model, params, objective, batches("what examples know of each other"))
     sums = jax.jit(functools.partial(objective_sums, model, objective))
     totals = [
-        jax.device_get(sums(params, place(batch, model.mesh), place(known, model.mesh)))
+        hosts.gather(sums(params, place(batch, model.mesh), place(known, model.mesh)))
         for batch, known in zip(batches("objective's metrics"), coupled, strict=False)
     ]
     value, weight, metrics = jax.tree.map(lambda *parts: float(np.sum(parts)), *totals)
@@ -71,13 +72,13 @@ def _coupled(model, params, objective: Objective, batches: Iterable[Batch]) -> l
     summarise = jax.jit(functools.partial(summaries, model, objective))
     found, reals = [], []
     for batch in batches:
-        found.append(jax.device_get(summarise(params, place(batch, model.mesh))))
+        found.append(hosts.gather(summarise(params, place(batch, model.mesh))))
         reals.append(batch.real)
 
     def flat(*leaves):
         return np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])
 
-    known = jax.device_get(combined(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
+    known = hosts.gather(combined(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
     ends = np.cumsum([real.size for real in reals])
     return [
         jax.tree.map(lambda leaf: leaf[end - real.size : end].reshape(*real.shape, *leaf.shape[1:]), known)

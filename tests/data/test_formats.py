@@ -237,6 +237,12 @@ def test_a_function_scores_completions_without_rewards(write):
     assert record.rewards[-1] == 3 and asked == [{"prompt": "a", "answer": 3}]
 
 
+def test_a_named_score_is_kept_beside_the_reward(write):
+    rows = [{"prompt": "a", "completion": "b", "grade": grade} for grade in (0.1, True)]
+    found = list(trajectories(write(*rows), TOKENIZER, Reading(score="grade")))
+    assert [record.score for record in found] == [0.1, 1.0] and found[0].rewards[-1] == np.float32(0.1)
+
+
 def test_exported_answers_keep_what_was_said_of_them(write):
     """Rows of tokens are read by kto with their labels, whatever made them."""
     rows = [{"prompt": "Q:", "completion": " yes", "label": True}, {"prompt": "Q:", "completion": " no", "label": 0}]

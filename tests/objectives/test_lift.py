@@ -21,7 +21,7 @@ from shiq_jax.objectives import (
 
 MASK = np.array([[0, 1, 1, 0], [1, 1, 1, 0]], bool)
 RANDOM = np.random.default_rng(0)
-DRAW = lambda: RANDOM.normal(size=MASK.shape).astype(np.float32)  # noqa: E731
+DRAW = lambda: RANDOM.normal(size=MASK.shape).astype(np.float32)
 EXAMPLE = Example(
     policy=TokenStats(DRAW(), DRAW(), DRAW()), references={"reference": TokenStats(DRAW(), DRAW())}, action_mask=MASK,
     rewards=DRAW(), values={"value": DRAW(), "q1": TokenStats(DRAW(), DRAW())}, labels=np.array([True, False]),

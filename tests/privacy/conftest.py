@@ -112,7 +112,9 @@ def losses_of():
     def make(model, unit: str, frozen=()):
         return UnitLosses(model, OBJECTIVES[UNITS[unit]].configure(beta=0.5), dict(frozen), {})
 
-    return make
+    # One object for equal models, so that tests share the programs that are compiled for it.
+    shared = functools.cache(make)
+    return lambda model, unit, frozen=(): make(model, unit, frozen) if frozen else shared(model, unit)
 
 
 @pytest.fixture(scope="session")

@@ -26,29 +26,31 @@ def run(losses, params, batch, mask=None, **options):
     return compiled(losses, tuple(sorted(options.items())))(params, batch, mask)
 
 
-def reference(losses, params, batch, clip, mask=None):
-    """One gradient after the other, each scaled and added in float64: nothing of the code under test."""
-    units = len(jax.tree.leaves(batch)[0])
+def gradients(losses, params, batch):
+    """(gradient in float64, its norm, value) of one unit after the other: nothing of the code under test."""
     gradient = jax.jit(jax.value_and_grad(lambda params, unit: losses(params, unit, None)[0]))
-    total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), params)
-    norms, values = [], []
-    for unit in range(units):
+    found = []
+    for unit in range(len(jax.tree.leaves(batch)[0])):
         value, grads = jax.device_get(gradient(params, jax.tree.map(lambda leaf: leaf[unit : unit + 1], batch)))
         grads = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), grads)
-        norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
-        factor = float(clip(jnp.float32(norm))) if mask is None or mask[unit] else 0.0
-        total = jax.tree.map(lambda sums, leaf: sums + factor * leaf, total, grads)
-        norms.append(norm)
-        values.append(value)
-    return total, np.array(norms), np.array(values)
+        found.append((grads, np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads))), value))
+    return found
 
 
 @pytest.fixture(scope="module")
 def expected(decoder, batch_of, losses_of):
+    """(sum of the gradients, each scaled and added in float64; norms; losses)."""
+
     @functools.cache
-    def make(variant, unit, clip):
+    def units(variant, unit):
         model, params = decoder(variant)
-        return reference(losses_of(model, unit), params, batch_of(unit), clip)
+        return gradients(losses_of(model, unit), params, batch_of(unit))
+
+    def make(variant, unit, clip):
+        grads, norms, values = zip(*units(variant, unit))
+        factors = [float(clip(jnp.float32(norm))) for norm in norms]
+        total = jax.tree.map(lambda *leaves: sum(map(np.multiply, factors, leaves)), *grads)
+        return total, np.array(norms), np.array(values)
 
     return make
 

@@ -73,6 +73,7 @@ def test_rematerialisation(method, remat, released, relative):
     assert relative(parts, released(method, 1)) < 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16(full_compilation, released, relative):
     # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
     half = {"compute_dtype": jnp.dtype(jnp.bfloat16)}

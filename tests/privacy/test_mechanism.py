@@ -60,8 +60,11 @@ def test_replacing_a_unit_costs_more_than_leaving_it_out():
 
 @pytest.mark.parametrize(
     ("epsilon", "numbers"),
-    [(0.02, (1000, 30, 20)), (1.0, (60_000, 256, 14_062)), (8.0, (60_000, 256, 2000)), (60.0, (10, 10, 1))],
-)
+    [
+        (0.02, (1000, 30, 20)), pytest.param(8.0, (60_000, 256, 2000), marks=pytest.mark.slow),
+        pytest.param(60.0, (10, 10, 1), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_calibration_finds_the_least_noise(epsilon, numbers):
     """Within half a percent, be it many times the sensitivity or a tenth of it."""
     numbers = dict(zip(("dataset_size", "expected_batch", "steps"), numbers))
@@ -74,7 +77,8 @@ def test_calibration_finds_the_least_noise(epsilon, numbers):
 def test_calibration(epsilon, sigma):
     found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
     np.testing.assert_allclose(found.noise_multiplier, sigma, rtol=5e-3)
-    assert 0.99 * epsilon < found.epsilon() <= epsilon
+    assert found.epsilon() <= epsilon
+    assert dataclasses.replace(found, noise_multiplier=0.995 * found.noise_multiplier).epsilon() > epsilon
     assert found.largest_batch == 352
 
 

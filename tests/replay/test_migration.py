@@ -1,4 +1,4 @@
-"""A buffer of schema version 1, written by the code of that version, and what that code read, drew and packed from it."""
+"""A buffer of schema version 1, and what the code of that version read, drew and packed from it."""
 
 import hashlib
 import json

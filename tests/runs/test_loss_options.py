@@ -118,7 +118,8 @@ def test_a_new_loss_is_one_function_and_one_line():
     """That of the documentation, which knows a view and a check and nothing of the command line."""
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     function, line = re.findall(r"```python\n(.*?)```", page.split("## Add a loss")[1], re.DOTALL)[:2]
-    known = vars(objectives) | {"check_positive": check_positive, "ArrayLike": ArrayLike, "Array": Array, "Float": Float}
+    known = vars(objectives) | {"check_positive": check_positive}
+    known |= {"ArrayLike": ArrayLike, "Array": Array, "Float": Float}
     exec(function, known)
     kind = family("Toy", "Pairs and a toy.", PairLoss.objectives | eval(f"{{{line}}}", known))
     assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(kind)
@@ -152,5 +153,9 @@ def test_settings_hold_what_was_not_given_too_and_make_the_objective_again():
 
 
 def test_the_whole_command_line_knows_them():
+    said = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
+        parse(["shiq-ultrafeedback", "--help"], "train.py")
+    assert "squared residuals of a sequence. (default: mean_t)" in re.sub(r"[│\s]+", " ", said.getvalue())
     command = parse(["dpo", "--loss.name", "exo", "--loss.label-smoothing", "0.2", "--loss.use-weighting"], "train.py")
     assert command.loss.given() == {"label_smoothing": 0.2, "use_weighting": True}
