@@ -101,12 +101,6 @@ def render(results: Results, scale: str, name: str) -> str:
     policies = "\n".join(_policy(results, arm) for arm in NAMES)
     against = "\n".join(_against(results, arm) for arm in NAMES if arm != "shiq")
     gains = "\n".join(_gain(results, arm) for arm in NAMES if arm != "reference")
-    costs = "\n".join(_cost(results, arm) for arm in ("warm_start", *(arm for arm in NAMES if arm != "reference")))
-    buffers = "; ".join(
-        f"seed {seed['seed']}: {seed['buffer']['accuracy']:.1%} of {seed['buffer']['records']} answers are right, "
-        f"{seed['buffer']['with_a_right_answer']} questions have a right one and {seed['buffer']['with_both']} both"
-        for seed in results.seeds
-    )
     minutes = np.mean([_seconds(seed) for seed in results.seeds]) / 60
     return f"""# Function calling: five policies from one buffer
 
@@ -140,7 +134,28 @@ bold:
 
 ![Accuracy of the five policies, and accuracy against KL]({name}.png)
 
-## What was done
+{_method(results)}
+
+    pip install -e '.[fetch]' && python -m shiq_jax.tasks.fetch
+    python -m experiments.bfcl{option}
+
+writes this page; it goes on where it was stopped, and seeds whose numbers are in [bfcl/](bfcl) are not run again. A
+seed took {minutes:.0f} minutes on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]},
+{first["date"]}).
+`--scale large` takes all single-turn Python categories, 600 questions and 16 answers to each, for an accelerator: not
+measured yet.
+"""
+
+
+def _method(results: Results) -> str:
+    """What the policies learn from, and what each run cost."""
+    costs = "\n".join(_cost(results, arm) for arm in ("warm_start", *(arm for arm in NAMES if arm != "reference")))
+    buffers = "; ".join(
+        f"seed {seed['seed']}: {seed['buffer']['accuracy']:.1%} of {seed['buffer']['records']} answers are right, "
+        f"{seed['buffer']['with_a_right_answer']} questions have a right one and {seed['buffer']['with_both']} both"
+        for seed in results.seeds
+    )
+    return f"""## What was done
 
 - **more supervised training** goes on with the warm start's demonstrations; it sees no reward.
 - **best-of-K supervised** imitates one right answer to each question that has one.
@@ -156,17 +171,7 @@ once). {buffers}.
 
 The learning rate, one for all, and ShiQ's loss options come from a handful of trials on questions of another category,
 none of which moved accuracy by more than luck would: nobody's options were searched for.
-`python -m experiments.bfcl_tuning` tries more of them.
-
-    pip install -e '.[fetch]' && python -m shiq_jax.tasks.fetch
-    python -m experiments.bfcl{option}
-
-writes this page; it goes on where it was stopped, and seeds whose numbers are in [bfcl/](bfcl) are not run again. A
-seed took {minutes:.0f} minutes on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]},
-{first["date"]}).
-`--scale large` takes all single-turn Python categories, 600 questions and 16 answers to each, for an accelerator: not
-measured yet.
-"""
+`python -m experiments.bfcl_tuning` tries more of them."""
 
 
 def _policy(results: Results, arm: str) -> str:

@@ -142,14 +142,8 @@ def render(results: Results) -> str:
     missing = [_named(arm) for arm in results.wanted if arm not in results.arms]
     unfinished = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
     rows = "\n".join(_row(results, arm) for arm in results.wanted if arm in results.arms)
-    plans = "\n".join(
-        f"| {plan['epsilon']:g} | {plan['share']:g} | {plan['steps']} | {plan['noise_multiplier']:.2f} "
-        f"| {plan['noise']:.4f} | {plan['computed']} |"
-        for plan in results.study["plans"]
-    )
     sentences = (*verdict(results), *reward_sentences(results), *signal_sentences(results))
     said = "\n".join(f"- {line}" for line in sentences)
-    rates = "\n".join(_tried(results, method) for method in NAMES)
     greedy, sampled = (results.mean(None, name) for name in ("greedy", "sampled"))
     start = f"{greedy.mean:.3f} ± {greedy.error:.3f} | {sampled.mean:.3f} ± {sampled.error:.3f}"
     return f"""# Private preference tuning: utility against epsilon
@@ -179,7 +173,23 @@ ties with itself, has half); **DPO loss** at beta {BETA:g}; **right answer**, th
 answers: the reward of greedy ones and the mean of two sampled ones at temperature 1, and the log-ratio of the latter to
 the reference.
 
-## Which plan
+{_plan(results)}
+
+{_method(results)}
+Arms whose numbers are
+in [dp_alignment/](dp_alignment) are not run again. {_cost(results)}
+"""
+
+
+def _plan(results: Results) -> str:
+    """What noise costs by the probability of sampling, and which plan all arms have."""
+    settings, sizes = results.settings, results.settings["sizes"]
+    plans = "\n".join(
+        f"| {plan['epsilon']:g} | {plan['share']:g} | {plan['steps']} | {plan['noise_multiplier']:.2f} "
+        f"| {plan['noise']:.4f} | {plan['computed']} |"
+        for plan in results.study["plans"]
+    )
+    return f"""## Which plan
 
 For the same number of gradients of units, {settings["steps"]} for each of the {sizes["units"]} units, the noise in the
 mean over all steps (standard deviation per coordinate, where a unit's gradient has norm 1 at most) by the probability
@@ -191,9 +201,14 @@ needs; with them the number of steps does not matter to it. All arms take full b
 {plans}
 
 The norm of the noise grows with the root of the number of parameters; rank {settings["rank"]} on
-{" and ".join(settings["targets"])} keeps that low.
+{" and ".join(settings["targets"])} keeps that low."""
 
-## What was done
+
+def _method(results: Results) -> str:
+    """How reference, data, updates and learning rates were made."""
+    settings, sizes = results.settings, results.settings["sizes"]
+    rates = "\n".join(_tried(results, method) for method in NAMES)
+    return f"""## What was done
 
 - The warm start, two passes over {sizes["demonstrations"]} public demonstrations, makes the reference. It answers the
   other questions {sizes["samples"]} times each. A pair is its first right and its first wrong answer; where it has no
@@ -211,10 +226,7 @@ The norm of the noise grows with the root of the number of parameters; rank {set
 |---|---|---|
 {rates}
 
-The rates are chosen without noise; a rate chosen under noise might do better in the noisiest arms{_at_the_end(results)}.
-Arms whose numbers are
-in [dp_alignment/](dp_alignment) are not run again. {_cost(results)}
-"""
+The rates are chosen without noise; a rate chosen under noise might do better in the noisiest arms{_at_the_end(results)}."""
 
 
 def verdict(results: Results) -> list[str]:

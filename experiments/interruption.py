@@ -1,10 +1,10 @@
 """Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
 
-Three small jobs of `train.py` are run once to the end: one samples its buffer, one annotates given rows, and one samples
-and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes killed
-once more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the other
-half from inside, before a random one of the operations by which the process changes its directory, so that they fall
-into the short moments in which files are written. `--quick` tries the script itself.
+Three small jobs of `train.py` are run once to the end: one samples its buffer, one annotates given rows, and one
+samples and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes
+killed once more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the
+other half from inside, before a random one of the operations by which the process changes its directory, so that they
+fall into the short moments in which files are written. `--quick` tries the script itself.
 """
 
 from __future__ import annotations
