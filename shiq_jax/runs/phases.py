@@ -15,7 +15,7 @@ from shiq_jax.runs.run_directory import refuse_differences
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.callbacks import RefuseNonFinite, SaveCheckpoints
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.fit import fit
+from shiq_jax.training.fit import Callback, fit
 from shiq_jax.training.state import State
 
 
@@ -151,17 +151,15 @@ def _run_phase(
         more=lambda step: phase.metrics(step - began),
     )  # fmt: skip
     shown = ShowProgress(log, evaluation)
-    callbacks = [
-        RefuseNonFinite(phase.name, phase.records), WarnOfNormalized(), log, shown, ending,
-        *([evaluation] if evaluation is not None else []), saving, StopOnRequest(phase.name, stop, saving),
-    ]  # fmt: skip
+    of_state: list[Callback] = [saving, StopOnRequest(phase.name, stop, saving)]
     if evaluation is not None:
         evaluation.begin(phase, began)
+        of_state = [evaluation, *of_state]
         # A run that was asked to stop did not evaluate its last step.
         if start and (ended or evaluation.needs_state(start)) and ledger.checkpoints.metrics(start) is None:
-            evaluation.on_state(start, state, ended)
-            saving.on_state(start, state, ended)
-            callbacks[-1].on_state(start, state, ended)
+            for callback in of_state:
+                callback.on_state(start, state, ended)
+    callbacks = [RefuseNonFinite(phase.name, phase.records), WarnOfNormalized(), log, shown, ending, *of_state]
     if not ended:
         counted = counting(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
         with counted as shown.advance:
