@@ -14,6 +14,8 @@ from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.tasks.tiny import tiny_directory
 from shiq_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 OPTIONS = [
     "--mesh", "fsdp=1", "--warm-start.steps", "0", "--collection.prompts", "4", "--collection.prompts-per-batch", "2",

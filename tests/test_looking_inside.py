@@ -15,6 +15,8 @@ from shiq_jax.runs.inspection import inspect
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training import annotation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "run-directory.md").read_text()
 OPTIONS = [

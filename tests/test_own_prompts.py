@@ -11,6 +11,8 @@ from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.rollout.rewards import resolve
 from shiq_jax.tasks.sorting import sorting_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.samples-per-prompt", "1",
     "--evaluation.max-tokens", "6", "--evaluation.times", "1", "--batch-size", "3",

@@ -16,6 +16,8 @@ from shiq_jax.tasks.tiny import tiny_directory
 from shiq_jax.training.callbacks import RefuseNonFinite
 from shiq_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 ROWS = [
     {"prompt": f"say {letter}", "completion": answer, "reward": reward, "group_id": letter}
