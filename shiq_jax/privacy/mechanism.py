@@ -143,6 +143,7 @@ class Mechanism:
         less = dataclasses.replace(self, noise_multiplier=_ALMOST * self.noise_multiplier)
         return self.epsilon() < _ALMOST * epsilon and less.epsilon() <= epsilon
 
+    @functools.lru_cache(maxsize=64)
     def _calibrated(self, epsilon: float, discretisation: float) -> Mechanism | None:
         """The same with the noise that these steps of the privacy loss find; None where no noise is enough."""
         dp_accounting = _needed("dp_accounting")
