@@ -23,6 +23,9 @@ FLAGS = {
 for flag, value in FLAGS.items():
     if flag not in os.environ.setdefault("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] += f" --{flag}={value}"
+# Threads of XLA's pool. A collective holds one thread per device until all devices have come; eight devices that enter
+# two collectives in unlike order take all threads of a pool of eight, and nobody can come any more.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
