@@ -171,7 +171,7 @@ def test_one_prompt_suffices_where_nothing_is_coupled(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--loss.desirable-weight", "-1"], "desirable_weight must be finite and not negative"),
+        (["--loss.desirable-weight", "-1"], "desirable_weight is -1.0 but must be finite and not negative"),
         (["--threshold", "nan"], "threshold must be finite"),
         (["--loss.name", "dpo"], "--loss.name"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import train as training_door
 from shiq_jax.data.chat import load_tokenizer
 from shiq_jax.replay import Buffer, is_buffer
-from shiq_jax.rollout.rewards import resolve
+from shiq_jax.tasks.rewards import resolve
 from shiq_jax.tasks.sorting import sorting_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -44,7 +44,8 @@ class Recipe(Protocol):
 def run_rounds(run: Run, recipe: Recipe, reference: Reference) -> list[dict[str, Any]]:
     """Run the rounds of a recipe that are not complete; the last policy is then in the run's `export/`.
 
-    A round that has its `round.json` is complete. Each round starts from the policy that the one before exported.
+    A round is complete that has its `round.json` and its policy, which may be missing once the next round is complete.
+    Each round starts from the policy that the one before exported.
 
     Args:
         run: what all rounds share.
@@ -59,7 +60,9 @@ def run_rounds(run: Run, recipe: Recipe, reference: Reference) -> list[dict[str,
         directory = run.directory.round(number, recipe.rounds)
         before = sum(each["updates"] for each in done)
         round = Round(run, number, directory, policy, reference, before)
-        if not directory.done.exists():
+        following = run.directory.round(number + 1, recipe.rounds) if number + 1 < recipe.rounds else None
+        used = following is not None and following.done.exists()
+        if not (directory.done.exists() and (directory.policy.exists() or used)):
             _run_round(round, recipe)
         done.append(read_json(directory.done))
         policy = Reference(directory.policy, run.load)

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+from shiq_jax import progress
 from shiq_jax.errors import Refusal
 from shiq_jax.tasks import fetch
 
@@ -52,7 +53,7 @@ def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
     )
     run = subprocess.run
     monkeypatch.setattr(fetch.subprocess, "run", lambda _, **options: run([sys.executable, "-c", program], **options))
-    with pytest.raises(Refusal, match="could not download package==1"):
+    with progress.shown(), pytest.raises(Refusal, match="could not download package==1"):
         fetch._fetch("name", "package==1", "4 MB", lambda *_: None, tmp_path)
     said = re.search(r"downloading package==1: 3/4 MB \(75%\), ([\d.]+) MB/s", capsys.readouterr().err)
     assert 0.4 < float(said[1]) < 1.5
