@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import dp_pretraining, source_code
+from experiments import dp_pretraining, dp_pretraining_steps, source_code
 from experiments import dp_pretraining_page as page
 from experiments import dp_pretraining_sections as sections
 from experiments.dp_pretraining import (
@@ -327,7 +327,9 @@ def test_members_are_what_was_drawn(name, quick):
 
 
 @pytest.mark.slow
-def test_single_steps_of_an_arm(quick):
+def test_single_steps_of_an_arm(quick, monkeypatch):
+    # Fewer draws than the experiment takes.
+    monkeypatch.setattr(dp_pretraining_steps, "MOST", 12)
     name = "fully private, epsilon 8"
     found = dp_pretraining.single_steps(quick, name, ARMS[name], RATES, 0.2, (1 / 16, 2), 0.95)
     assert [row["batch"] for row in found["rows"]] == [1, 32] and found["step"] == 2
