@@ -91,7 +91,7 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["", "fsdp=4,tensor=2"], ids=["one device", "fsdp=4,tensor=2"])
+@pytest.mark.parametrize("mesh", ["", "fsdp=8", "fsdp=4,tensor=2"], ids=["one device", "fsdp=8", "fsdp=4,tensor=2"])
 def test_the_host_holds_the_parameters_and_one_shard(mesh, directory):
     command = [sys.executable, __file__, str(directory), mesh]
     root = str(Path(__file__).parents[2])

@@ -17,10 +17,10 @@ from shiq_jax.models import huggingface, load_hf, save_hf
 
 LOGITS, GRADIENTS = 1e-4, 1e-3  # absolute; relative, per tensor
 LENGTH, NEW = 40, 8
-SEEDS = range(2, 14)
+SEEDS = range(2, 26)
 QUICK = SEEDS[:6]
 # Of models that normalise queries and keys.
-NORMED = range(26, 30)
+NORMED = range(26, 34)
 NORMED_QUICK = NORMED[:2]
 
 
