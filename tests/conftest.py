@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-# Workers run side by side, so each computes on one thread. Eight virtual devices let every sharding test run on any
-# machine. A collective among them waits for threads that a busy machine may not run for minutes; the default limit of
-# 40 s aborts the process.
+# Workers run side by side, so each computes and compiles on one thread. Eight virtual devices let every sharding test
+# run on any machine. A collective among them waits for threads that a busy machine may not run for minutes; the default
+# limit of 40 s aborts the process. Most of the suite's time is compilation, and XLA's older emitters of CPU loops
+# compile in half the time of its newer ones; tests/test_wheel.py compiles as users do.
 FLAGS = {
     "xla_force_host_platform_device_count": 8,
     "xla_cpu_multi_thread_eigen": "false",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": 1,
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
     "xla_cpu_collective_call_terminate_timeout_seconds": 1200,
     "xla_cpu_collective_timeout_seconds": 1200,

@@ -45,6 +45,7 @@ def jsonl(path, rows) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert {"reward_before", "reward_after", "kl", "tokens_per_second"} <= set(summary)
@@ -233,6 +234,7 @@ def test_data_need_a_model(tmp_path, capsys):
     assert "--model" in refusal(training_door, ["shiq", "--data", data, "--output-dir", str(tmp_path / "run")], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, metric", [("pairs", "rewards/accuracies"), ("scored", "logratio"), ("demonstrations", "probability")]
 )

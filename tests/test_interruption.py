@@ -119,6 +119,7 @@ def resume_images(name, jobs, whole, tmp_path, count, seed):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampled", "data", "rounds"])
 def test_what_a_kill_leaves_goes_on_to_the_same_end(name, jobs, whole, tmp_path):
     assert resume_images(name, jobs, whole, tmp_path, 2, seed=1) == {}

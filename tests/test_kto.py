@@ -86,6 +86,7 @@ def test_labelled_rows_are_enough(finished, tiny):
     assert any(np.any(before[name] != after[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["labels", "update"])
 def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path, monkeypatch):
     arguments = arguments_of(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")

@@ -68,6 +68,7 @@ def test_what_they_steer_is_what_is_evaluated(run, tmp_path):
     assert found[2]["kl"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["oreo", "pcl", "dro"])
 def test_with_a_learned_value_the_decoder_learns_too(run, loss):
     root = run(loss)
@@ -77,6 +78,7 @@ def test_with_a_learned_value_the_decoder_learns_too(run, loss):
     assert "kl" in json.loads((root / "summary.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cql", "mc_returns"])
 def test_the_other_baselines_run(run, loss):
     assert (run(loss) / "export" / "heads.safetensors").exists()

@@ -81,6 +81,7 @@ def check_page(patterns, directories):
     assert [pattern for pattern in patterns if not any(matches(pattern, file) for file in found)] == []
 
 
+@pytest.mark.slow
 def test_the_page_names_every_file_of_a_run_and_no_other(run):
     patterns = documented("# The run directory")
     assert len(patterns) > 15

@@ -43,6 +43,7 @@ def test_a_row_is_the_plain_step_over_the_fastest_of_its_methods():
     assert all(found[name].goal is None for name in privacy.RATIOS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "parts"), [(2, 1)])
 def test_every_setting_takes_a_step(rank, parts):
     steps = Steps(Work(24, 4, "tiny", rank=rank))

@@ -54,6 +54,7 @@ def results(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_clear_winner_is_told_with_those_it_beats(results, tmp_path):
     found = results({"reference": 0.3, "more_sft": 0.31, "best_of_k": 0.31, "dpo": 0.31, "shiq": 0.6})
     for name in ("sampled", "greedy"):

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 QUESTIONS = 40
 
 
+@pytest.mark.slow
 def test_full_batches_have_the_least_noise_and_steps_do_not_matter_to_it():
     found = [plan(64, 256, share, 8.0, 1e-3) for share in (1.0, 0.25)]
     assert found[0]["noise"] < found[1]["noise"] and found[0]["computed"] == 256 < found[1]["computed"]

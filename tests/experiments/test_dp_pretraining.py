@@ -36,6 +36,7 @@ def text():
     return source_code.load(2000, 4000, 200)
 
 
+@pytest.mark.slow
 def test_no_sequence_stands_twice(text):
     everything = np.concatenate(text)
     assert everything.shape == (6400, source_code.LENGTH) and everything.dtype == np.uint8
@@ -149,6 +150,7 @@ def test_the_further_sections_show_the_numbers():
         assert section({"arms": found["arms"]}) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epsilon", "batch", "sigma"),
     [(2.0, 16_384, 1.021), (2.0, 65_536, 1.544), (8.0, 16_384, 0.613), (8.0, 65_536, 0.771)],
@@ -313,6 +315,7 @@ def test_who_reads_little_again_and_again_is_told(quick):
     assert one["difference"]["auc"] > 0.7 and one["mean_losses"][0] < one["mean_losses"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["only public", "fully private, epsilon 8", "few units, not private"])
 def test_members_are_what_was_drawn(name, quick):
     attacks, arm = Attacks(quick, RATES, ARMS["only public"], 100), ATTACKED[name]

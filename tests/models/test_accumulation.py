@@ -8,6 +8,8 @@ import pytest
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.models.accumulation import continuing
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2)
 
 

@@ -95,6 +95,7 @@ def forest_of(queries: int, keys: int) -> Visibility:
     return cached(*of_slots(jnp.ones((1, keys), bool)), jnp.zeros((1, queries), jnp.int32), keys - queries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [None, 0, 5], ids=["rows", "prompt", "cache"])
 def test_blocks_of_queries_are_the_whole(start, monkeypatch):
     rng = np.random.default_rng(2)

@@ -11,6 +11,8 @@ from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.models.tracked import NormTracker
 from shiq_jax.sharding import make_mesh, named_sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 ODD = dataclasses.replace(TIED, vocab_size=63)

@@ -73,6 +73,7 @@ def test_the_gaussian_mechanism_has_its_closed_form(sigma, steps):
     np.testing.assert_allclose(delta, DELTA, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjacency", ["zero_out", "replace_one", "add_remove"])
 @pytest.mark.parametrize(
     ("field", "values"),

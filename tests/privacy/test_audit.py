@@ -86,6 +86,7 @@ def test_theory():
     np.testing.assert_allclose(THEORY, 4.377, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_measured_lies_below_epsilon_and_above_half_of_it(seed, setting):
     assert THEORY / 2 < epsilon_of_a_step(setting, seed) < THEORY

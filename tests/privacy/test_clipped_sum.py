@@ -97,6 +97,7 @@ def test_rematerialisation_changes_nothing(method, remat, decoder, batch_of, los
     assert relative(total, wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 def test_a_bfloat16_forward_pass(method, full_compilation, decoder, batch_of, losses_of, relative):
     # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
@@ -220,6 +221,7 @@ def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, re
     assert relative(total, wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
 @pytest.mark.parametrize(("variant", "trained"), [("biases", None), ("untied", None), ("tied", ("layers", "norm"))])
 def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of, losses_of, relative):
@@ -274,6 +276,7 @@ def test_losses_of_anybody(relative):
         clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=Abadi(0.5), method="ghost")
 
 
+@pytest.mark.slow
 def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of, monkeypatch):
     model, params = decoder("tied")
     batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
@@ -338,6 +341,7 @@ def test_a_method_never_changes_the_rule(decoder, batch_of, losses_of):
         run(losses, params, batch, clip=Abadi(1.0), method="spooky")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "group"])
 def test_a_margin_makes_up_for_passes_that_round_to_bfloat16(method, decoder, batch_of, losses_of):
     """One unit at a time, whose clipped gradient is as long as it may be at most."""

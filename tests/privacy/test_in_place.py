@@ -57,6 +57,7 @@ def released(decoder, batch_of):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "group"])
 def test_adapters_beside_a_frozen_base(method, released, relative):
     whole, parts = (released(method, count, lora=LORA) for count in (1, 4))
@@ -65,6 +66,7 @@ def test_adapters_beside_a_frozen_base(method, released, relative):
     assert relative(parts, whole) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "group"])
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation(method, remat, released, relative):

@@ -41,6 +41,7 @@ def one_by_one(losses, params, batch):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *(jax.device_get(gradient(params, unit)) for unit in units))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk"])
 @pytest.mark.parametrize("variant, unit", [("tied", "pair"), ("biases", "group"), ("untied", "trajectory")])
 def test_all_methods_give_the_sum_of_clipped_gradients(method, variant, unit, made, batch_of, losses_of, relative):
@@ -91,6 +92,7 @@ def test_a_base_that_learns_as_well_is_counted_with_them(made, batch_of, losses_
     assert relative(ghost, vmap) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "fsdp=8", "fsdp=2,tensor=2"])
 def test_the_private_update_moves_adapters_alone_and_the_same_on_every_mesh(mesh, decoder, batch_of, relative):
     mechanism = Mechanism(

@@ -54,6 +54,7 @@ def test_a_quadratic_where_all_is_known(preconditioned, point, batches):
     np.testing.assert_allclose(found.sampling, np.sum(bent * covariance), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_decoder_against_its_whole_hessian(decoder, batch_of, losses_of):
     """Through the model's own backward passes, which are differentiated once more."""
     model, params = decoder("biases")

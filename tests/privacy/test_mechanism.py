@@ -74,6 +74,7 @@ def test_calibration_finds_the_least_noise(epsilon, numbers):
     assert dataclasses.replace(found, noise_multiplier=0.995 * found.noise_multiplier).epsilon() > epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "sigma"), [(2, 1.224), (3, 0.968)])
 def test_calibration(epsilon, sigma):
     found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
@@ -83,6 +84,7 @@ def test_calibration(epsilon, sigma):
     assert found.largest_batch == 352
 
 
+@pytest.mark.slow
 def test_epsilon_grows_with_steps_and_sampling_and_falls_with_noise():
     small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50, largest_batch=100, steps=10)
     costs = [small.epsilon(steps) for steps in (0, 1, 10)]

@@ -98,6 +98,7 @@ def test_every_checkpoint_says_what_was_spent(finished):
     assert about["privacy"]["noise_multiplier"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, files, tmp_path, monkeypatch, capsys):
     """Same secret, same samples and noise: nothing is released twice with other noise."""
     given = ["--privacy.insecure-deterministic", "--seed", "3"]
@@ -119,6 +120,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, files, tmp_path, m
         np.testing.assert_array_equal(leaf, parts[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_runs_are_unlike(tiny, files, finished, tmp_path):
     """Another secret, other samples and other noise, with the same options."""
     train.main(
@@ -249,6 +251,7 @@ def test_a_run_that_anybody_can_look_into_says_so(tiny, files, tmp_path):
     assert about["insecure"] and about["shown"]
 
 
+@pytest.mark.slow
 def test_delta_that_means_nothing_is_warned_about(tiny, files, tmp_path, capsys):
     train.main(
         arguments(tiny, files, tmp_path / "run", private=["--privacy.noise-multiplier", "2", "--privacy.delta", "0.1"])

@@ -87,12 +87,14 @@ def test_groupwise_clipping_on_devices(mesh, released, decoder, relative):
     assert relative(found, released()[0]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 def test_microbatches_change_nothing(method, mesh, released, relative):
     assert relative(released(microbatches=4, mesh=mesh, method=method)[0], released()[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_in_one_array_of_gradients(full_compilation):
     """Beside a plain step's, which adds up in place too, the two methods that sum rows at once hold next to nothing."""
     sizes = dict(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=2, num_kv_heads=2)

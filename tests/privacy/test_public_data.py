@@ -63,6 +63,7 @@ def finished(tiny, files, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_public_updates_come_first_and_cost_nothing(finished):
     assert steps_of(finished, "public") == [1, 2] and steps_of(finished, "update") == [3, 4, 5, 6, 7, 8]
     about = json.loads((finished / "privacy.json").read_text())
@@ -128,6 +129,7 @@ def test_a_run_that_stops_in_either_phase_goes_on(at, tiny, files, finished, tmp
         np.testing.assert_array_equal(leaf, second[name])
 
 
+@pytest.mark.slow
 def test_the_private_phase_begins_without_momentum(tiny, files, tmp_path, monkeypatch):
     seen = []
     make = private_run.make_update
@@ -169,6 +171,7 @@ def test_public_numbers_end_the_public_phase(more, public, tiny, files, tmp_path
     assert shown["began"] == public
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["sample", "cosine"])
 def test_a_public_gradient_in_every_update(rule, tiny, files, tmp_path, monkeypatch):
     seen = []

@@ -108,6 +108,7 @@ def length_of(tree) -> float:
     return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 @pytest.mark.parametrize("unit", CASES)
 def test_the_whole_gradient_of_a_user_is_clipped(method, unit, drawn, gradients, decoder, losses_of, relative):

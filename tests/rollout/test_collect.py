@@ -17,6 +17,8 @@ from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.tasks.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS = [
     {"id": "first", "prompt": "sort 31:", "answer": "13", "nested": {"numbers": [1, 2.5, None], "text": "zwölf ☃"}},
     {"prompt": [{"role": "user", "content": "hi"}], "answer": "yes"},

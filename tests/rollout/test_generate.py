@@ -15,6 +15,8 @@ from shiq_jax.rollout.drawing import Sampling, behaviour_logits
 from shiq_jax.rollout.generate import Sampler, pad_prompts
 from shiq_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(11)
 NEW = 12
 FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=NEW)

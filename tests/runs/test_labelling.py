@@ -67,6 +67,7 @@ def expected(model, host_params, buffers, references, dense):
     return {name: get(name) for name in LOSSES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh", "microbatches"),
     [("kto", None, 1), ("kto", None, 4), ("kto", "fsdp=8", 1), ("kto", "replica=2,fsdp=2", 2),

@@ -26,6 +26,7 @@ def resources() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_run_and_an_evaluation_leave_nothing_open(tiny, tmp_path):
     rows, out = tmp_path / "rows.jsonl", str(tmp_path / "run")
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2)

@@ -109,6 +109,7 @@ def test_a_round_samples_from_the_policy_of_the_one_before(tiny, previous):
     assert tokens[0] != tokens[1] != tokens[2]
 
 
+@pytest.mark.slow
 def test_the_first_policy_is_the_reference_by_default(tiny, first, previous):
     for number in range(3):
         assert annotators(first / "rounds" / f"{number:03d}") == {weights(tiny)}
@@ -128,6 +129,7 @@ def test_one_round_lies_in_the_directory_of_the_run(tiny, tmp_path):
     assert not any("round" in row for row in rows_of(run, "update") + rows_of(run, "evaluation"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "more"),
     [
@@ -218,6 +220,7 @@ def test_a_recipe_names_its_references(tiny, tmp_path):
         pipeline.train(dataclasses.replace(job, resume=True))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_documentation_runs(tiny, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text().split("## Write a recipe\n")[1]
     scope: dict = {}

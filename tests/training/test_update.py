@@ -385,6 +385,7 @@ def _check_born_where_they_belong(params, mesh):
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shares == kernel.size
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_in_one_array_of_gradients(full_compilation, tmp_path):
     """What a step needs beside the state is not more for many microbatches than for one, with its gradient."""
     config = DecoderConfig(
