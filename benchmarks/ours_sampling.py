@@ -11,8 +11,8 @@ import jax
 
 from benchmarks import serving
 from shiq_jax.models import load_hf
-from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
+from shiq_jax.rollout.sampling import Sampling
 
 
 def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> None:

@@ -20,7 +20,7 @@ from jax_privacy import clipped_grad, noise_addition
 from benchmarks import serving
 from shiq_jax.models import DecoderConfig, Lora, Model, init_params, is_adapter, load_hf
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, Mechanism, count_groups
+from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, count_groups
 from shiq_jax.replay import Batch, full_rows
 from shiq_jax.tasks import fetch
 from shiq_jax.training.optimizers import Optimizer
@@ -85,7 +85,7 @@ class Steps:
 
     def mechanism(self, groupwise: bool = False) -> Mechanism:
         """Of every private step: as many units as the batch has are expected."""
-        clip, count = Abadi(1.0), self.work.units
+        clip, count = FlatClip(1.0), self.work.units
         if groupwise:
             clip = Groupwise(clip, count_groups(self.state.trainable))
         return Mechanism(

@@ -29,8 +29,8 @@ import tyro
 from experiments import bfcl_page
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.models import load_hf
-from shiq_jax.replay import Buffer, bundles
-from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.replay import Buffer, pack_groups
+from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.runs import commands, report
 from shiq_jax.runs.loss_options import PairLoss, RewardLoss
 from shiq_jax.runs.metrics import MetricsLog
@@ -155,7 +155,7 @@ class Seed:
         """Held-out questions are the same for every seed; which of the others are demonstrated is not."""
         rows = bfcl.load(fetch.bfcl(), self.scale.categories)
         share = self.scale.held_out / len(rows)
-        training, held_out = bfcl.split(rows, seed=0, held_out=min(1.02 * share, 0.9))
+        training, held_out = bfcl.split_held_out(rows, seed=0, held_out=min(1.02 * share, 0.9))
         order = np.random.default_rng(self.seed).permutation(len(training))
         training = [training[index] for index in order]
         shown, asked = self.scale.demonstrations, self.scale.prompts
@@ -299,11 +299,11 @@ class Seed:
 
 
 def _tokens(path: Path, unit: str) -> int:
-    """Tokens of one pass over a buffer, what the sequences of a bundle share at their beginning counted once."""
+    """Tokens of one pass over a buffer, what the sequences of a pack_group share at their beginning counted once."""
     buffer = Buffer.open(path)
     total = 0
-    for bundle in bundles(buffer, unit):
-        members = buffer.read([number for example in bundle for number in example])
+    for pack_group in pack_groups(buffer, unit):
+        members = buffer.read([number for example in pack_group for number in example])
         before: list[int] = []
         # In order, each sequence shares most with the one before it.
         for tokens in sorted(record.tokens.tolist() for record in members):

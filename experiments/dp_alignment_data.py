@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import load_hf
 from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.tasks import bfcl, fetch, rewards
@@ -50,7 +50,7 @@ class Sizes:
 def write_questions(root: Path, sizes: Sizes) -> None:
     """Questions of every part, as files: none is in two of them, and held-out ones share no function with others."""
     rows = bfcl.load(fetch.bfcl(), ("simple_python",))
-    sides = bfcl.split(rows, seed=0, held_out=0.25)
+    sides = bfcl.split_held_out(rows, seed=0, held_out=0.25)
     training, held_out = ([row for row in side if _length(row) <= LONGEST] for side in sides)
     # Not every question is answered wrong once, so that more are asked than are needed.
     shown, tried = sizes.demonstrations, sizes.demonstrations + sizes.tuning * 3 // 2
@@ -73,7 +73,7 @@ def write_pairs(root: Path, reference: Path, sizes: Sizes) -> None:
     as a whole.
 
     Raises:
-        Refusal: fewer questions than wanted are answered wrong.
+        UserError: fewer questions than wanted are answered wrong.
     """
     wanted = {"tuning": sizes.tuning, "private": sizes.units, "held_out": None}
     questions = {name: read(root / f"{name}.jsonl") for name in wanted}
@@ -81,7 +81,7 @@ def write_pairs(root: Path, reference: Path, sizes: Sizes) -> None:
     for name, rows in questions.items():
         found = [pair for row in rows if (pair := pair_of(row, answers[row["id"]]))]
         if wanted[name] is not None and len(found) < wanted[name]:
-            raise Refusal(f"{len(found)} questions of the part {name} give a pair, of {wanted[name]}: ask for fewer")
+            raise UserError(f"{len(found)} questions of the part {name} give a pair, of {wanted[name]}: ask for fewer")
         write_pair_files(root, name, found[: wanted[name]])
 
 

@@ -27,24 +27,24 @@ import tyro
 
 from experiments import dp_pretraining_page, source_code
 from experiments.dp_pretraining_membership import Attacks
-from experiments.dp_pretraining_noise import LARGE, Reading, curve
+from experiments.dp_pretraining_noise import LARGE, ImportContext, curve
 from experiments.dp_pretraining_steps import single_steps
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import (
-    Abadi,
     AutoS,
     AutoV,
     ClipRule,
-    Global,
+    DropAbove,
+    FlatClip,
     Mechanism,
-    change_over,
     mixing_weight,
-    monitored,
+    monitor,
+    reset_optimizer,
 )
-from shiq_jax.privacy.phases import Reset
+from shiq_jax.privacy.public_to_private import Reset
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.progress import shown, track
+from shiq_jax.progress import display, track
 from shiq_jax.replay import full_rows
 from shiq_jax.runs import report
 from shiq_jax.training.private_gradient import UnitLosses
@@ -114,7 +114,7 @@ RESETS = {f"mixed 10%, epsilon 8, reset {name}": Arm(0.1, 8.0, reset=name) for n
 # Each at epsilon 8 from scratch, with one seed.
 RULES = {
     f"{type(rule).__name__}, R = {rule.clip_norm:g}": Arm(0.0, 8.0, clip=rule)
-    for rule in (AutoV(), Abadi(0.1), Abadi(1.0), Abadi(10.0), Global(1.0), Global(10.0))
+    for rule in (AutoV(), FlatClip(0.1), FlatClip(1.0), FlatClip(10.0), DropAbove(1.0), DropAbove(10.0))
 }
 ATTACKED = {
     "only public": ARMS["only public"],
@@ -142,7 +142,7 @@ class Options:
     """Where the numbers are kept; the page and the figures go beside it."""
 
 
-@shown()
+@display()
 def main(options: Options) -> None:
     """Run what is missing, keep its numbers, draw the page."""
     scale = QUICK if options.quick else Scale()
@@ -187,11 +187,11 @@ def main(options: Options) -> None:
     dp_pretraining_page.write(found, path.with_suffix(".md"))
 
 
-def readings(scale: Scale) -> dict[str, Reading]:
+def readings(scale: Scale) -> dict[str, ImportContext]:
     """What noise is asked for, by batch: the experiment's own data, in sixteen steps at least, and many more."""
     read = scale.batch * scale.steps
     batches = tuple(2**power for power in range(scale.batch.bit_length() - 4, (read // 16).bit_length()))
-    here = Reading(scale.private, read / scale.private, DELTA, batches)
+    here = ImportContext(scale.private, read / scale.private, DELTA, batches)
     return {"here": here} if scale == QUICK else {"here": here, "large": LARGE}
 
 
@@ -234,9 +234,7 @@ class Experiment:
                 tried[kind][f"{rate:g}"] = self.held_out(state, self.text.public_held_out)
         return {kind: float(min(losses, key=losses.get)) for kind, losses in tried.items()} | {"tried": tried}
 
-    def mechanism(
-        self, epsilon: float, steps: int, clip: ClipRule = AutoS(), units: int | None = None
-    ) -> Mechanism:
+    def mechanism(self, epsilon: float, steps: int, clip: ClipRule = AutoS(), units: int | None = None) -> Mechanism:
         """Of so many private steps on so many units, by default all."""
         if epsilon == math.inf:
             return dataclasses.replace(self.mechanism(max(EPSILONS), steps, clip, units), noise_multiplier=0.0)
@@ -269,7 +267,7 @@ class Experiment:
                 state = public(state, draw(step), step)
                 continue
             if step == first:
-                state = state._replace(opt_state=change_over(state.opt_state, arm.reset))
+                state = state._replace(opt_state=reset_optimizer(state.opt_state, arm.reset))
             state = private(state, drawn(step), step)
         yield steps, state
 
@@ -284,7 +282,7 @@ class Experiment:
                 if arm.monitored and seed == scale.seeds[0] and step < plan.steps:
                     seen.append([step, self.look(state, mechanism, seed)])
         return {
-            "losses": losses, "switch": plan.first, "monitored": seen,
+            "losses": losses, "switch": plan.first, "monitor": seen,
             "seconds": round(time.monotonic() - began, 1),
             "noise_multiplier": mechanism and mechanism.noise_multiplier,
             # JSON has no infinity.
@@ -315,7 +313,7 @@ class Experiment:
 
     def _look(self, state: State, batches, key, mechanism: Mechanism, probes: int):
         about = dict(mechanism=mechanism, b2=B2, probes=probes)
-        return monitored(self.losses, state.trainable, state.opt_state, batches, key, **about)
+        return monitor(self.losses, state.trainable, state.opt_state, batches, key, **about)
 
     def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
         rule = optax.adamw(rate, b2=B2, weight_decay=0.0)

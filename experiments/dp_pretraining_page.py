@@ -107,12 +107,12 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
             f"private training at epsilon 8 clipping takes {part:.0%} and noise {1 - part:.0%}, "
             "with the learning rate that was chosen for both."
         )
-    seen = [values for name in MONITORED for _, values in monitored(found, name)]
+    seen = [values for name in MONITORED for _, values in monitor(found, name)]
     known = [values["slowdown"] for values in seen if values["trace"] > 0]
     if known:
         said.append(
             f"Noise would slow a single step along the gradient by a factor of {max(known):.2f} at most, were its "
-            f"learning rate the best one; so say {len(known)} of the {len(seen)} points that were monitored, and in "
+            f"learning rate the best one; so say {len(known)} of the {len(seen)} points that were monitor, and in "
             "the others the trace was below 0 and says nothing. It is not what noise costs an arm, "
             "[as is said below](#noise-in-a-step-and-in-an-arm)."
         )
@@ -125,10 +125,10 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def monitored(found: Mapping[str, Any], name: str) -> list[tuple[int, dict]]:
+def monitor(found: Mapping[str, Any], name: str) -> list[tuple[int, dict]]:
     """What was monitored of an arm in its first seed."""
     runs = found["arms"].get(name, {})
-    return [tuple(each) for each in next(iter(runs.values()))["monitored"]] if runs else []
+    return [tuple(each) for each in next(iter(runs.values()))["monitor"]] if runs else []
 
 
 def reconciled(found: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def reconciled(found: Mapping[str, Any]) -> str:
     times = [
         rate * values["clipped"] / values["learning_rate"]
         for name in MONITORED
-        for _, values in monitored(found, name)
+        for _, values in monitor(found, name)
         if values["trace"] > 0
     ]
     if not times:
@@ -208,7 +208,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def text(found: Mapping[str, Any]) -> str:
     """The page."""
     scale, rates = found["settings"], found["rates"]
-    seen = {name: monitored(found, name) for name in MONITORED}
+    seen = {name: monitor(found, name) for name in MONITORED}
     lines = ["| arm | step | gradient | G'HG | tr(H) | decelerator | slow-down | best batch |", "|---|" + "---|" * 7]
     for name, each in seen.items():
         for step, values in each[:: max(len(each) // 5, 1)]:
@@ -242,7 +242,7 @@ is forgotten. Recipe and analysis: [privacy](../privacy.md#first-public-then-pri
 The noise of a private step from scratch at epsilon 8 is {noise_length(found, "fully private, epsilon 8"):.1f} long, sigma / batch *
 sqrt(parameters), and a mean of clipped gradients at most 1.
 {reasons(found)}
-## What was monitored
+## What was monitor
 
 From public sequences alone, in the metric of Adam, first seed: the squared gradient, the curvature along it, the trace
 of the Hessian, the decelerator, by how much noise slows a step, and the batch whose units gain most. Where the
@@ -265,7 +265,7 @@ def write(found: Mapping[str, Any], page: Path) -> None:
     runs = {
         name: [
             values | {"step": step} | dict.fromkeys(hidden if values["trace"] <= 0 else (), math.nan)
-            for step, values in monitored(found, name)
+            for step, values in monitor(found, name)
         ]
         for name in MONITORED
     }

@@ -14,11 +14,11 @@ from shiq_jax.privacy import (
     Improvement,
     Landscape,
     Mechanism,
-    adam_memory,
     adam_preconditioner,
+    adam_state,
     clipped_sum,
     improvement,
-    privatise,
+    privatize,
 )
 from shiq_jax.replay import full_rows
 
@@ -50,7 +50,7 @@ def single_steps(
         experiment.losses,
         lambda params: experiment.loss(params, experiment.text.public_held_out),
         state.trainable,
-        adam_preconditioner(adam_memory(state.opt_state), b2),
+        adam_preconditioner(adam_state(state.opt_state), b2),
         lambda rng, count: full_rows(known[rng.integers(0, len(known), count)]),
         said,
         plan.mechanism,
@@ -79,7 +79,7 @@ def measured_steps(
         params: to step from.
         scale: pytree like params, the diagonal that steps are multiplied by.
         draw: so many units, at random.
-        said: what `monitored` found, with that diagonal.
+        said: what `monitor` found, with that diagonal.
         mechanism: of which noise and clip rule are taken.
         batches: numbers of units.
         seed: of units and noise.
@@ -96,7 +96,7 @@ def measured_steps(
         total = clipped_sum(losses, params, units, clip=mechanism.clip, method="scan")[0]
         of = dataclasses.replace(mechanism, expected_batch=len(jax.tree.leaves(units)[0]))
         silent = dataclasses.replace(of, noise_multiplier=0.0)
-        gradients = (privatise(total, each, key, 0) for each in (of, silent))
+        gradients = (privatize(total, each, key, 0) for each in (of, silent))
         return [
             jax.tree.map(lambda leaf, p, g, rate=rate: leaf - rate * p * g, params, scale, gradient)
             for gradient, rate in zip(gradients, rates, strict=True)

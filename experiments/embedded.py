@@ -1,6 +1,6 @@
 """The figure of the embedded default: `python -m experiments.embedded` regenerates docs/results/embedded.png.
 
-    python -m experiments.embedded --quick    a few updates: tries the script, says nothing
+python -m experiments.embedded --quick    a few updates: tries the script, says nothing
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import optax
 import tyro
 
 from experiments import frontier_page
-from shiq_jax.models import Headed
+from shiq_jax.models import ModelWithHeads
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer
@@ -194,7 +194,7 @@ class Lab:
         batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, references=references)
         model, params = self.model, jax.tree.map(jax.numpy.copy, self.params)
         if objective.heads:
-            model = Headed.of(model, objective.heads)
+            model = ModelWithHeads.of(model, objective.heads)
             params = model.with_heads(params, jax.random.key(self.seed))
         return batches, _update(model, name), init_state(model, params, _rule())
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 # What the project itself needs, so that it is there.
 PACKAGES = ("jax", "flax", "optax", "chex", "numpy", "pyarrow", "datasets", "transformers", "matplotlib", "rich")
@@ -33,7 +33,7 @@ def load(public: int, private: int, held_out: int, seed: int = 0) -> Text:
     """So many sequences of each, drawn once and for all.
 
     Raises:
-        Refusal: there are not so many.
+        UserError: there are not so many.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     own = list(_files(library, skip=("site-packages", "test", "tests", "idlelib", "lib2to3")))
@@ -45,7 +45,7 @@ def load(public: int, private: int, held_out: int, seed: int = 0) -> Text:
     rng, found = np.random.default_rng(seed), []
     for pool, wanted in zip(pools, (public, held_out, held_out, private), strict=True):
         if len(pool) < wanted:
-            raise Refusal(
+            raise UserError(
                 f"there are {len(pool)} sequences of source code here, and {wanted} are needed: ask for fewer"
             )
         found.append(pool[np.sort(rng.choice(len(pool), wanted, replace=False))])
@@ -59,7 +59,7 @@ def _files(home: Path, skip: Sequence[str]) -> Iterator[Path]:
 def _home(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise Refusal(f"the package {package} is not installed: pip install -e . brings it")
+        raise UserError(f"the package {package} is not installed: pip install -e . brings it")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -12,29 +12,29 @@ _POINTER = b"version https://git-lfs"
 _NUMBERS = {getattr(errno, name) for name in _DISK}
 
 
-class Refusal(ValueError):
+class UserError(ValueError):
     """Input that cannot be used, told in one sentence: what was found, where, what is expected and how to mend it.
 
     The commands print the sentence and exit with code 2; library callers catch it as the `ValueError` it is.
     """
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refusal when a file is only what Git LFS leaves in the place of a large file that it has not fetched."""
+def check_not_lfs_pointer(path: Path) -> None:
+    """UserError when a file is only what Git LFS leaves in the place of a large file that it has not fetched."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(_POINTER))
     except OSError:
         return
     if start == _POINTER:
-        raise Refusal(
+        raise UserError(
             f"{path}: is a pointer of Git LFS and not the file itself; run `git lfs pull` where it was cloned"
         )
 
 
 @contextlib.contextmanager
-def disk_refusals(place: Path | None = None) -> Iterator[None]:
-    """Inside, also as a decorator, what a full or unwritable disk raises becomes a Refusal.
+def disk_errors(place: Path | None = None) -> Iterator[None]:
+    """Inside, also as a decorator, what a full or unwritable disk raises becomes a UserError.
 
     The libraries that write checkpoints, weights and tokenizers have exceptions of their own for it, which hold the
     system's words; so the whole chain of causes is looked through.
@@ -43,13 +43,13 @@ def disk_refusals(place: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except Refusal:
+    except UserError:
         raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
             if reason := _reason(cause, place):
-                raise Refusal(
+                raise UserError(
                     f"{reason}: make room or name a place that can be written; what was complete before is as it was, "
                     "and a run that has begun goes on with --resume"
                 ) from error

@@ -24,7 +24,7 @@ _shown = False
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[None]:
+def display() -> Iterator[None]:
     """Inside, also as a decorator, `track` shows progress on stderr; outside it only passes items through."""
     global _shown
     before, _shown = _shown, True
@@ -58,14 +58,14 @@ def track(
         note: more to say behind the numbers, asked for after an item is done.
     """
     name, size = amount or (None, lambda item: 0.0)
-    with counting(what, total, unit, first=first, amount=name, note=note) as advance:
+    with counter(what, total, unit, first=first, amount=name, note=note) as advance:
         for item in items:
             yield item
             advance(size(item))
 
 
 @contextlib.contextmanager
-def counting(
+def counter(
     what: str,
     total: int | None = None,
     unit: str = "items",

@@ -20,8 +20,14 @@ FLOORS = (
     {"runs", "tasks"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-EXCEPTIONS = {("training", "rollout"), ("federated", "training"), ("privacy", "models"), ("data", "replay"), ("runs", "tasks")}
-# Refusals, progress and stop requests stand under the whole house, but the losses do not lean even on those.
+EXCEPTIONS = {
+    ("training", "rollout"),
+    ("federated", "training"),
+    ("privacy", "models"),
+    ("data", "replay"),
+    ("runs", "tasks"),
+}
+# UserErrors, progress and stop requests stand under the whole house, but the losses do not lean even on those.
 GROUND = {"errors", "progress", "stopping"}
 OF_OBJECTIVES = {"jax", "numpy", "chex", "jaxtyping"}
 
@@ -148,8 +154,8 @@ print(sorted(shiq_jax.objectives.OBJECTIVES))
     ("importer", "source", "found"),
     [
         ("objectives", "import shiq_jax.sharding", {"sharding"}),
-        ("objectives", "from shiq_jax.errors import Refusal", {"errors"}),
-        ("sharding", "from shiq_jax.errors import Refusal", set()),
+        ("objectives", "from shiq_jax.errors import UserError", {"errors"}),
+        ("sharding", "from shiq_jax.errors import UserError", set()),
         ("models", "from shiq_jax.progress import track", set()),
         ("objectives", "from shiq_jax.progress import track", {"progress"}),
         ("errors", "from shiq_jax.progress import track", {"progress"}),

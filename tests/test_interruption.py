@@ -15,13 +15,13 @@ import pytest
 import train as training_door
 from experiments import interruption
 from shiq_jax import stopping
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
 from shiq_jax.replay.locks import exclusive
 from shiq_jax.runs import sampling
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.training import evaluation, reference
-from shiq_jax.training.callbacks import RefuseNonFinite
+from shiq_jax.training.callbacks import CheckFinite
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -162,14 +162,14 @@ def at_update(stage, step):
 # Where the signal comes, and what the run then says; in the order in which a run gets there.
 STOPS = {
     "sampled": [
-        (RefuseNonFinite, "on_update", at_update("warm start", 2), "stopped at warm start 2 of 3"),
+        (CheckFinite, "on_update", at_update("warm start", 2), "stopped at warm start 2 of 3"),
         (sampling, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
         (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
-        (RefuseNonFinite, "on_update", at_update("update", 1), "stopped at update 2 of 6"),
-        (RefuseNonFinite, "on_update", at_update("update", 3), "stopped at update 3 of 6"),
+        (CheckFinite, "on_update", at_update("update", 1), "stopped at update 2 of 6"),
+        (CheckFinite, "on_update", at_update("update", 3), "stopped at update 3 of 6"),
         (reference, "statistics_of", lambda *_, **__: True, "stopped at update 3 of 6"),
     ],
-    "data": [(RefuseNonFinite, "on_update", at_update("update", 2), "stopped at update 2 of")],
+    "data": [(CheckFinite, "on_update", at_update("update", 2), "stopped at update 2 of")],
 }
 
 
@@ -199,17 +199,17 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
     from shiq_jax.replay import Buffer
     from shiq_jax.training import annotation
 
-    compute, shapes = annotation._bundle_statistics, []
+    compute, shapes = annotation._pack_group_statistics, []
 
-    def spied(model, params, trees, bundles, shape, *options):
+    def spied(model, params, trees, pack_groups, shape, *options):
         # Evaluations compute statistics of lists of samples.
         if isinstance(trees.records, Buffer):
             shapes.append(shape)
             if len(shapes) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return compute(model, params, trees, bundles, shape, *options)
+        return compute(model, params, trees, pack_groups, shape, *options)
 
-    monkeypatch.setattr(annotation, "_bundle_statistics", spied)
+    monkeypatch.setattr(annotation, "_pack_group_statistics", spied)
     run(jobs["data"], tmp_path / "run")
     ((_, shards),) = Buffer.open(tmp_path / "run" / "buffer").identities()
     total = len(Buffer.open(tmp_path / "run" / "buffer").shards)
@@ -221,14 +221,14 @@ def test_annotation_that_was_stopped_goes_on_shard_by_shard(jobs, whole, tmp_pat
 
 @pytest.mark.parametrize("times, said", [(1, "stopped at warm start 2 of 3"), (2, "interrupted")])
 def test_an_interrupt_stops_after_the_step_and_a_second_at_once(times, said, jobs, tmp_path, monkeypatch, capfd):
-    check = RefuseNonFinite.on_update
+    check = CheckFinite.on_update
 
     def interrupt(callback, done):
         for _ in range(times if done.step == 1 else 0):
             os.kill(os.getpid(), signal.SIGINT)
         check(callback, done)
 
-    monkeypatch.setattr(RefuseNonFinite, "on_update", interrupt)
+    monkeypatch.setattr(CheckFinite, "on_update", interrupt)
     with pytest.raises(SystemExit) as stop:
         run(jobs["sampled"], tmp_path / "run")
     assert stop.value.code == 130
@@ -280,7 +280,7 @@ def test_a_second_process_is_refused_and_the_kernel_lets_go_of_a_killed_one(tmp_
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Refusal) as refused, run.locked():
+        with pytest.raises(UserError) as refused, run.locked():
             raise AssertionError("both hold the run")
         said = f"another process is at work in {run.path}: wait until it has ended, or name another --output-dir"
         assert str(refused.value) == said
@@ -306,7 +306,7 @@ def test_only_one_of_two_begins(tmp_path):
     first, second = (RunDirectory(tmp_path / "run") for _ in range(2))
     first.path.mkdir()
     first._claim({"seed": 1})
-    with pytest.raises(Refusal, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         second._claim({"seed": 2})
     assert '"seed": 1' in first.config.read_text() and list(first.path.iterdir()) == [first.config]
 

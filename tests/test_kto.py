@@ -10,7 +10,7 @@ import eval as evaluation_door
 import train as training_door
 from shiq_jax.replay import Buffer
 from shiq_jax.training import reference
-from shiq_jax.training.callbacks import RefuseNonFinite
+from shiq_jax.training.callbacks import CheckFinite
 
 DATA = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--batch-size", "2",
@@ -96,9 +96,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path,
             raise KeyboardInterrupt
         return check(*args)
 
-    check = RefuseNonFinite.on_update
+    check = CheckFinite.on_update
     with monkeypatch.context() as patch:
-        place = (reference, "annotate") if stage == "labels" else (RefuseNonFinite, "on_update")
+        place = (reference, "annotate") if stage == "labels" else (CheckFinite, "on_update")
         patch.setattr(*place, lambda *a, **_: die(*a))
         with pytest.raises(SystemExit) as stop:
             training_door.main(arguments)

@@ -14,7 +14,7 @@ from shiq_jax.progress import track
 @pytest.fixture(autouse=True)
 def shown():
     """Progress is shown, as the commands show it."""
-    with progress.shown():
+    with progress.display():
         yield
 
 

@@ -13,7 +13,7 @@ import train as training_door
 from shiq_jax.replay import Schedule
 from shiq_jax.runs import pipeline
 from shiq_jax.tasks.tiny import tiny_directory
-from shiq_jax.training.callbacks import RefuseNonFinite
+from shiq_jax.training.callbacks import CheckFinite
 from shiq_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -287,7 +287,7 @@ def stopped(original, tmp_path_factory):
     """Where a run lies that was stopped after its second update of four, and a copy to bring it back from."""
     place = tmp_path_factory.mktemp("stopped")
     shutil.copytree(original, place / "root")
-    check = RefuseNonFinite.on_update
+    check = CheckFinite.on_update
 
     def stop(callback, done):
         if done.step == 3:
@@ -295,7 +295,7 @@ def stopped(original, tmp_path_factory):
         check(callback, done)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(RefuseNonFinite, "on_update", stop)
+        patch.setattr(CheckFinite, "on_update", stop)
         training_door.main(arguments_of(place / "root"))
     shutil.copytree(place / "root", place / "kept")
     return place

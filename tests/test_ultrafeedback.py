@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation_door
 import train as training_door
-from shiq_jax.replay import Buffer, bundles
+from shiq_jax.replay import Buffer, pack_groups
 from shiq_jax.runs import commands
 
 DATA = Path(__file__).parent / "data"
@@ -50,7 +50,7 @@ def refusal(arguments, capsys) -> str:
 def test_both_objectives_learn_from_the_same_answers(trained):
     groups, pairs = (Buffer.open(trained / name / "buffer") for name in ("shiq", "dpo"))
     assert len(groups) == 19 and len(set(groups.group_ids())) == 6
-    chosen = [number for ((best, worst),) in bundles(groups, "pair") for number in (best, worst)]
+    chosen = [number for ((best, worst),) in pack_groups(groups, "pair") for number in (best, worst)]
     assert [pairs[number].tokens.tolist() for number in range(len(pairs))] == [
         groups[number].tokens.tolist() for number in chosen
     ]

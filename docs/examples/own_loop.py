@@ -12,7 +12,7 @@ from flax import nnx
 
 from shiq_jax.objectives import dpo_loss, token_stats
 from shiq_jax.training.batches import DeviceBatch
-from shiq_jax.training.callbacks import RefuseNonFinite
+from shiq_jax.training.callbacks import CheckFinite
 from shiq_jax.training.fit import Callback, fit
 
 VOCABULARY, LENGTH, PAIRS, FEATURES, BATCH, STEPS = 32, 8, 512, 16, 128, 150
@@ -92,7 +92,7 @@ def main() -> tuple[float, float]:
     measure = Measure(accuracy, every=50)
     state = State(params, optimizer.init(params))
     before = accuracy(params)
-    state = fit(state, update, batches, start=0, stop=STEPS, callbacks=[RefuseNonFinite(), measure])
+    state = fit(state, update, batches, start=0, stop=STEPS, callbacks=[CheckFinite(), measure])
     print(f"held-out pairs ranked correctly: {before:.2f} before, then {measure.found}")
     return before, measure.found[STEPS]
 

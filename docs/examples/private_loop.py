@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shiq_jax.privacy import AutoS, Mechanism, Secret, clipped_sum, per_example, privatise
+from shiq_jax.privacy import AutoS, Mechanism, Secret, clipped_sum, per_example, privatize
 
 ROWS, FEATURES = 4000, 8
 
@@ -42,7 +42,7 @@ def main() -> tuple[float, float]:
     def update(params, state, batch, real, key, step):
         # The norms and losses beside the sum are private.
         total, _, _ = clipped_sum(per_example(loss), params, batch, clip=mechanism.clip, mask=real)
-        gradient = privatise(total, mechanism, key, step)
+        gradient = privatize(total, mechanism, key, step)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shiq_jax.data.pairs import Messages, split_pair
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 LISTS = ("completions", "responses", "answers", "generations", "all_generated_responses")
 TEXTS = ("response", "completion", "answer", "generation", "text", "content")
@@ -83,7 +83,7 @@ def split_answers(row: Mapping[str, Any], score: str | None = None) -> Answers:
     Where UltraFeedback's `fine-grained_score` is missing, it is the mean of those ratings in `annotations` that are
     numbers. Texts that are numbers count as numbers; null, NaN and other texts as none.
 
-    Raises Refusal when answers, scores and ranks do not belong together, or one of them cannot be what it should be.
+    Raises UserError when answers, scores and ranks do not belong together, or one of them cannot be what it should be.
     """
     name, sides, *_ = find_answers(row)
     if name is None or sides:
@@ -98,7 +98,7 @@ def split_answers(row: Mapping[str, Any], score: str | None = None) -> Answers:
         field, scores = _scores_of_lists(row, len(texts), score)
         ranks = next((_aligned(row, known, len(texts)) for known in RANKS if isinstance(row.get(known), list)), None)
     else:
-        raise Refusal(f"field {name!r} mixes texts with objects: expected a list of answers, all of one kind")
+        raise UserError(f"field {name!r} mixes texts with objects: expected a list of answers, all of one kind")
     return _answers(prompt_row(row), {name, field}, texts, field, scores, ranks, score)
 
 
@@ -112,14 +112,14 @@ def prompt_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"prompt": [{"role": "user", "content": row["instruction"]}]}
 
 
-def said(answer: str | Messages) -> str:
-    """The text of an answer that is a text, or one assistant's message; Refusal for longer conversations."""
+def answer_text(answer: str | Messages) -> str:
+    """The text of an answer that is a text, or one assistant's message; UserError for longer conversations."""
     if isinstance(answer, str):
         return answer
     if len(answer) == 1 and answer[0].get("role") == "assistant" and isinstance(answer[0].get("content"), str):
         return answer[0]["content"]
     roles = ", ".join(str(message.get("role")) for message in answer)
-    raise Refusal(
+    raise UserError(
         f"an answer is a conversation with the roles {roles}, but a scoring function reads one text: give such rows "
         "rewards of their own, one per assistant turn"
     )
@@ -155,7 +155,7 @@ def _text_of(entry: Mapping[str, Any], name: str, number: int) -> str | Messages
     for known in TEXTS:
         if isinstance(entry.get(known), str | list):
             return entry[known]
-    raise Refusal(
+    raise UserError(
         f"field {name!r}, answer {number} has no text (found: {', '.join(map(str, entry)) or 'none'}): expected one of "
         f"{', '.join(TEXTS)}"
     )
@@ -222,21 +222,21 @@ def _answers(row: dict, spent: set, texts: list, field: str | None, scores: list
 
 def _aligned(row: Mapping[str, Any], name: str, size: int) -> list:
     if len(row[name]) != size:
-        raise Refusal(f"field {name!r} has {len(row[name])} entries for {size} answers: give one per answer")
+        raise UserError(f"field {name!r} has {len(row[name])} entries for {size} answers: give one per answer")
     return row[name]
 
 
 def _ranks(ranks: list) -> list[float]:
     numbers = [_number(rank, "rank") for rank in ranks]
     if None in numbers:
-        raise Refusal(
+        raise UserError(
             f"the ranks of the answers are {json.dumps(ranks, default=str)[:60]}: expected a number for every answer"
         )
     return numbers
 
 
 def _number(value: Any, name: str) -> float | None:
-    """A number, None for what is none; Refusal for one that no reward can be."""
+    """A number, None for what is none; UserError for one that no reward can be."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -249,4 +249,4 @@ def _number(value: Any, name: str) -> float | None:
 
 
 def _too_large(value: Any, name: str) -> float:
-    raise Refusal(f"field {name!r} holds {str(value)[:60]}: expected finite numbers")
+    raise UserError(f"field {name!r} holds {str(value)[:60]}: expected finite numbers")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shiq_jax.errors import Refusal, refuse_pointer
+from shiq_jax.errors import UserError, check_not_lfs_pointer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 _MARK = "0MARK0"
@@ -35,38 +35,40 @@ def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
     """The transformers tokenizer of a model directory or of a hub id.
 
     vocab_size: of the model, when it is known.
-    Raises Refusal when there is no tokenizer, or it has a token that lies outside the model's vocabulary. (Vocabularies
+    Raises UserError when there is no tokenizer, or it has a token that lies outside the model's vocabulary. (Vocabularies
     that are larger than their tokenizer are common: they are filled up to a round number.)
     """
     from transformers import AutoTokenizer
 
     name = str(path_or_hub_id)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise Refusal(f"the directory {name} does not exist: expected a model directory with a tokenizer, or a hub id")
+        raise UserError(
+            f"the directory {name} does not exist: expected a model directory with a tokenizer, or a hub id"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         if Path(name).is_dir():
             for file in sorted(Path(name).glob("*token*")):
-                refuse_pointer(file)
+                check_not_lfs_pointer(file)
             found = ", ".join(sorted(entry.name for entry in Path(name).iterdir())) or "nothing"
             reason = " ".join(str(error).split())[:200]
-            raise Refusal(
+            raise UserError(
                 f"{name} holds no tokenizer that transformers can load ({reason}; it holds: {found}): expected "
                 "tokenizer.json or another tokenizer format beside config.json; save one there with "
                 "tokenizer.save_pretrained"
             ) from error
-        raise Refusal(
+        raise UserError(
             f"{name!r} is neither a directory with a tokenizer nor a hub id that can be reached now: check the "
             "spelling, or download the model and pass its directory"
         ) from error
     if not len(tokenizer):
-        raise Refusal(
+        raise UserError(
             f"the tokenizer of {name} has no tokens: expected a trained vocabulary; copy the right tokenizer.json"
         )
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if vocab_size is not None and number >= vocab_size:
-        raise Refusal(
+        raise UserError(
             f"the tokenizer of {name} gives {token!r} the id {number}, and the model has a vocabulary of {vocab_size}: "
             "expected the tokenizer that the model was trained with; copy its files beside config.json"
         )
@@ -84,7 +86,7 @@ def encode_prompt(tokenizer, prompt: Prompt, tools: Sequence[Mapping] | None = N
     else:
         tokens = tokenizer(_render(tokenizer, prompt, tools, open_turn=True), add_special_tokens=False).input_ids
     if not tokens:
-        raise Refusal(
+        raise UserError(
             "a prompt is empty and the tokenizer adds no token at its start, so the first action would have no "
             "predictor: give the prompt some text"
         )
@@ -104,7 +106,7 @@ def encode_completion(
       tools: passed to the chat template.
 
     Text is closed by `end_of_turn` after messages and by the tokenizer's EOS after a text, unless it ends so already.
-    Raises Refusal when the completion has no assistant turn, or when the template renders a turn differently once later
+    Raises UserError when the completion has no assistant turn, or when the template renders a turn differently once later
     turns follow, so that no single sequence of tokens is what the policy saw.
     """
     if isinstance(completion, str):
@@ -139,7 +141,7 @@ def stop_tokens(tokenizer, model: str | Path | None = None) -> tuple[int, ...]:
     """All ids after which generation stops, sorted: EOS, the chat template's end of turn, and those the model names.
 
     `model` is a directory or hub id; its generation_config.json (or, without one, its config.json) may list more EOS
-    ids. Raises Refusal when that file is not a JSON object.
+    ids. Raises UserError when that file is not a JSON object.
     """
     named = _named_stops(model) if model is not None else None
     stops = [named] if isinstance(named, int) else named or []
@@ -154,11 +156,11 @@ def _named_stops(model: str | Path) -> int | list[int] | None:
             try:
                 stops = json.loads(Path(file).read_text()).get("eos_token_id")
             except (ValueError, AttributeError) as error:
-                raise Refusal(
+                raise UserError(
                     f"{file} is not a JSON object: expected the model's settings; download it again"
                 ) from error
             if not all(isinstance(stop, int) for stop in (stops if isinstance(stops, list) else [stops or 0])):
-                raise Refusal(f"{file} has the eos_token_id {stops!r}: expected a token id, or a list of them")
+                raise UserError(f"{file} has the eos_token_id {stops!r}: expected a token id, or a list of them")
             return stops
     return None
 
@@ -174,7 +176,7 @@ def _hub_file(name: str, file: str) -> str | None:
 
 def _eos(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
-        raise Refusal(
+        raise UserError(
             "the tokenizer names no EOS token, so no completion could end: set eos_token in its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
@@ -200,12 +202,12 @@ def _render(tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | N
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):
-        raise Refusal(
+        raise UserError(
             "a prompt or completion is a list of messages, but the tokenizer has no chat template: give plain text, "
             "or a model directory whose tokenizer has one"
         )
     if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        raise Refusal(
+        raise UserError(
             f"a conversation is {json.dumps(messages, default=str)[:120]}: expected a non-empty list of messages "
             '{"role": ..., "content": ...}'
         )
@@ -218,7 +220,7 @@ def _render(tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | N
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
-        raise Refusal(
+        raise UserError(
             f"the tokenizer's chat template refuses a conversation with the roles {roles} ({error}): expected roles "
             "and contents that the template supports"
         ) from error
@@ -252,7 +254,7 @@ def _encode_single(tokenizer, prompt: Prompt, completion: str, tools: Sequence[M
 def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Mapping] | None) -> Encoded:
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in completion]
     if "assistant" not in roles:
-        raise Refusal(
+        raise UserError(
             f"a completion has the roles {roles}: expected at least one assistant message, for only those are actions"
         )
     last = max(index for index, role in enumerate(roles) if role == "assistant")
@@ -262,7 +264,7 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
     def advance(rendered: str, reason: str) -> list[int]:
         nonlocal text, tokens
         if not rendered.startswith(text):
-            raise Refusal(
+            raise UserError(
                 f"the tokenizer's chat template rewrites earlier turns when {reason}, so one sequence of tokens "
                 "cannot be what the policy saw at every turn: give one record per turn, or a template that only appends"
             )
@@ -282,7 +284,7 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
         elif index == last:
             pieces.append((turn + [stop], True))
         else:
-            raise Refusal(
+            raise UserError(
                 "the tokenizer's chat template closes an assistant turn with no token of its own, so a policy could "
                 "not end it: use a template that closes turns, or one record per turn"
             )

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from shiq_jax.data.answers import SCORES, Answers, prompt_row, said, split_answers
+from shiq_jax.data.answers import SCORES, Answers, answer_text, prompt_row, split_answers
 from shiq_jax.data.chat import Encoded, encode_completion, encode_text
 from shiq_jax.data.fields import check_prompt, check_text, field, split_conversation
 from shiq_jax.data.files import located_rows, read_jsonl, rows
+from shiq_jax.data.import_context import ImportContext
 from shiq_jax.data.kinds import Kind, classify
-from shiq_jax.data.reading import Reading
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay.export import record_from_json
 from shiq_jax.replay.preference import chosen_and_rejected
 from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record
@@ -40,7 +40,7 @@ _LARGEST_REWARD = float(np.finfo(np.float32).max)
 _LABEL = "true for a desirable answer, false for an undesirable one"
 
 __all__ = [
-    "Reading",
+    "ImportContext",
     "demonstrations",
     "labelled",
     "preferences",
@@ -51,22 +51,22 @@ __all__ = [
 ]
 
 
-def trajectories(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+def trajectories(source: str | Path, tokenizer, reading: ImportContext | None = None) -> Iterator[Record]:
     """Records of scored sequences: text with `reward`, tokens with `rewards`, or several answers with scores.
 
     A number as reward stands on the last action; a list stands on the last action of each assistant turn, in order.
-    Answers of one row form a group; those that are empty or have no score are left out and counted. Raises Refusal
+    Answers of one row form a group; those that are empty or have no score are left out and counted. Raises UserError
     naming the row and the field that is missing or wrong.
     """
-    reading = reading or Reading()
+    reading = reading or ImportContext()
     for place, row in located_rows(source):
-        with at(place):
+        with located_errors(place):
             kind = classify(row, reading.score)
             found = [record for record in _scored(row, kind, tokenizer, reading) if reading.wanted(record)]
         yield from found
 
 
-def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+def preferences(source: str | Path, tokenizer, reading: ImportContext | None = None) -> Iterator[Record]:
     """Two records of one group for every preference, the better answer first.
 
     Either `chosen` and `rejected`, or of several answers with scores or ranks the best and the worst that can be used;
@@ -75,9 +75,9 @@ def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -
     Conversational answers may be given alone or with the whole conversation before them; without `prompt`, what both
     share at the beginning is the prompt. Every row is a group of its own, also when its prompt occurs again.
     """
-    reading = reading or Reading()
+    reading = reading or ImportContext()
     for number, (place, row) in enumerate(located_rows(source)):
-        with at(place):
+        with located_errors(place):
             kind = classify(row, reading.score)
             if kind.pair or not kind.answers:
                 found = _from_pair(row, tokenizer, number)
@@ -88,16 +88,16 @@ def preferences(source: str | Path, tokenizer, reading: Reading | None = None) -
         yield from found
 
 
-def labelled(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+def labelled(source: str | Path, tokenizer, reading: ImportContext | None = None) -> Iterator[Record]:
     """Records of single answers that are good or bad, or have scores from which that will be told.
 
     A `label` is true or 1 for a desirable answer, false or 0 for an undesirable one. Of `chosen` and `rejected`, the
     one is desirable and the other is not. Either way the rewards are 1 and 0. Other rows, and with `reading.score` all,
     are read as `trajectories` reads them. Rows of one source all have labels or all have scores.
     """
-    reading = reading or Reading()
+    reading = reading or ImportContext()
     for number, (place, row) in enumerate(located_rows(source)):
-        with at(place):
+        with located_errors(place):
             kind = classify(row, reading.score)
             if kind.tokens:
                 reading.settle("label" if kind.label else "rewards", "")
@@ -113,15 +113,15 @@ def labelled(source: str | Path, tokenizer, reading: Reading | None = None) -> I
         yield from found
 
 
-def demonstrations(source: str | Path, tokenizer, reading: Reading | None = None) -> Iterator[Record]:
+def demonstrations(source: str | Path, tokenizer, reading: ImportContext | None = None) -> Iterator[Record]:
     """Records without rewards, for the supervised loss.
 
     `prompt` and `completion`: the completion's actions count. `messages`: every assistant turn counts. `text`:
     everything counts but its first token, which nothing predicts.
     """
-    reading = reading or Reading()
+    reading = reading or ImportContext()
     for place, row in located_rows(source):
-        with at(place):
+        with located_errors(place):
             kind = classify(row)
             if kind.messages:
                 row = row | split_conversation(row["messages"])
@@ -145,7 +145,7 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
     """
     found = []
     for place, row in located_rows(source):
-        with at(place):
+        with located_errors(place):
             row = prompt_row(row)
             check_prompt(row)
         found.append(row)
@@ -153,15 +153,15 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def at(place: str) -> Iterator[None]:
+def located_errors(place: str) -> Iterator[None]:
     """Put the place of a row in front of what is wrong with it."""
     try:
         yield
     except ValueError as error:
-        raise Refusal(f"{place}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
 
 
-def _scored(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Reading) -> list[Record]:
+def _scored(row: Mapping[str, Any], kind: Kind, tokenizer, reading: ImportContext) -> list[Record]:
     """The answers of a row with their rewards."""
     if kind.tokens:
         return [_from_tokens(row, reading)]
@@ -170,22 +170,22 @@ def _scored(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Reading) -> 
     return [_from_scored_text(row, tokenizer, reading)]
 
 
-def _from_tokens(row: Mapping[str, Any], reading: Reading) -> Record:
+def _from_tokens(row: Mapping[str, Any], reading: ImportContext) -> Record:
     if reading.score not in (None, "rewards"):
-        raise Refusal("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
+        raise UserError("a row with 'tokens' has its rewards in 'rewards', one per token: leave --score out")
     # A dataset made from a buffer keeps per-action columns compact and calls the group by its field's name.
     if "group" in row and "group_id" not in row:
         fields = ("tokens", "action_mask", "rewards", *STATISTICS, "group", "prompt", "user", *JUDGEMENTS)
         missing = [name for name in fields[:3] if name not in row]
         if missing:
-            raise Refusal(
+            raise UserError(
                 f"field {missing[0]!r} is missing: a row with 'tokens' also needs 'action_mask' and 'rewards'"
             )
         return Record(**{name: row[name] for name in fields if name in row})
     return record_from_json(row, check=False)
 
 
-def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Record:
+def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: ImportContext) -> Record:
     check_prompt(row)
     check_text("completion", field(row, "completion", "the answer whose reward this is"))
     name = reading.score or "reward"
@@ -195,18 +195,18 @@ def _from_scored_text(row: Mapping[str, Any], tokenizer, reading: Reading) -> Re
     else:
         reading.settle(None, "")
         unanswered = {key: value for key, value in row.items() if key != "completion"}
-        reward = reading.reward(unanswered, said(row["completion"]))
+        reward = reading.reward(unanswered, answer_text(row["completion"]))
     encoded = _encode(tokenizer, row, row["completion"])
     turns = len(encoded.turn_ends)
     values = reward if isinstance(reward, list) else [reward]
     if isinstance(reward, list) and len(reward) != turns:
-        raise Refusal(
+        raise UserError(
             f"field {name!r} has {len(reward)} entries, but the completion has {turns} assistant turns: give one "
             "number per turn, or a single number for all"
         )
     for value in values:
         if not isinstance(value, int | float) or not abs(value) <= _LARGEST_REWARD:
-            raise Refusal(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
+            raise UserError(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
     judged = {"label": bool(row["label"])} if reading.score is None and row.get("label") in (0, 1) else {}
     if reading.score is not None and not isinstance(reward, list):
         judged["score"] = float(reward)
@@ -219,7 +219,7 @@ def _from_label(row: Mapping[str, Any], tokenizer) -> Record:
     check_text("completion", field(row, "completion", "the answer that the label is about"))
     label = row["label"]
     if not isinstance(label, int | float) or label not in (0, 1):
-        raise Refusal(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL}")
+        raise UserError(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL}")
     encoded = _encode(tokenizer, row, row["completion"])
     return _record(row, encoded, [float(label)], _group(row), label=bool(label))
 
@@ -237,7 +237,9 @@ def _from_pair(row: Mapping[str, Any], tokenizer, number: int) -> list[Record]:
     ]
 
 
-def _from_answers(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Reading, *, ranked: bool) -> list[Record]:
+def _from_answers(
+    row: Mapping[str, Any], kind: Kind, tokenizer, reading: ImportContext, *, ranked: bool
+) -> list[Record]:
     """The answers of a row with their rewards; with `ranked`, ranks do where there are no scores."""
     found, left_out = split_answers(row, reading.score), reading.left_out
     check_prompt(found.row)
@@ -250,7 +252,7 @@ def _from_answers(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Readin
     elif reading.settle(found.field, _without_scores(found, kind)):
         rewards = found.scores
     else:
-        rewards = [reading.reward(found.row, said(text)) if _is_said(text) else None for text in found.texts]
+        rewards = [reading.reward(found.row, answer_text(text)) if _is_said(text) else None for text in found.texts]
     records, absent = [], [None] * len(found.texts)
     judged = {
         "chosen": (True, False) if kind.pair else absent,
@@ -270,7 +272,7 @@ def _from_answers(row: Mapping[str, Any], kind: Kind, tokenizer, reading: Readin
     return records
 
 
-def _extremes(records: list[Record], group: str, reading: Reading) -> list[Record]:
+def _extremes(records: list[Record], group: str, reading: ImportContext) -> list[Record]:
     """The best and the worst of some answers, the earlier of equal ones, in a group of their own; or none."""
     judged = ([getattr(record, name) for record in records] for name in ("chosen", "rank", "score"))
     places = chosen_and_rejected(*judged, np.array([record.rewards.sum() for record in records])) if records else None

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 Messages = list[dict[str, Any]]
 
@@ -19,12 +19,12 @@ Messages = list[dict[str, Any]]
 def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, str | Messages]:
     """Prompt, chosen answer and rejected answer of a row with `chosen`, `rejected` and, as a rule, `prompt`.
 
-    The prompt comes back as text only when the answers are text. Raises Refusal when a field is missing, the kinds do
+    The prompt comes back as text only when the answers are text. Raises UserError when a field is missing, the kinds do
     not go together, or whole conversations do not continue the prompt.
     """
     for name in ("chosen", "rejected"):
         if name not in row:
-            raise Refusal(
+            raise UserError(
                 f"field {name!r} is missing (found: {', '.join(map(str, row)) or 'none'}): expected an answer"
             )
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -32,7 +32,7 @@ def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, 
         return _split_texts(prompt, chosen, rejected)
     for name in ("chosen", "rejected"):
         if not _is_conversation(row[name]):
-            raise Refusal(
+            raise UserError(
                 f"field {name!r} is {json.dumps(row[name], default=str)[:60]}: expected both answers as text, or both "
                 "as messages with role and content"
             )
@@ -43,7 +43,7 @@ def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, 
     elif _is_conversation(prompt):
         base = list(prompt)
     else:
-        raise Refusal(
+        raise UserError(
             "field 'prompt' is neither text nor messages: expected one of them, or no prompt beside conversations"
         )
     if _continues(chosen, base) and _continues(rejected, base):
@@ -53,7 +53,7 @@ def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, 
     shared, first, second = _split_shared(chosen, rejected)
     # A system message is often put in front of a prompt that is given as text.
     if not _continues(shared[-len(base) :], base):
-        raise Refusal(
+        raise UserError(
             "fields 'chosen' and 'rejected' are conversations that do not begin with the prompt: expected the answers "
             "alone, or the prompt's messages and then the answers"
         )
@@ -71,12 +71,12 @@ def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[str | Message
         if shared > 0 and chosen[shared - 1] == " ":
             shared -= 1
         if shared <= 0:
-            raise Refusal(
+            raise UserError(
                 "field 'prompt' is missing and the texts 'chosen' and 'rejected' share no beginning: add a prompt"
             )
         return chosen[:shared], chosen[shared:], rejected[shared:]
     if not isinstance(prompt, str) and not _is_conversation(prompt):
-        raise Refusal("field 'prompt' is neither text nor messages: expected one of them")
+        raise UserError("field 'prompt' is neither text nor messages: expected one of them")
     return prompt, chosen, rejected
 
 
@@ -88,7 +88,7 @@ def _split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, Messa
     while shared and chosen[shared]["role"] != "assistant":
         shared -= 1
     if not shared:
-        raise Refusal(
+        raise UserError(
             "field 'prompt' is missing and the conversations 'chosen' and 'rejected' share no first message: add a "
             "prompt"
         )

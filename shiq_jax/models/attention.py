@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from shiq_jax.models.attention_mask import AttentionMask
 from shiq_jax.models.blockwise import attend
-from shiq_jax.models.visibility import Visibility
 from shiq_jax.sharding import partition_spec
 
 
@@ -16,7 +16,7 @@ def attention(
     q: Float[Array, "rows queries heads head_dim"],
     k: Float[Array, "rows keys kv_heads head_dim"],
     v: Float[Array, "rows keys kv_heads head_dim"],
-    visibility: Visibility,
+    mask: AttentionMask,
     *,
     scale: float,
     engine: str = "xla",
@@ -30,30 +30,30 @@ def attention(
     """
     if engine not in ENGINES:
         raise ValueError(f"attention engine {engine!r} is unknown; the engines are {', '.join(ENGINES)}")
-    return ENGINES[engine](q, k, v, visibility, scale, mesh)
+    return ENGINES[engine](q, k, v, mask, scale, mesh)
 
 
-def _xla(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
+def _xla(q, k, v, mask: AttentionMask, scale: float, mesh: Mesh | None):
     """`blockwise.attend`, heads first."""
     rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(rows, length, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = (each.transpose(0, 2, 1, 3) for each in (k, v))
-    mixed = attend(q, k, v, visibility._replace(aligned=None), scale, visibility.aligned)
+    mixed = attend(q, k, v, mask._replace(aligned=None), scale, mask.aligned)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
 
 
-def _flash(q, k, v, visibility: Visibility, scale: float, mesh: Mesh | None):
+def _flash(q, k, v, mask: AttentionMask, scale: float, mesh: Mesh | None):
     """`flash.flash`, heads first, on every device its own rows and heads."""
     # Here, for it imports the compilers of accelerators, which nobody else needs.
     from shiq_jax.models.flash import flash
 
-    rows, aligned = len(q), visibility.aligned
+    rows, aligned = len(q), mask.aligned
     q, k, v = (each.transpose(0, 2, 1, 3) for each in (q, k, v))
-    marks = tuple(jnp.broadcast_to(mark, (rows, mark.shape[1])) for mark in visibility[:5])
+    marks = tuple(jnp.broadcast_to(mark, (rows, mark.shape[1])) for mark in mask[:5])
 
     def local(q, k, v, *marks):
-        return flash(q, k, v, Visibility(*marks), scale, aligned)
+        return flash(q, k, v, AttentionMask(*marks), scale, aligned)
 
     if mesh is not None and mesh.size > 1:
         # A device has the heads of its own groups; groups that cannot be dealt out are everywhere, and so their heads.

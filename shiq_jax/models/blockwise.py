@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from shiq_jax.models.visibility import Visibility, visible
+from shiq_jax.models.attention_mask import AttentionMask, dense_mask
 
 BLOCK = 128  # queries; a block's scores over some thousand keys fit into a CPU core's cache
 LEVELS = 8  # different numbers of keys, each a piece of program: the last half of a level sees more keys than it need
@@ -27,32 +27,32 @@ SAVED = "attention"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend(
-    q, k, v, visibility: Visibility, scale: float, aligned: bool
+    q, k, v, mask: AttentionMask, scale: float, aligned: bool
 ) -> Float[Array, "rows groups together queries head_dim"]:
     """softmax(scale * q k^T) v over the visible keys, in the dtype of `v`, the softmax in float32 at least.
 
     aligned: query i and key i stand at the same index, so that no query sees a key behind its own; it stands apart from
-    the visibility, being no array.
+    the mask, being no array.
     """
-    return _forward(q, k, v, visibility, scale, aligned)[0]
+    return _forward(q, k, v, mask, scale, aligned)[0]
 
 
-def _forward(q, k, v, visibility: Visibility, scale: float, aligned: bool):
+def _forward(q, k, v, mask: AttentionMask, scale: float, aligned: bool):
     length, size = q.shape[3], _size(q.shape[3])
-    queries, marks = _cut(q, size), _marks(visibility, size)
+    queries, marks = _cut(q, size), _marks(mask, size)
     out, lse = [], []
     for blocks, keys in _levels(len(queries), size, k.shape[2], aligned):
-        block = functools.partial(_block, k[:, :, :keys], v[:, :, :keys], _keys(visibility, keys), scale)
+        block = functools.partial(_block, k[:, :, :keys], v[:, :, :keys], _keys(mask, keys), scale)
         found = _each(block, (queries[blocks], *(mark[blocks] for mark in marks)))
         out.append(found[0])
         lse.append(found[1])
     out, lse = jnp.concatenate(out), jnp.concatenate(lse)
     out, lse = checkpoint_name(_join(out, length), SAVED), checkpoint_name(lse, SAVED)
-    return out, (q, k, v, visibility, out, lse)
+    return out, (q, k, v, mask, out, lse)
 
 
 def _backward(scale: float, aligned: bool, kept, cotangent):
-    q, k, v, visibility, out, lse = kept
+    q, k, v, mask, out, lse = kept
     length, size = q.shape[3], _size(q.shape[3])
     precise = jnp.promote_types(q.dtype, jnp.float32)
     delta = jnp.sum(cotangent.astype(precise) * out.astype(precise), axis=-1, keepdims=True)
@@ -61,11 +61,11 @@ def _backward(scale: float, aligned: bool, kept, cotangent):
         _cut(cotangent.astype(v.dtype), size),
         _cut(delta, size),
         lse,
-        *_marks(visibility, size),
+        *_marks(mask, size),
     )
     dq, dk, dv = [], jnp.zeros(k.shape, precise), jnp.zeros(v.shape, precise)
     for blocks, keys in _levels(len(lse), size, k.shape[2], aligned):
-        block = functools.partial(_block_gradient, k[:, :, :keys], v[:, :, :keys], _keys(visibility, keys), scale)
+        block = functools.partial(_block_gradient, k[:, :, :keys], v[:, :, :keys], _keys(mask, keys), scale)
 
         def add(sums, one, block=block):
             gradient, *more = block(*one)
@@ -86,7 +86,7 @@ def _block(k, v, keys, scale: float, q, query_index, query_enter):
     """Output and log-sum-exp of one block of queries."""
     scores = _scores(q, k, scale)
     # The most negative finite number, not -inf: a query that sees nothing then has a finite value.
-    seen = visible(Visibility(query_index, query_enter, *keys))[:, None, None]
+    seen = dense_mask(AttentionMask(query_index, query_enter, *keys))[:, None, None]
     scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
@@ -97,7 +97,7 @@ def _block(k, v, keys, scale: float, q, query_index, query_enter):
 
 def _block_gradient(k, v, keys, scale: float, q, cotangent, delta, lse, query_index, query_enter):
     """Gradients of one block: of its queries, and its parts of those of the keys and values."""
-    seen = visible(Visibility(query_index, query_enter, *keys))[:, None, None]
+    seen = dense_mask(AttentionMask(query_index, query_enter, *keys))[:, None, None]
     weights = jnp.where(seen, jnp.exp(_scores(q, k, scale) - lse), 0)
     precise = weights.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=precise)
@@ -137,14 +137,14 @@ def _join(blocks, length: int):
     return joined.reshape(*joined.shape[:3], -1, joined.shape[-1])[:, :, :, :length]
 
 
-def _marks(visibility: Visibility, size: int):
+def _marks(mask: AttentionMask, size: int):
     """Index and enter of the queries `[blocks, #rows, size]`; what was padded sees nothing."""
-    padded = (jnp.pad(mark, ((0, 0), (0, -mark.shape[1] % size)), constant_values=-1) for mark in visibility[:2])
+    padded = (jnp.pad(mark, ((0, 0), (0, -mark.shape[1] % size)), constant_values=-1) for mark in mask[:2])
     return tuple(jnp.moveaxis(mark.reshape(len(mark), -1, size), 1, 0) for mark in padded)
 
 
-def _keys(visibility: Visibility, keys: int):
-    return tuple(mark[:, :keys] for mark in visibility[2:5])
+def _keys(mask: AttentionMask, keys: int):
+    return tuple(mark[:, :keys] for mark in mask[2:5])
 
 
 def _each(block: Callable, blocks):

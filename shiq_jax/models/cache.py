@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from shiq_jax.models.attention_mask import NEVER
 from shiq_jax.models.config import DecoderConfig
-from shiq_jax.models.visibility import NEVER
 
 
 class Cache(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shiq_jax.errors import Refusal, refuse_pointer
+from shiq_jax.errors import UserError, check_not_lfs_pointer
 
 # Model type -> whether queries and keys are normalised, and what its files mean by leaving a field out.
 SUPPORTED_MODELS: Mapping[str, tuple[bool, Mapping[str, int]]] = {
@@ -107,25 +107,25 @@ class DecoderConfig:
         """The config that a parsed config.json describes; both spellings of rope settings are read.
 
         name: what error messages call the file.
-        Raises Refusal for a model type, activation, quantisation or rope type that is not supported, or a missing
+        Raises UserError for a model type, activation, quantisation or rope type that is not supported, or a missing
         field.
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in SUPPORTED_MODELS:
-            raise Refusal(f"{name}: model_type is {model_type!r}; supported: {', '.join(SUPPORTED_MODELS)}")
+            raise UserError(f"{name}: model_type is {model_type!r}; supported: {', '.join(SUPPORTED_MODELS)}")
         if raw.get("hidden_act", "silu") != "silu":
-            raise Refusal(f"{name}: hidden_act is {raw['hidden_act']!r}; supported: silu")
+            raise UserError(f"{name}: hidden_act is {raw['hidden_act']!r}; supported: silu")
         if raw.get("quantization_config"):
-            raise Refusal(
+            raise UserError(
                 f"{name}: the weights are quantised (quantization_config); bring a full-precision copy of the model"
             )
         missing = [field for field in _REQUIRED.values() if raw.get(field) is None]
         if missing:
-            raise Refusal(
+            raise UserError(
                 f"{name}: field {missing[0]} is missing; the file must be the config.json of a {model_type} model"
             )
         if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
-            raise Refusal(
+            raise UserError(
                 f"{name}: attention is limited to a sliding window; supported: layers that see all before them"
             )
         _check_types(raw, name)
@@ -137,11 +137,11 @@ class DecoderConfig:
         try:
             return cls(**values, rope_theta=theta, rope_scaling=scaling, source=dict(raw))
         except ValueError as error:
-            raise Refusal(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
     @classmethod
     def read(cls, directory: str | Path) -> "DecoderConfig":
-        """The config of a Hugging Face model directory; Refusal when its config.json is missing or not JSON."""
+        """The config of a Hugging Face model directory; UserError when its config.json is missing or not JSON."""
         path = Path(directory) / "config.json"
         return cls.from_dict(read_json(path), str(path))
 
@@ -155,16 +155,16 @@ class DecoderConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; Refusal when there is no such file or it does not hold an object."""
-    refuse_pointer(path)
+    """The JSON object in a file; UserError when there is no such file or it does not hold an object."""
+    check_not_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such file; a Hugging Face model directory with {path.name} is expected") from None
+        raise UserError(f"{path}: no such file; a Hugging Face model directory with {path.name} is expected") from None
     except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: cannot be read as JSON ({error}); bring an undamaged copy of the file") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}); bring an undamaged copy of the file") from error
     if not isinstance(content, dict):
-        raise Refusal(f"{path}: holds a JSON {type(content).__name__}; an object with named fields is expected")
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}; an object with named fields is expected")
     return content
 
 
@@ -174,14 +174,14 @@ def _check_types(raw: Mapping[str, Any], name: str) -> None:
     for ours, theirs in _OPTIONAL.items():
         value, default = raw.get(theirs), defaults[ours]
         if value is not None and isinstance(default, bool) and not isinstance(value, bool):
-            raise Refusal(f"{name}: {theirs} is {value!r}; expected true or false")
+            raise UserError(f"{name}: {theirs} is {value!r}; expected true or false")
         if value is not None and isinstance(default, float):
             _positive(value, theirs, name)
 
 
 def _positive(value: Any, field: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise Refusal(f"{name}: {field} is {value!r}; expected a positive number")
+        raise UserError(f"{name}: {field} is {value!r}; expected a positive number")
     return float(value)
 
 
@@ -190,21 +190,21 @@ def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[f
     rope: dict[str, Any] = {}
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(field) or {}, Mapping):
-            raise Refusal(f"{name}: {field} is {raw[field]!r}; expected an object with named fields")
+            raise UserError(f"{name}: {field} is {raw[field]!r}; expected an object with named fields")
         rope |= raw.get(field) or {}
     theta = rope.get("rope_theta") or raw.get("rope_theta") or DecoderConfig.rope_theta
     theta = _positive(theta, "rope_theta", name)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in SUPPORTED_ROPES:
-        raise Refusal(f"{name}: rope type is {kind!r}; supported: {', '.join(SUPPORTED_ROPES)}")
+        raise UserError(f"{name}: rope type is {kind!r}; supported: {', '.join(SUPPORTED_ROPES)}")
     if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise Refusal(f"{name}: partial_rotary_factor is set; supported: rotary positions over the whole head")
+        raise UserError(f"{name}: partial_rotary_factor is set; supported: rotary positions over the whole head")
     if kind == "default":
         return theta, None
     needed = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
     missing = [field for field in needed if rope.get(field) is None]
     if missing:
-        raise Refusal(f"{name}: rope type {kind} lacks {missing[0]}; it needs {', '.join(needed)}")
+        raise UserError(f"{name}: rope type {kind} lacks {missing[0]}; it needs {', '.join(needed)}")
     factors = [_positive(rope[field], field, name) for field in needed]
     if kind == "linear":
         return theta, RopeScaling(kind, *factors)

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 from shiq_jax.models import accumulation, blockwise, rope
 from shiq_jax.models import cache as caches
 from shiq_jax.models.attention import attention, branching
+from shiq_jax.models.attention_mask import NEVER, AttentionMask, cache_mask
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
-from shiq_jax.models.layers import PROJECTED, Declaring, Embedding, Layer, Norm, Projection, Settings
+from shiq_jax.models.ghost_norms import BOOKED
+from shiq_jax.models.layers import PROJECTED, Embedding, ForwardSettings, Layer, Norm, Projection, StackInit
 from shiq_jax.models.lora import Lora
-from shiq_jax.models.tracked import BOOKED
-from shiq_jax.models.visibility import NEVER, Visibility, cached
 
 # What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
 # "dots": results of the weight matrices and of attention are kept, the rest (activations, norms) is recomputed.
@@ -32,10 +32,10 @@ class Decoder(nnx.Module):
     """A Llama-family decoder; its layers are stacked along a leading axis, so its program does not grow with depth."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None = None):
-        single = Declaring(rngs, dtype)
+        single = StackInit(rngs, dtype)
         self.config = config
         self.embed = Embedding(single, config.vocab_size, config.hidden_size, config.initializer_range)
-        self.layers = Layer(Declaring(rngs, dtype, config.num_layers, lora), config)
+        self.layers = Layer(StackInit(rngs, dtype, config.num_layers, lora), config)
         self.norm = Norm(single, config.hidden_size, config.rms_norm_eps)
         if config.tie_word_embeddings:
             self.head = None
@@ -51,17 +51,15 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "rows length"],
         positions: Int[Array, "#rows length"],
-        visibility: Visibility,
-        settings: Settings,
+        mask: AttentionMask,
+        settings: ForwardSettings,
     ) -> Float[Array, "rows length features"]:
         """Hidden states after the final norm."""
         attend, rotation = self._attention(settings), self._rotation(positions)
         definition, stack = nnx.split(self.layers)
 
         def layer(x, weights):
-            return nnx.merge(definition, weights)(
-                x, rotation, lambda q, k, v: (attend(q, k, v, visibility), None), settings
-            )
+            return nnx.merge(definition, weights)(x, rotation, lambda q, k, v: (attend(q, k, v, mask), None), settings)
 
         if REMAT[settings.remat] is not None:
             # Inside a scan nothing can be merged across iterations, so the barrier against it would only cost.
@@ -77,12 +75,12 @@ class Decoder(nnx.Module):
         positions: Int[Array, "batch new"],
         intervals: Int[Array, "batch new 2"],
         start: Int[Array, ""] | int,
-        settings: Settings,
+        settings: ForwardSettings,
     ) -> tuple[Float[Array, "batch new features"], Cache]:
         """Hidden states of new tokens after the final norm, and the cache with them at slots start, start + 1, ..."""
         attend, rotation = self._attention(settings), self._rotation(positions)
         cache = caches.note(cache, intervals, start)
-        visibility = cached(cache.enter, cache.exit, intervals[..., 0], start)
+        mask = cache_mask(cache.enter, cache.exit, intervals[..., 0], start)
         definition, stack = nnx.split(self.layers)
 
         def body(carry, scanned):
@@ -91,7 +89,7 @@ class Decoder(nnx.Module):
 
             def remember(q, k, v):
                 grown = caches.write(cache, index, k, v, start)
-                return attend(q, *caches.read(grown, index), visibility), grown
+                return attend(q, *caches.read(grown, index), mask), grown
 
             x, cache = nnx.merge(definition, weights)(x, rotation, remember, settings)
             return (x, cache), None
@@ -109,7 +107,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "batch branches"],
         count: Int[Array, "batch branches"],
         slot: Int[Array, ""],
-        settings: Settings,
+        settings: ForwardSettings,
     ) -> tuple[Float[Array, "batch branches features"], Branches]:
         """Hidden states of one further token of every branch after the final norm, and the branches with it."""
         rotation, slots = self._rotation(positions), branches.values.shape[-2]
@@ -134,7 +132,7 @@ class Decoder(nnx.Module):
         (x, branches), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
         return self.norm(x, settings), branches
 
-    def _attention(self, settings: Settings) -> Callable:
+    def _attention(self, settings: ForwardSettings) -> Callable:
         scale = self.config.head_dim**-0.5
         return functools.partial(attention, scale=scale, engine=settings.engine, mesh=settings.mesh)
 

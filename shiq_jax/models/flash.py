@@ -19,8 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from shiq_jax.models.attention_mask import AttentionMask
 from shiq_jax.models.blockwise import SAVED
-from shiq_jax.models.visibility import Visibility
 
 BLOCK = 128  # keys, and queries, of a tile: as many as a TPU has lanes
 VMEM = 64 * 2**20  # bytes, of a TPU: a row's keys and values of one head lie there whole
@@ -33,20 +33,20 @@ def flash(
     q: Float[Array, "rows heads queries head_dim"],
     k: Float[Array, "rows kv_heads keys head_dim"],
     v: Float[Array, "rows kv_heads keys head_dim"],
-    visibility: Visibility,
+    mask: AttentionMask,
     scale: float,
     aligned: bool,
 ) -> Float[Array, "rows heads queries head_dim"]:
     """softmax(scale * q k^T) v over the visible keys, in the dtype of `v`, the softmax in float32.
 
     aligned: query i and key i stand at the same index, so that no query sees a key behind its own; it stands apart from
-    the visibility, being no array.
+    the mask, being no array.
     """
-    return _forward(q, k, v, visibility, scale, aligned)[0]
+    return _forward(q, k, v, mask, scale, aligned)[0]
 
 
-def _forward(q, k, v, visibility: Visibility, scale: float, aligned: bool):
-    marks, padded = _marks(visibility, len(q)), [_padded(each) for each in (q, k, v)]
+def _forward(q, k, v, mask: AttentionMask, scale: float, aligned: bool):
+    marks, padded = _marks(mask, len(q)), [_padded(each) for each in (q, k, v)]
     parts = _Parts(*(each.shape for each in padded[:2]))
     out, lse = parts.call(
         functools.partial(_forward_kernel, scale, aligned), parts.queries,
@@ -55,14 +55,14 @@ def _forward(q, k, v, visibility: Visibility, scale: float, aligned: bool):
         [(padded[0].shape, v.dtype, parts.tile), (parts.per_query, jnp.float32, parts.numbers)],
     )  # fmt: skip
     out, lse = checkpoint_name(out[:, :, : q.shape[2], : q.shape[3]], SAVED), checkpoint_name(lse, SAVED)
-    return out, (q, k, v, visibility, out, lse)
+    return out, (q, k, v, mask, out, lse)
 
 
 def _backward(scale: float, aligned: bool, kept, cotangent):
-    q, k, v, visibility, out, lse = kept
+    q, k, v, mask, out, lse = kept
     delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, 0), (0, lse.shape[3] - delta.shape[3])))
-    marks = _marks(visibility, len(q))
+    marks = _marks(mask, len(q))
     padded = [_padded(each) for each in (q, k, v, cotangent.astype(v.dtype))]
     parts = _Parts(*(each.shape for each in padded[:2]))
     (dq,) = parts.call(
@@ -163,7 +163,7 @@ def _over_keys(meet: Callable, start, aligned: bool, query_marks, key_marks):
 
 
 def _seen(query_marks, queries, key_marks, keys):
-    """`visibility.visible` in a tile [keys, queries]."""
+    """`attention_mask.dense_mask` in a tile [keys, queries]."""
     query_index, query_enter = (query_marks[mark : mark + 1, queries] for mark in range(2))
     key_index, key_enter, key_exit = (key_marks[keys, mark : mark + 1] for mark in range(3))
     return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)
@@ -188,7 +188,7 @@ def _padded(x):
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, head_dim - x.shape[3])))
 
 
-def _marks(visibility: Visibility, rows: int):
+def _marks(mask: AttentionMask, rows: int):
     """int32[rows, 2, queries] and int32[rows, keys, 4]; what is padded sees nothing, and nothing sees it."""
 
     def stacked(marks, axis: int, fill: int):
@@ -197,8 +197,8 @@ def _marks(visibility: Visibility, rows: int):
         return jnp.pad(marks, ((0, 0), *(((0, 0), (0, short)) if axis == 1 else ((0, short), (0, 0)))),
                        constant_values=fill)  # fmt: skip
 
-    of_keys = stacked((*visibility[2:5], visibility.key_exit), 2, 0)
-    return stacked(visibility[:2], 1, -1), of_keys
+    of_keys = stacked((*mask[2:5], mask.key_exit), 2, 0)
+    return stacked(mask[:2], 1, -1), of_keys
 
 
 class _Parts:
@@ -214,9 +214,7 @@ class _Parts:
         self.group_tile = pl.BlockSpec(
             (None, None, BLOCK, head_dim), lambda row, head, tile: (row, head // together, tile, 0)
         )
-        self.group = pl.BlockSpec(
-            (None, None, keys, head_dim), lambda row, head, tile: (row, head // together, 0, 0)
-        )
+        self.group = pl.BlockSpec((None, None, keys, head_dim), lambda row, head, tile: (row, head // together, 0, 0))
         self.numbers = pl.BlockSpec((None, None, 1, BLOCK), lambda row, head, tile: (row, head, 0, tile))
         self.all_numbers = pl.BlockSpec((None, None, 1, queries), lambda row, head, tile: (row, head, 0, 0))
         self.query_marks = pl.BlockSpec((None, 2, BLOCK), lambda row, head, tile: (row, 0, tile))

@@ -26,25 +26,25 @@ STD = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Headed(Model):
+class ModelWithHeads(Model):
     """A model whose parameters hold, beside the decoder's, those of linear heads under "heads".
 
-    heads: (name, kind) of each; a "value" gives a number per state, a "q" a row of the vocabulary's size. steering:
+    heads: (name, kind) of each; a "value" gives a number per state, a "q" a row of the vocabulary's size. q_guidance:
     what the smaller of the Q-heads' rows is multiplied with before it is added to the logits that are sampled from; 0
     for none.
     """
 
     heads: tuple[tuple[str, str], ...] = ()
-    steering: float = 0.0
+    q_guidance: float = 0.0
 
     @classmethod
-    def of(cls, model: Model, heads: Mapping[str, str], steering: float = 0.0) -> Headed:
+    def of(cls, model: Model, heads: Mapping[str, str], q_guidance: float = 0.0) -> ModelWithHeads:
         """A model with heads; raises ValueError for a kind that there is not."""
         for name, kind in heads.items():
             if kind not in ("value", "q"):
                 raise ValueError(f"head {name!r} is of kind {kind!r}; the kinds are value and q")
         own = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
-        return cls(**own, heads=tuple(sorted(heads.items())), steering=steering)
+        return cls(**own, heads=tuple(sorted(heads.items())), q_guidance=q_guidance)
 
     def plain(self) -> Model:
         """The model without its heads."""
@@ -79,13 +79,13 @@ class Headed(Model):
         """Raw logits of hidden states, in float32, for sampling, with what the heads add to them."""
         logits = super().project(params, hidden)
         kernels = [params[HEADS][name]["kernel"] for name, kind in self.heads if kind == "q"]
-        if not self.steering or not kernels:
+        if not self.q_guidance or not kernels:
             return logits
         rows = [jnp.matmul(hidden.astype(logits.dtype), kernel.astype(logits.dtype)) for kernel in kernels]
         smaller = rows[0]
         for row in rows[1:]:
             smaller = jnp.minimum(smaller, row)
-        return logits + self.steering * smaller
+        return logits + self.q_guidance * smaller
 
     def abstract_params(self) -> dict[str, Any]:
         """As `Model.abstract_params`, with the heads."""
@@ -113,7 +113,7 @@ class Headed(Model):
     def save(self, params: Params, directory: Path) -> None:
         """Writes the heads beside a decoder's files, as `heads.safetensors`, with what they are in its metadata."""
         arrays = flatten_dict(dict(params[HEADS]), sep=".")
-        about = {"heads": json.dumps(dict(self.heads)), "steering": json.dumps(self.steering)}
+        about = {"heads": json.dumps(dict(self.heads)), "q_guidance": json.dumps(self.q_guidance)}
         hosts.on_writer(save_file)(hosts.gather(arrays), directory / FILE, about)
 
     @classmethod
@@ -125,7 +125,7 @@ class Headed(Model):
         with safe_open(file, "numpy") as stored:
             about = stored.metadata()
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}
-        headed = cls.of(model, json.loads(about["heads"]), json.loads(about["steering"]))
+        headed = cls.of(model, json.loads(about["heads"]), json.loads(about["q_guidance"]))
         leaves = unflatten_dict(arrays, sep=".")
         declared = headed._declared_heads()
         placed = jax.tree.map(

@@ -17,11 +17,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from shiq_jax.errors import Refusal, refuse_pointer
+from shiq_jax.errors import UserError, check_not_lfs_pointer
 from shiq_jax.models.config import DecoderConfig, read_json
+from shiq_jax.models.hf_names import Entry, entries
 from shiq_jax.models.lora import A, B, merged
 from shiq_jax.models.model import Model
-from shiq_jax.models.naming import Entry, entries
 from shiq_jax.progress import track
 from shiq_jax.sharding import hosts
 
@@ -47,7 +47,7 @@ def load_hf(
     understood.
 
     dtype: of the parameters; the other arguments are those of `Model`.
-    Raises Refusal, naming file and tensor, when something is missing, damaged, quantised, superfluous or of another
+    Raises UserError, naming file and tensor, when something is missing, damaged, quantised, superfluous or of another
     shape than config.json says: nothing is loaded halfway.
     """
     directory = locate(path_or_hub_id)
@@ -100,14 +100,14 @@ def save_hf(model: Model, params: Mapping[str, Any], path: str | Path) -> Path:
 def locate(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; a hub id ("owner/name") as the directory that its files were downloaded to.
 
-    Raises Refusal when it is neither, or the hub does not give it.
+    Raises UserError when it is neither, or the hub does not give it.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
     text = str(path_or_hub_id)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
-        raise Refusal(f"{text}: no such directory; give a Hugging Face model directory or a hub id like owner/name")
+        raise UserError(f"{text}: no such directory; give a Hugging Face model directory or a hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -115,7 +115,7 @@ def locate(path_or_hub_id: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
+        raise UserError(
             f"{text}: neither a local directory nor available from the hub ({reason}); check the name, the network "
             "and, for gated models, the access token"
         ) from error
@@ -128,11 +128,11 @@ class _Tensors(Mapping):
         self.directory = directory
         self._handles = {}
         for file in self._files():
-            refuse_pointer(file)
+            check_not_lfs_pointer(file)
             try:
                 self._handles[file] = stack.enter_context(safe_open(file, "numpy"))
             except (SafetensorError, OSError) as error:
-                raise Refusal(
+                raise UserError(
                     f"{file}: damaged or incomplete safetensors ({error}); download or copy it again"
                 ) from error
         self._where = {name: file for file, handle in self._handles.items() for name in handle.keys()}
@@ -141,16 +141,16 @@ class _Tensors(Mapping):
         if (self.directory / INDEX).exists():
             weight_map = read_json(self.directory / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise Refusal(f"{self.directory / INDEX}: lacks weight_map; bring an undamaged copy of the file")
+                raise UserError(f"{self.directory / INDEX}: lacks weight_map; bring an undamaged copy of the file")
             files = [self.directory / name for name in sorted(set(weight_map.values()))]
         else:
             files = [self.directory / SINGLE]
         partial = sorted(file.name for file in self.directory.glob("*.incomplete"))
         for file in files:
             if not file.is_file() and partial:
-                raise Refusal(f"{file}: no such file, but {partial[0]} is there: finish the download of this model")
+                raise UserError(f"{file}: no such file, but {partial[0]} is there: finish the download of this model")
             if not file.is_file():
-                raise Refusal(
+                raise UserError(
                     f"{file}: no such file; weights are expected in {SINGLE}, or in the files that {INDEX} names "
                     "(other formats: load them with transformers and save_pretrained)"
                 )
@@ -175,7 +175,7 @@ def _check(plan: list[Entry], tensors: _Tensors, config: DecoderConfig) -> None:
     missing = [name for name in expected if name not in tensors]
     if missing:
         hint = " (a model without it usually has tie_word_embeddings true)" if missing[0] == "lm_head.weight" else ""
-        raise Refusal(
+        raise UserError(
             f"{tensors.directory}: tensor {missing[0]} is missing, and {len(missing) - 1} more; config.json and the "
             f"weights must belong to the same model{hint}"
         )
@@ -183,19 +183,19 @@ def _check(plan: list[Entry], tensors: _Tensors, config: DecoderConfig) -> None:
         if name in expected:
             shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
             if shape != expected[name]:
-                raise Refusal(
+                raise UserError(
                     f"{tensors.file(name)}: tensor {name} has shape {shape}, config.json says {expected[name]}; bring "
                     "matching files"
                 )
             if kind not in _FLOATS:
-                raise Refusal(
+                raise UserError(
                     f"{tensors.file(name)}: tensor {name} holds {kind}; expected one of {', '.join(_FLOATS)}, so bring "
                     "a copy that is not quantised"
                 )
         elif name == "lm_head.weight" and config.tie_word_embeddings:
             _check_tied(tensors)
         elif not _IGNORED.search(name):
-            raise Refusal(
+            raise UserError(
                 f"{tensors.file(name)}: tensor {name} is not part of the model that config.json describes; bring "
                 "matching files"
             )
@@ -208,7 +208,7 @@ def _check_tied(tensors: _Tensors) -> None:
     blocks = [slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096)]
     same = tuple(head.get_shape()) == tuple(table.get_shape())
     if not same or any(not np.array_equal(head[block], table[block]) for block in blocks):
-        raise Refusal(
+        raise UserError(
             f"{tensors.file('lm_head.weight')}: lm_head.weight differs from model.embed_tokens.weight although "
             "config.json says tie_word_embeddings; set it to false if the head is meant to be used"
         )
@@ -238,11 +238,11 @@ def _read(entry: Entry, tensors: _Tensors, dtype: np.dtype, bounds: tuple[slice,
 
 
 def _part(entry: Entry, tensors: _Tensors, name: str, bounds: tuple[slice, ...]) -> np.ndarray:
-    """The region of one layer's part; Refusal when it holds what no weights are, as a damaged file may."""
+    """The region of one layer's part; UserError when it holds what no weights are, as a damaged file may."""
     part = entry.read(tensors[name], bounds)
     # In blocks, for the answers of a whole embedding table would be hundreds of megabytes themselves.
     if not all(np.isfinite(part[start : start + 1024]).all() for start in range(0, len(part), 1024)):
-        raise Refusal(
+        raise UserError(
             f"{tensors.file(name)}: tensor {name} holds infinities or NaN, which no usable model has; the file is "
             "damaged, or the training that made it diverged"
         )

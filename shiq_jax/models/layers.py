@@ -15,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from shiq_jax.models import rope, tracked
+from shiq_jax.models import ghost_norms, rope
 from shiq_jax.models.config import DecoderConfig
+from shiq_jax.models.ghost_norms import NormTracker
+from shiq_jax.models.ghost_vocabulary import lookup
 from shiq_jax.models.lora import Lora
-from shiq_jax.models.tracked import NormTracker
-from shiq_jax.models.tracked_vocabulary import lookup
 from shiq_jax.sharding import constrain
 
 # What a rematerialisation policy may keep: the products of activations and weights.
@@ -28,7 +28,7 @@ PROJECTED = "projection"
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-class Settings(NamedTuple):
+class ForwardSettings(NamedTuple):
     """How a forward pass is run, for all its modules.
 
     dtype: of activations. remat: see `decoder.REMAT`. engine: of attention. tracker: of the rows' gradient norms, see
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     sums: Mapping[str, Any] | None = None
 
 
-class Declaring(NamedTuple):
+class StackInit(NamedTuple):
     """What the parameters of one stack have in common: random keys, dtype, how many layers there are, adapters."""
 
     rngs: nnx.Rngs
@@ -52,7 +52,7 @@ class Declaring(NamedTuple):
     lora: Lora | None = None
 
 
-def _parameter(declaring: Declaring, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+def _parameter(declaring: StackInit, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     if declaring.stack is not None:
         shape, axes = (declaring.stack, *shape), ("layers", *axes)
     return nnx.Param(init(declaring.rngs.params(), shape, declaring.dtype), logical=axes)
@@ -66,7 +66,7 @@ class Projection(nnx.Module):
     """
 
     def __init__(
-        self, declaring: Declaring, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float,
+        self, declaring: StackInit, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float,
         name: str = "",
     ):  # fmt: skip
         shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
@@ -85,37 +85,41 @@ class Projection(nnx.Module):
             self.lora_a = _parameter(declaring, uniform, (*inputs.values(), rank), (*inputs, "rank"))
             self.lora_b = _parameter(declaring, nnx.initializers.zeros, (rank, *outputs.values()), ("rank", *outputs))
 
-    def __call__(self, x: jax.Array, settings: Settings) -> jax.Array:
-        x, product, tracker = x.astype(settings.dtype), tracked.product(self.contracted), settings.tracker
-        out = tracked.apply(product, x, self.kernel[...], tracker)
+    def __call__(self, x: jax.Array, settings: ForwardSettings) -> jax.Array:
+        x, product, tracker = x.astype(settings.dtype), ghost_norms.product(self.contracted), settings.tracker
+        out = ghost_norms.apply(product, x, self.kernel[...], tracker)
         if self.lora is not None:
-            inner = tracked.apply(product, x, self.lora_a[...], tracker)
-            out = out + self.lora.scale * tracked.apply(tracked.product(1), inner, self.lora_b[...], tracker)
+            inner = ghost_norms.apply(product, x, self.lora_a[...], tracker)
+            out = out + self.lora.scale * ghost_norms.apply(ghost_norms.product(1), inner, self.lora_b[...], tracker)
         out = checkpoint_name(out, PROJECTED)
-        return out if self.bias is None else tracked.apply(tracked.SHIFT, out, self.bias[...], tracker)
+        return out if self.bias is None else ghost_norms.apply(ghost_norms.SHIFT, out, self.bias[...], tracker)
 
 
 class Norm(nnx.Module):
     """x / rms(x) * scale over the features, in float32, returned in the dtype of `x` (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, declaring: Declaring, size: int, epsilon: float):
+    def __init__(self, declaring: StackInit, size: int, epsilon: float):
         self.scale = _parameter(declaring, nnx.initializers.ones, (size,), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*rows features"], settings: Settings) -> Float[Array, "*rows features"]:
+    def __call__(self, x: Float[Array, "*rows features"], settings: ForwardSettings) -> Float[Array, "*rows features"]:
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(precise), axis=-1, keepdims=True) + self.epsilon)
-        return tracked.apply(tracked.SCALE, precise * inverse, self.scale[...], settings.tracker).astype(x.dtype)
+        return ghost_norms.apply(ghost_norms.SCALE, precise * inverse, self.scale[...], settings.tracker).astype(
+            x.dtype
+        )
 
 
 class Embedding(nnx.Module):
     """The table of token vectors, [vocab_size, hidden_size]."""
 
-    def __init__(self, declaring: Declaring, vocabulary: int, size: int, std: float):
+    def __init__(self, declaring: StackInit, vocabulary: int, size: int, std: float):
         self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
 
     @jax.named_scope("embed")
-    def __call__(self, tokens: Int[Array, "rows length"], settings: Settings) -> Float[Array, "rows length features"]:
+    def __call__(
+        self, tokens: Int[Array, "rows length"], settings: ForwardSettings
+    ) -> Float[Array, "rows length features"]:
         """The tokens' vectors."""
         # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
         # features would first be cut the wrong way.
@@ -130,7 +134,7 @@ class Attention(nnx.Module):
     Queries and keys are normalised over head_dim, by one scale for all heads, where the config has it so.
     """
 
-    def __init__(self, declaring: Declaring, config: DecoderConfig):
+    def __init__(self, declaring: StackInit, config: DecoderConfig):
         std, bias, embed = config.initializer_range, config.attention_bias, {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -143,7 +147,7 @@ class Attention(nnx.Module):
         )
 
     @jax.named_scope("attention")
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: ForwardSettings):
         q, k, v = (project(x, settings) for project in (self.query, self.key, self.value))
         if self.query_norm is not None:
             q, k = self.query_norm(q, settings), self.key_norm(k, settings)
@@ -157,7 +161,7 @@ class Attention(nnx.Module):
 class GatedMlp(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
 
-    def __init__(self, declaring: Declaring, config: DecoderConfig):
+    def __init__(self, declaring: StackInit, config: DecoderConfig):
         std, bias = config.initializer_range, config.mlp_bias
         embed, hidden = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
         self.gate = Projection(declaring, embed, hidden, bias, std, "gate_proj")
@@ -165,7 +169,7 @@ class GatedMlp(nnx.Module):
         self.down = Projection(declaring, hidden, embed, bias, std, "down_proj")
 
     @jax.named_scope("mlp")
-    def __call__(self, x, settings: Settings):
+    def __call__(self, x, settings: ForwardSettings):
         inner = jax.nn.silu(self.gate(x, settings)) * self.up(x, settings)
         return self.down(constrain(inner, ("rows", "length", "mlp"), settings.mesh), settings)
 
@@ -173,13 +177,13 @@ class GatedMlp(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer: attention and gated MLP, each behind its norm and around its residual."""
 
-    def __init__(self, declaring: Declaring, config: DecoderConfig):
+    def __init__(self, declaring: StackInit, config: DecoderConfig):
         self.attention_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(declaring, config)
         self.mlp_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(declaring, config)
 
-    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: Settings):
+    def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: ForwardSettings):
         """`x` [rows, length, features] after this layer, and whatever `attend` returned beside its result."""
         mixed, memory = self.attention(self.attention_norm(x, settings), rotation, attend, settings)
         x = constrain(x + mixed, ("rows", "length", "features"), settings.mesh)

@@ -15,16 +15,16 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
 from shiq_jax.models.attention import ENGINES
+from shiq_jax.models.attention_mask import forest_mask
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
 from shiq_jax.models.decoder import REMAT, Decoder
-from shiq_jax.models.layers import Settings
+from shiq_jax.models.ghost_norms import NormTracker
+from shiq_jax.models.ghost_vocabulary import statistics as tracked_statistics
+from shiq_jax.models.ghost_vocabulary import tied
+from shiq_jax.models.layers import ForwardSettings
 from shiq_jax.models.lora import Lora, only_adapters, without_adapters
-from shiq_jax.models.statistics import sharded_token_stats
-from shiq_jax.models.tracked import NormTracker
-from shiq_jax.models.tracked_vocabulary import statistics as tracked_statistics
-from shiq_jax.models.tracked_vocabulary import tied
-from shiq_jax.models.visibility import forest
+from shiq_jax.models.sharded_statistics import sharded_token_stats
 from shiq_jax.objectives import TokenStats, token_stats
 from shiq_jax.sharding import constrain, named_sharding
 
@@ -99,7 +99,7 @@ class Model:
         length = tokens.shape[-1]
         tokens = constrain(tokens, ("rows", "length"), self.mesh)
         positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
-        return self._decoder(params).hidden(tokens, positions, forest(intervals, length), self._settings)
+        return self._decoder(params).hidden(tokens, positions, forest_mask(intervals, length), self._settings)
 
     @jax.named_scope("statistics")
     def token_stats(
@@ -247,8 +247,8 @@ class Model:
         return sharded_token_stats(hidden, unembedding, tokens, mesh=self.mesh, extra=extra)
 
     @property
-    def _settings(self) -> Settings:
-        return Settings(self.compute_dtype, self.mesh, self.remat, self.engine, self.tracker, self.sums)
+    def _settings(self) -> ForwardSettings:
+        return ForwardSettings(self.compute_dtype, self.mesh, self.remat, self.engine, self.tracker, self.sums)
 
     def _decoder(self, params: Params) -> Decoder:
         definition, _, axes = _declared(self.config, self.dtype, self.lora)

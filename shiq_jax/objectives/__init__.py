@@ -1,9 +1,10 @@
 """Losses of post-training as pure functions of token statistics; needs only jax, numpy and jaxtyping."""
 
-from shiq_jax.objectives.checks import check_options
 from shiq_jax.objectives.groups import GROUPS
+from shiq_jax.objectives.kto import ANSWERS, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.objectives.learned_values import dro_loss, oreo_loss, pcl_loss
-from shiq_jax.objectives.lift import View, lift
+from shiq_jax.objectives.lift import ExampleView, lift
+from shiq_jax.objectives.option_checks import check_options
 from shiq_jax.objectives.options import Option
 from shiq_jax.objectives.pairs import DIFFERENCES, PAIRS, SUPERVISED
 from shiq_jax.objectives.policy_gradient import reinforce_loss
@@ -29,10 +30,9 @@ from shiq_jax.objectives.registry import OBJECTIVES
 from shiq_jax.objectives.regressions import a_star_po_loss, copg_loss, group_mean_loss, rebel_loss, vargrad_loss
 from shiq_jax.objectives.residuals import bellman_residuals, shiq_loss, squared_residuals
 from shiq_jax.objectives.sequences import ACTIONS, LABELLED, SEQUENCES
-from shiq_jax.objectives.statistics import token_stats, token_stats_from_logits
 from shiq_jax.objectives.supervised import sft_loss
+from shiq_jax.objectives.token_statistics import token_stats, token_stats_from_logits
 from shiq_jax.objectives.types import Couple, Example, LossOut, Objective, Sequence, TokenStats
-from shiq_jax.objectives.unpaired import ANSWERS, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.objectives.weighting import length_desensitised, wpo_weight
 
 __all__ = [
@@ -47,12 +47,12 @@ __all__ = [
     "SUPERVISED",
     "Couple",
     "Example",
+    "ExampleView",
     "LossOut",
     "Objective",
     "Option",
     "Sequence",
     "TokenStats",
-    "View",
     "a_star_po_loss",
     "apo_down_loss",
     "apo_zero_loss",

@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
 from shiq_jax.objectives.options import Option, declared
-from shiq_jax.objectives.reading import Input, Reading
 from shiq_jax.objectives.types import Couple, Example, LossOut, Objective
 
 BETA = 0.1
 """The default of `beta` in objectives; the plain losses have none."""
 
 
-def no_metrics(reading: Reading) -> dict[str, Array]:
+def no_metrics(reading: LossInputs) -> dict[str, Array]:
     """Nothing to report beside the loss."""
     return {}
 
 
-class Shared(NamedTuple):
+class SharedOptions(NamedTuple):
     """Options that all losses of a view share.
 
     Fields:
@@ -32,11 +32,11 @@ class Shared(NamedTuple):
     """
 
     options: Callable[[frozenset[str], bool], dict[str, Option]]
-    finish: Callable[[Array, Reading], tuple[Array, dict[str, Array]]]
+    finish: Callable[[Array, LossInputs], tuple[Array, dict[str, Array]]]
     extra: Mapping[str, str] = MappingProxyType({})
 
 
-class View(NamedTuple):
+class ExampleView(NamedTuple):
     """How a plain loss is applied to an example.
 
     Fields:
@@ -52,19 +52,19 @@ class View(NamedTuple):
     """
 
     unit: str
-    inputs: Mapping[str, Input]
-    real: Callable[[Reading], Bool[Array, "..."]]
+    inputs: Mapping[str, LossInput]
+    real: Callable[[LossInputs], Bool[Array, "..."]]
     guard: bool = True
     each: bool = False
     per_action: bool = False
-    metrics: Callable[[Reading], Mapping[str, Array]] = no_metrics
+    metrics: Callable[[LossInputs], Mapping[str, Array]] = no_metrics
     two_sequences: str | None = None
-    shared: Shared | None = None
+    shared: SharedOptions | None = None
 
 
 def lift(
-    loss: Callable[..., Any], view: View, *, couple: Couple | None = None, has_aux: bool = False,
-    metrics: Callable[[Reading], Mapping[str, Array]] | None = None,
+    loss: Callable[..., Any], view: ExampleView, *, couple: Couple | None = None, has_aux: bool = False,
+    metrics: Callable[[LossInputs], Mapping[str, Array]] | None = None,
     reads: Mapping[str, str] = MappingProxyType({}), defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Objective:  # fmt: skip
     """The objective of a plain loss.
@@ -116,14 +116,14 @@ def lift(
     objective.__name__, objective.__doc__ = name, loss.__doc__
     return Objective(
         objective, needs - {"policy", "values"}, view.unit, couple,
-        heads=MappingProxyType(heads), slow=tuple(head for each in read for head in each.slow),
+        heads=MappingProxyType(heads), target_heads=tuple(head for each in read for head in each.target_heads),
         policy="policy" in needs, extra=MappingProxyType(extra), declared=MappingProxyType(options | shared),
     )  # fmt: skip
 
 
-def read_example(example: Example, view: View, **about: Any) -> Reading:
+def read_example(example: Example, view: ExampleView, **about: Any) -> LossInputs:
     """The inputs of a view; raises ValueError for fields that are missing and the wrong number of sequences."""
-    reading = Reading(example, view.inputs, **about)
+    reading = LossInputs(example, view.inputs, **about)
     if view.two_sequences and reading.mask.shape[0] != 2:
         raise ValueError(
             f"action_mask has shape {reading.mask.shape} but {reading.name} takes {view.two_sequences} [2, T]; give two "
@@ -132,7 +132,7 @@ def read_example(example: Example, view: View, **about: Any) -> Reading:
     return reading
 
 
-def _summed(value: Array, metrics: Mapping[str, Array], view: View, reading: Reading) -> LossOut:
+def _summed(value: Array, metrics: Mapping[str, Array], view: ExampleView, reading: LossInputs) -> LossOut:
     """Sums over what is real of an example."""
     real = view.real(reading)
     weight = jnp.sum(reading.mask if view.per_action else real).astype(value.dtype)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from shiq_jax.objectives.inputs import check_choice, check_not_negative, masked
-from shiq_jax.objectives.lift import Shared
+from shiq_jax.objectives.lift import SharedOptions
+from shiq_jax.objectives.loss_inputs import LossInputs
 from shiq_jax.objectives.options import Option, described, kind_of
 from shiq_jax.objectives.preference import DIVERGENCES, divergence_score
-from shiq_jax.objectives.reading import Reading
+from shiq_jax.objectives.validation import check_choice, check_not_negative, masked
 from shiq_jax.objectives.weighting import length_desensitised, wpo_weight
 
 LOGRATIOS = frozenset({"chosen_logratio", "rejected_logratio"})
@@ -68,7 +68,7 @@ def options_of(reads: frozenset[str], coupled: bool, *, differential: bool, supe
     }
 
 
-def chosen_options(reading: Reading) -> PairOptions:
+def chosen_options(reading: LossInputs) -> PairOptions:
     """The options of a pair; raises ValueError for numbers out of range and options that do not go together."""
     given = {name: reading.options[name] for name in PairOptions._fields if name in reading.options}
     options = PairOptions(**given)
@@ -87,7 +87,7 @@ def chosen_options(reading: Reading) -> PairOptions:
     return options
 
 
-def total_over_actions(values: Array, reading: Reading) -> Array:
+def total_over_actions(values: Array, reading: LossInputs) -> Array:
     """Sums [2] over the actions of either completion, those beyond the shorter one's length times `ld_alpha`."""
     ld_alpha, mask = reading["pair_options"].ld_alpha, reading.mask
     if ld_alpha is None:
@@ -96,7 +96,7 @@ def total_over_actions(values: Array, reading: Reading) -> Array:
     return jax.vmap(late)(values, mask)
 
 
-def score(logratio: Array, reading: Reading) -> Array:
+def score(logratio: Array, reading: LossInputs) -> Array:
     """What losses read as a log-ratio: its score under another divergence, or the log-ratio."""
     options = reading["pair_options"]
     if options.f_divergence == "reverse_kl":
@@ -105,7 +105,7 @@ def score(logratio: Array, reading: Reading) -> Array:
     return divergence_score(logratio, kind=options.f_divergence, **more)
 
 
-def finished(value: Array, reading: Reading) -> tuple[Array, dict[str, Array]]:
+def finished(value: Array, reading: LossInputs) -> tuple[Array, dict[str, Array]]:
     """The value of a pair's loss with its likelihood and its weight, and these two as metrics where they are used."""
     options, example, metrics = reading["pair_options"], reading.example, {}
     if options.rpo_alpha is not None:
@@ -118,7 +118,7 @@ def finished(value: Array, reading: Reading) -> tuple[Array, dict[str, Array]]:
     return value, metrics
 
 
-def shared(*, differential: bool = False, supervised: bool = False) -> Shared:
+def shared(*, differential: bool = False, supervised: bool = False) -> SharedOptions:
     """The shared options of losses of one kind; see `options_of`."""
     options = partial(options_of, differential=differential, supervised=supervised)
-    return Shared(options, finished, {"lse2": "use_weighting"})
+    return SharedOptions(options, finished, {"lse2": "use_weighting"})

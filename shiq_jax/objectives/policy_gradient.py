@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_positive, masked, same_shape
+from shiq_jax.objectives.validation import as_mask, check_positive, masked, same_shape
 
 
 def reinforce_loss(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from shiq_jax.objectives.inputs import check_choice, check_positive, same_shape, widened
+from shiq_jax.objectives.validation import as_float32, check_choice, check_positive, same_shape
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -96,7 +96,7 @@ def dpop_loss(
     Source: arXiv 2402.13228.
     """
     margin = _logit(chosen_logratio, rejected_logratio, beta)
-    return -jax.nn.log_sigmoid(margin - beta * penalty * jax.nn.relu(-widened(chosen_logratio)))
+    return -jax.nn.log_sigmoid(margin - beta * penalty * jax.nn.relu(-as_float32(chosen_logratio)))
 
 
 def hinge_loss(
@@ -245,7 +245,7 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
     Source: f-DPO (arXiv 2309.16240).
     """
     check_choice("kind", kind, DIVERGENCES)
-    u = widened(logratio)
+    u = as_float32(logratio)
     if kind == "js_divergence":
         return jax.nn.log_sigmoid(u)
     if kind == "forward_kl":
@@ -257,7 +257,7 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
 
 def _pair(chosen_logratio, rejected_logratio) -> tuple[Array, Array]:
     same_shape(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
-    return widened(chosen_logratio), widened(rejected_logratio)
+    return as_float32(chosen_logratio), as_float32(rejected_logratio)
 
 
 def _rewards(chosen_logratio, rejected_logratio, beta) -> tuple[Array, Array]:

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import (
+from shiq_jax.objectives.residuals import next_action, suffix_sum
+from shiq_jax.objectives.types import TokenStats
+from shiq_jax.objectives.validation import (
+    as_float32,
     as_mask,
     check_discount,
     check_not_negative,
     check_sequence,
     masked,
     sequence_length,
-    widened,
 )
-from shiq_jax.objectives.residuals import next_action, suffix_sum
-from shiq_jax.objectives.types import TokenStats
 
 
 def ilql_loss(
@@ -158,7 +158,7 @@ def _cross_entropy(heads: tuple[TokenStats, ...], mask) -> Array:
 
 
 def _beyond(bootstrap, like) -> Array:
-    return jnp.zeros((), like.dtype) if bootstrap is None else widened(bootstrap)
+    return jnp.zeros((), like.dtype) if bootstrap is None else as_float32(bootstrap)
 
 
 def _check(length: int, gamma, alpha, **arrays) -> None:

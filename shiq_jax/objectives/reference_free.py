@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from shiq_jax.objectives.inputs import check_positive, same_shape, widened
 from shiq_jax.objectives.preference import dpo_loss
+from shiq_jax.objectives.validation import as_float32, check_positive, same_shape
 
 # Nearer to 0 the odds of an average log-probability are infinite.
 _LARGEST_AVERAGE = -1e-6
@@ -31,7 +31,7 @@ def cpo_loss(
     Source: CPO (arXiv 2401.08417). TRL averages its supervised term over tokens: give `alpha / chosen_length` for that.
     """
     contrast = dpo_loss(chosen_logp, rejected_logp, beta=beta, label_smoothing=label_smoothing)
-    return contrast - alpha * widened(chosen_logp)
+    return contrast - alpha * as_float32(chosen_logp)
 
 
 def simpo_loss(
@@ -91,6 +91,6 @@ def _log_complement(logp: Array) -> Array:
 def _averages(chosen_logp, rejected_logp, chosen_length, rejected_length) -> tuple[Array, Array]:
     same_shape(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
     return tuple(
-        widened(logp) / jnp.maximum(length, 1)
+        as_float32(logp) / jnp.maximum(length, 1)
         for logp, length in ((chosen_logp, chosen_length), (rejected_logp, rejected_length))
     )

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from shiq_jax.objectives import (
+    aot,
+    kto,
     learned_values,
     policy_gradient,
     preference,
@@ -12,8 +14,6 @@ from shiq_jax.objectives import (
     regressions,
     sequences,
     shiq,
-    transport,
-    unpaired,
 )
 from shiq_jax.objectives.groups import GROUPS
 from shiq_jax.objectives.lift import lift
@@ -54,13 +54,13 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "apo_zero": lift(preference.apo_zero_loss, PAIRS),
         "apo_down": lift(preference.apo_down_loss, PAIRS),
         "discopop": lift(preference.discopop_loss, DIFFERENCES),
-        "aot": lift(transport.aot_loss, PAIRS, couple=transport.AOT),
-        "aot_unpaired": lift(transport.aot_unpaired_loss, PAIRS, couple=transport.AOT_UNPAIRED),
+        "aot": lift(aot.aot_loss, PAIRS, couple=aot.AOT),
+        "aot_unpaired": lift(aot.aot_unpaired_loss, PAIRS, couple=aot.AOT_UNPAIRED),
         "cpo": lift(reference_free.cpo_loss, SUPERVISED),
         "simpo": lift(reference_free.simpo_loss, PAIRS),
         "orpo": lift(reference_free.orpo_loss, SUPERVISED),
-        "kto": lift(unpaired.kto_loss, unpaired.ANSWERS, couple=unpaired.MISMATCHED),
-        "apo_zero_unpaired": lift(unpaired.apo_zero_unpaired_loss, LABELLED),
+        "kto": lift(kto.kto_loss, kto.ANSWERS, couple=kto.MISMATCHED),
+        "apo_zero_unpaired": lift(kto.apo_zero_unpaired_loss, LABELLED),
         "copg": lift(regressions.copg_loss, PAIRS),
         "rebel": lift(regressions.rebel_loss, PAIRS),
     }

@@ -18,7 +18,9 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from shiq_jax.objectives.cumulative import reverse_cumsum
-from shiq_jax.objectives.inputs import (
+from shiq_jax.objectives.types import TokenStats
+from shiq_jax.objectives.validation import (
+    as_float32,
     as_mask,
     check_choice,
     check_discount,
@@ -27,9 +29,7 @@ from shiq_jax.objectives.inputs import (
     logratios,
     masked,
     sequence_length,
-    widened,
 )
-from shiq_jax.objectives.types import TokenStats
 
 
 class Axes(NamedTuple):
@@ -149,7 +149,7 @@ def bellman_residuals(
 
     soft_rewards = masked(rewards, mask) - beta * logratios(policy, reference, mask)
     before = state_values(policy, reference, mask, beta=beta, value=value, values=values)
-    beyond = jnp.zeros((), soft_rewards.dtype) if bootstrap is None else widened(bootstrap)
+    beyond = jnp.zeros((), soft_rewards.dtype) if bootstrap is None else as_float32(bootstrap)
     if horizon in ("multi", "trajectory"):
         targets = suffix_sum(soft_rewards, beyond, mask, gamma)
     else:

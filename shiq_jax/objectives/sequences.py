@@ -5,75 +5,75 @@ from types import MappingProxyType
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from shiq_jax.objectives.inputs import logratios, masked
-from shiq_jax.objectives.lift import View
-from shiq_jax.objectives.reading import Input, Reading
+from shiq_jax.objectives.lift import ExampleView
+from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
 from shiq_jax.objectives.types import Sequence
+from shiq_jax.objectives.validation import logratios, masked
 
 VALUE, DOUBLE_Q = {"value": "value"}, {"q1": "q", "q2": "q"}
 
 
-def _policy(reading: Reading):
+def _policy(reading: LossInputs):
     return reading.field("policy")
 
 
-def _logratio(reading: Reading) -> Array:
+def _logratio(reading: LossInputs) -> Array:
     return jnp.sum(logratios(_policy(reading), reading.reference(), reading.mask), axis=-1)
 
 
-def _desirable(reading: Reading) -> Array:
+def _desirable(reading: LossInputs) -> Array:
     return reading.field("labels") != 0
 
 
-def _sequence(reading: Reading) -> Sequence:
+def _sequence(reading: LossInputs) -> Sequence:
     example = reading.example
     return Sequence(example.policy, reading.reference(), example.rewards, example.action_mask, example.bootstrap)
 
 
-LOGRATIO = Input(_logratio, ("policy", "references"))
+LOGRATIO = LossInput(_logratio, ("policy", "references"))
 """Log-ratio to the reference, summed over the actions of each sequence."""
 
-DESIRABLE = Input(_desirable, ("labels",))
+DESIRABLE = LossInput(_desirable, ("labels",))
 """Whether each sequence is desirable."""
 
 INPUTS = MappingProxyType(
     {
-        "sequence": Input(_sequence, ("policy", "references", "rewards")),
-        "policy": Input(_policy, ("policy",)),
-        "reference": Input(Reading.reference, ("references",)),
-        "rewards": Input(lambda reading: reading.field("rewards"), ("rewards",)),
-        "action_mask": Input(lambda reading: reading.example.action_mask),
-        "bootstrap": Input(lambda reading: reading.example.bootstrap),
+        "sequence": LossInput(_sequence, ("policy", "references", "rewards")),
+        "policy": LossInput(_policy, ("policy",)),
+        "reference": LossInput(LossInputs.reference, ("references",)),
+        "rewards": LossInput(lambda reading: reading.field("rewards"), ("rewards",)),
+        "action_mask": LossInput(lambda reading: reading.example.action_mask),
+        "bootstrap": LossInput(lambda reading: reading.example.bootstrap),
         "logratio": LOGRATIO,
         "desirable": DESIRABLE,
-        "v": Input(lambda reading: reading.head("value"), ("values",), VALUE),
-        "q1": Input(lambda reading: reading.head("q1"), ("values",), {"q1": "q"}),
-        "q": Input(lambda reading: (reading.head("q1"), reading.head("q2")), ("values",), DOUBLE_Q),
-        "target_q": Input(
-            lambda reading: (reading.head("target_q1"), reading.head("target_q2")), ("values",), slow=tuple(DOUBLE_Q)
+        "v": LossInput(lambda reading: reading.head("value"), ("values",), VALUE),
+        "q1": LossInput(lambda reading: reading.head("q1"), ("values",), {"q1": "q"}),
+        "q": LossInput(lambda reading: (reading.head("q1"), reading.head("q2")), ("values",), DOUBLE_Q),
+        "target_q": LossInput(
+            lambda reading: (reading.head("target_q1"), reading.head("target_q2")), ("values",), target_heads=tuple(DOUBLE_Q)
         ),
     }
 )
 
 
-def _real(reading: Reading) -> Array:
+def _real(reading: LossInputs) -> Array:
     return jnp.any(reading.mask, axis=-1)
 
 
-SEQUENCES = View("trajectory", INPUTS, _real, guard=False, each=True)
+SEQUENCES = ExampleView("trajectory", INPUTS, _real, guard=False, each=True)
 """A loss of one sequence [T] that is 0 without actions; the mean over a batch runs over sequences with any."""
 
 ACTIONS = SEQUENCES._replace(per_action=True)
 """A loss that is a sum over the actions of one sequence [T]; the mean over a batch runs over actions."""
 
 
-def imitation_metrics(reading: Reading) -> dict[str, Array]:
+def imitation_metrics(reading: LossInputs) -> dict[str, Array]:
     """Per action: `probability`, which the policy gives to the token."""
     logp = masked(reading["policy"].logp, reading.mask)
     return {"probability": jnp.sum(jnp.where(reading.mask, jnp.exp(logp), 0), axis=-1)}
 
 
-def value_metrics(reading: Reading) -> dict[str, Array]:
+def value_metrics(reading: LossInputs) -> dict[str, Array]:
     """Per sequence: `value`, the head's of the first state; `logratio` and `return`, sums over actions.
 
     `logratio` is the log-probability for a loss without reference.
@@ -88,7 +88,7 @@ def value_metrics(reading: Reading) -> dict[str, Array]:
     }
 
 
-def q_metrics(reading: Reading) -> dict[str, Array]:
+def q_metrics(reading: LossInputs) -> dict[str, Array]:
     """Per action: `q`, of the first head at the token that was taken, and `value` where there is such a head."""
     head, mask, values = reading["q1"], reading.mask, reading.field("values")
     metrics = {"q": jnp.sum(masked(head.logp, mask) + masked(head.lse, mask), axis=-1)}
@@ -97,7 +97,7 @@ def q_metrics(reading: Reading) -> dict[str, Array]:
     return metrics
 
 
-def label_metrics(reading: Reading) -> dict[str, Array]:
+def label_metrics(reading: LossInputs) -> dict[str, Array]:
     """Per sequence: `rewards/signed`, beta times the log-ratio of a desirable answer, minus that of an undesirable one;
     `rewards/accuracies`, how often it is positive; `desirable`, the share of such answers.
 

@@ -5,9 +5,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from shiq_jax.objectives.inputs import as_mask, check_choice, logratios, masked
 from shiq_jax.objectives.residuals import bellman_residuals, squared_residuals, state_values
 from shiq_jax.objectives.types import Sequence
+from shiq_jax.objectives.validation import as_mask, check_choice, logratios, masked
 
 
 def shiq(

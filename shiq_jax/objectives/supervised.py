@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_sequence, masked, sequence_length
 from shiq_jax.objectives.types import TokenStats
+from shiq_jax.objectives.validation import as_mask, check_sequence, masked, sequence_length
 
 
 def sft_loss(policy: TokenStats, action_mask: Bool[Array, " T"]) -> Float[Array, ""]:

@@ -101,7 +101,7 @@ class Objective(NamedTuple):
       couple: None when examples are independent of each other, as private training requires.
       heads: what it reads of `Example.values`, by name: "value" for a number per state, "q" for the TokenStats of a row
         of Q-values. They learn on hidden states that are constants to them.
-      slow: the heads of which it also reads Polyak averages, called "target_" and their name.
+      target_heads: heads of which it also reads a Polyak-averaged copy, named "target_" and the name of the head.
       polyak: step size of these averages, in (0, 1].
       policy: whether it reads `Example.policy`. Otherwise the model's own weights do not change, and the policy is that
         of the model with Q / beta added to its logits, Q the smaller of its Q heads.
@@ -116,7 +116,7 @@ class Objective(NamedTuple):
     unit: str
     couple: Couple | None = None
     heads: Mapping[str, str] = MappingProxyType({})
-    slow: tuple[str, ...] = ()
+    target_heads: tuple[str, ...] = ()
     polyak: float = 0.005
     policy: bool = True
     extra: Mapping[str, str | None] = MappingProxyType({})
@@ -135,7 +135,7 @@ class Objective(NamedTuple):
         return tuple(name for name, option in self.extra.items() if option is None or bound.get(option))
 
     @property
-    def steering(self) -> float:
+    def q_guidance(self) -> float:
         """What its Q heads are multiplied with before they are added to the logits; 0 where the policy learns."""
         return 0.0 if self.policy else 1 / self.beta
 
@@ -145,7 +145,7 @@ class Objective(NamedTuple):
         found = dict(declared(getattr(self.loss, "func", self.loss)) if self.declared is None else self.declared)
         if not self.policy:
             found["beta"] = Option(float, self.beta, "Q / beta is added to the logits, Q the smaller of the Q heads.")
-        if self.slow:
+        if self.target_heads:
             found["polyak"] = Option(float, self.polyak, "step size of the Polyak averages of the Q heads, in (0, 1].")
         return found
 
@@ -161,6 +161,6 @@ class Objective(NamedTuple):
                 f"option {unknown[0]!r} is none of the objective {self.name!r}, which takes "
                 f"{', '.join(known) or 'none'}."
             )
-        own = {"beta": not self.policy, "polyak": bool(self.slow)}
+        own = {"beta": not self.policy, "polyak": bool(self.target_heads)}
         fields = {name: options.pop(name) for name in own if own[name] and name in options}
         return self._replace(loss=partial(self.loss, **options), **fields)

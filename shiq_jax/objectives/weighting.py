@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_sequence, masked, sequence_length
 from shiq_jax.objectives.types import TokenStats
+from shiq_jax.objectives.validation import as_mask, check_sequence, masked, sequence_length
 
 
 def wpo_weight(policy: TokenStats, action_mask: Bool[Array, " T"]) -> Float[Array, ""]:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.tracked import BUDGET, GIVEN, NormTracker
+from shiq_jax.models.ghost_norms import BUDGET, GIVEN, NormTracker
+from shiq_jax.privacy.clip_rules import ClipRule, Groupwise
 from shiq_jax.privacy.coverage import coverage
-from shiq_jax.privacy.rules import ClipRule, Groupwise
 
 Losses = Callable[[Any, Any, NormTracker | None], Float[Array, " units"]]
 METHODS = ("auto", "vmap", "scan", "ghost", "bk", "group")
@@ -164,7 +164,7 @@ def _ghost(losses, params, batch, clip, mask, share):
     values, pull = jax.vjp(lambda params, squares: losses(params, batch, NormTracker(squares)), params, zeros)
     norms = jnp.sqrt(jnp.maximum(pull(jnp.ones_like(values))[1], 0))
     factors = share * _factors(clip, norms, mask)
-    return _widened(pull(factors.astype(values.dtype))[0]), norms, values
+    return _as_float32(pull(factors.astype(values.dtype))[0]), norms, values
 
 
 def _booked(losses, params, batch, clip, mask, share):
@@ -180,14 +180,14 @@ def _booked(losses, params, batch, clip, mask, share):
 
     _, summed, (squares, values) = jax.linearize(gradients, jnp.ones(len(mask), jnp.float32), has_aux=True)
     norms = jnp.sqrt(jnp.maximum(squares, 0))
-    return _widened(summed(share * _factors(clip, norms, mask))), norms, values
+    return _as_float32(summed(share * _factors(clip, norms, mask))), norms, values
 
 
 def _group(losses, params, batch, clip, mask, share):
     """Each operation clips its own; a unit that does not count, or is not finite anywhere, is taken out beforehand."""
 
     def rule(norms):
-        return share * clip.of_a_group(norms)
+        return share * clip.per_group(norms)
 
     def of(params, squares):
         values = losses(params, batch, NormTracker(squares, rule=rule))
@@ -195,7 +195,7 @@ def _group(losses, params, batch, clip, mask, share):
 
     _, pull, values = jax.vjp(of, params, _zeros(mask), has_aux=True)
     grads, squares = pull(jnp.where(mask & jnp.isfinite(values), 1, 0).astype(values.dtype))
-    return _widened(grads), jnp.sqrt(jnp.maximum(squares, 0)), values
+    return _as_float32(grads), jnp.sqrt(jnp.maximum(squares, 0)), values
 
 
 _BY_OPERATIONS = {"ghost": _ghost, "bk": _booked, "group": _group}
@@ -223,7 +223,7 @@ def _squares(leaf):
     return jnp.sum(jnp.square(leaf.astype(_precise(leaf))), axis=tuple(range(1, leaf.ndim)))
 
 
-def _widened(grads):
+def _as_float32(grads):
     return jax.tree.map(lambda leaf: leaf.astype(_precise(leaf)), grads)
 
 

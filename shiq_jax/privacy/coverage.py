@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from shiq_jax.models.tracked import HEAD, LOOKUP, OPERATION, NormTracker
+from shiq_jax.models.ghost_norms import HEAD, LOOKUP, OPERATION, NormTracker
 
 # What hands a parameter on as it is: changes of type, shape and place.
 _PASSING = {
@@ -101,9 +101,7 @@ class _Uses:
             self.times[number] = max(self.times[number], times * uses.times[number])
             if not (owned and uses.owners[number]):
                 self.others[number] += uses.others[number]
-        return {
-            place: within[var] for place, var in enumerate(inner.outvars) if isinstance(var, Var) and var in within
-        }
+        return {place: within[var] for place, var in enumerate(inner.outvars) if isinstance(var, Var) and var in within}
 
     def _scan(self, eqn, read: dict[int, int]) -> None:
         """A stack of parameters that is cut along the scan is used once; what every iteration sees, in each."""

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from shiq_jax.errors import Refusal
-from shiq_jax.privacy.rules import AutoS, ClipRule, Groupwise
+from shiq_jax.errors import UserError
+from shiq_jax.privacy.clip_rules import AutoS, ClipRule, Groupwise
 
 Adjacency = Literal["zero_out", "replace_one", "add_remove"]
 # Standard deviations above the mean size at which batches are cut; what is cut costs no epsilon to speak of.
@@ -60,15 +60,15 @@ class Mechanism:
         _check_drawn(self.dataset_size, self.expected_batch)
         _check_whole(steps=self.steps, largest_batch=self.largest_batch)
         if not 0 < self.delta < 1:
-            raise Refusal(
+            raise UserError(
                 f"delta must lie in (0, 1), not {self.delta}; below 1 / {self.dataset_size} it means something"
             )
         if not 0 <= self.noise_multiplier < math.inf:
-            raise Refusal(f"noise_multiplier must be finite and not negative, not {self.noise_multiplier}")
+            raise UserError(f"noise_multiplier must be finite and not negative, not {self.noise_multiplier}")
         if self.adjacency not in get_args(Adjacency):
-            raise Refusal(f"adjacency must be {' or '.join(get_args(Adjacency))}, not {self.adjacency!r}")
+            raise UserError(f"adjacency must be {' or '.join(get_args(Adjacency))}, not {self.adjacency!r}")
         if self.adjacency == "add_remove" and self.largest_batch < self.dataset_size:
-            raise Refusal(
+            raise UserError(
                 "adjacency add_remove is accounted for where no batch is cut: largest_batch must be at least the "
                 f"dataset_size {self.dataset_size}, not {self.largest_batch}"
             )
@@ -83,16 +83,16 @@ class Mechanism:
     def calibrated(cls, *, epsilon: float, **fields) -> Mechanism:
         """As `sized`, with (within half a percent) the least noise with which all steps are (epsilon, delta)-private.
 
-        Raises Refusal when no noise gives this epsilon, next to none does, or one of the numbers makes no sense.
+        Raises UserError when no noise gives this epsilon, next to none does, or one of the numbers makes no sense.
         """
         if not 0 < epsilon < math.inf:
-            raise Refusal(f"epsilon must be positive and finite, not {epsilon}")
+            raise UserError(f"epsilon must be positive and finite, not {epsilon}")
         first = cls.sized(noise_multiplier=_FIRST, **fields)
         found = first._calibrated(epsilon, _COARSE)
         if found is None or found._wasteful(epsilon):
             found = first._calibrated(epsilon, _FINE)
         if found is None:
-            raise Refusal(
+            raise UserError(
                 f"no noise was found that makes {first.steps} steps ({epsilon}, {first.delta})-private: ask for a "
                 "larger epsilon or delta, fewer steps or smaller batches"
             )
@@ -170,7 +170,7 @@ class Mechanism:
                     break
                 upper = lower
             else:
-                raise Refusal(
+                raise UserError(
                     f"{self.steps} steps with next to no noise, a noise_multiplier of {upper}, cost less than the "
                     f"epsilon {epsilon}: ask for a smaller epsilon, or give the noise_multiplier in its place"
                 )
@@ -183,7 +183,7 @@ class Mechanism:
 def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -> int:
     """Places of a batch: six standard deviations above the mean, at most all units, up to a multiple.
 
-    Raises Refusal when such a batch cannot be drawn.
+    Raises UserError when such a batch cannot be drawn.
     """
     _check_drawn(dataset_size, expected_batch)
     _check_whole(multiple=multiple)
@@ -195,13 +195,13 @@ def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -
 def _check_drawn(dataset_size: int, expected_batch: float) -> None:
     _check_whole(dataset_size=dataset_size)
     if not 0 < expected_batch <= dataset_size:
-        raise Refusal(f"an expected batch of {expected_batch} cannot be drawn from {dataset_size} units")
+        raise UserError(f"an expected batch of {expected_batch} cannot be drawn from {dataset_size} units")
 
 
 def _check_whole(**numbers: int) -> None:
     for name, value in numbers.items():
         if not (value >= 1 and value % 1 == 0):
-            raise Refusal(f"{name} must be a whole number of at least 1, not {value}")
+            raise UserError(f"{name} must be a whole number of at least 1, not {value}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -226,6 +226,6 @@ def _needed(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refusal(
+        raise UserError(
             f"private training needs {module.partition('.')[0]}, which is not there: pip install 'shiq_jax[privacy]'"
         ) from error

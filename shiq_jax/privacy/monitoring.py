@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from shiq_jax.privacy.clip_rules import Groupwise
 from shiq_jax.privacy.clipped_sum import Losses, clipped_sum
 from shiq_jax.privacy.loss_improvement import adam_preconditioner, improvement, landscape
 from shiq_jax.privacy.mechanism import Mechanism
-from shiq_jax.privacy.phases import adam_memory
-from shiq_jax.privacy.rules import Groupwise
+from shiq_jax.privacy.public_to_private import adam_state
 
 
-def monitored(
+def monitor(
     losses: Losses,
     params: Any,
     opt_state: optax.OptState,
@@ -41,7 +41,7 @@ def monitored(
     Returns:
         by name all of `Landscape` and `Improvement`, and `clipped`, the mean factor by which the clip rule scales.
     """
-    memory = adam_memory(opt_state)
+    memory = adam_state(opt_state)
     scale = adam_preconditioner(memory, b2)
     # Before the first update nothing is known of the squares.
     scale = jax.tree.map(lambda leaf: jnp.where(memory.count > 0, leaf, 1.0), scale)

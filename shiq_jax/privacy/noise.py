@@ -14,7 +14,7 @@ from shiq_jax.privacy.mechanism import Mechanism
 NOISE = 1
 
 
-def privatise(total: Any, mechanism: Mechanism, root: Array, step: Array) -> Any:
+def privatize(total: Any, mechanism: Mechanism, root: Array, step: Array) -> Any:
     """(sum + noise) / expected batch: what may be released of a sum of clipped gradients.
 
     The noise is a function of the root key and the step, float32, drawn alike for each parameter however it is cut over

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts
 
 BYTES = 32
@@ -31,24 +31,24 @@ class Secret:
 
     @classmethod
     def create(cls, path: Path) -> Secret:
-        """Fresh entropy in a new file that only its owner can read; Refusal when there is a file already."""
+        """Fresh entropy in a new file that only its owner can read; UserError when there is a file already."""
         _write_entropy(path)
         return cls(path.read_bytes())
 
     @classmethod
     def read(cls, path: Path) -> Secret:
-        """What `create` wrote; Refusal when it is gone, cut short, or readable by others."""
+        """What `create` wrote; UserError when it is gone, cut short, or readable by others."""
         try:
             root, mode = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
         except OSError as error:
-            raise Refusal(
+            raise UserError(
                 f"{path}, the secret of this private run, cannot be read ({error.strerror}): restore it, for with "
                 "another one the run would release its steps twice"
             ) from error
         if len(root) != BYTES:
-            raise Refusal(f"{path} holds {len(root)} bytes instead of {BYTES}: restore the secret of this run")
+            raise UserError(f"{path} holds {len(root)} bytes instead of {BYTES}: restore the secret of this run")
         if mode & 0o077:
-            raise Refusal(
+            raise UserError(
                 f"{path} can be read by others (mode {mode:o}): its secret may be known; chmod 600 if it is not"
             )
         return cls(root)
@@ -70,7 +70,7 @@ class Secret:
 
     @property
     def noise(self) -> Array:
-        """The jax key of the noise, see `privatise`."""
+        """The jax key of the noise, see `privatize`."""
         words = np.frombuffer(self._derived("noise")[:8], np.uint32)
         return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
@@ -87,7 +87,7 @@ def _write_entropy(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise Refusal(
+        raise UserError(
             f"{path} holds the secret of another run: a secret is used for one run only, so name another file, or "
             "remove this one if nothing was released with it"
         ) from None

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import report, storage
 from shiq_jax.replay.manifest import SCHEMA_VERSION, Manifest, check_vacant, remove_leftovers
 from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
-from shiq_jax.replay.statistics import Identity, Statistics, absent, check_annotations
+from shiq_jax.replay.stored_statistics import Identity, StoredStatistics, absent, check_annotations
 from shiq_jax.sharding import hosts
 
 _COLUMNS = tuple(field.name for field in storage.RECORDS)
@@ -43,7 +43,7 @@ class Buffer:
 
     @classmethod
     def create(cls, path: str | Path) -> "Buffer":
-        """Makes an empty buffer; raises Refusal when `path` is a buffer already or holds other files."""
+        """Makes an empty buffer; raises UserError when `path` is a buffer already or holds other files."""
         path = Path(path)
         check_vacant(path)
         hosts.on_writer(path.mkdir)(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Buffer:
 
     @classmethod
     def open(cls, path: str | Path) -> "Buffer":
-        """Opens an existing buffer; raises Refusal when it is none, or a file is missing or changed in size."""
+        """Opens an existing buffer; raises UserError when it is none, or a file is missing or changed in size."""
         path = Path(path)
         manifest = Manifest.load(path)
         for entry in [*manifest.shards, *manifest.sidecars()]:
@@ -61,7 +61,7 @@ class Buffer:
             found = file.stat().st_size if file.exists() else None
             if found != entry["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise Refusal(
+                raise UserError(
                     f"{file} {state}, the manifest says {entry['bytes']} bytes; restore the file or make the buffer "
                     "anew."
                 )
@@ -111,7 +111,7 @@ class Buffer:
 
     def _begin_writing(self) -> None:
         if Manifest.load(self.path) != self.manifest:
-            raise Refusal(
+            raise UserError(
                 f"{self.path} was changed by another process since it was opened; open it again before writing to it."
             )
         remove_leftovers(self.path, self.manifest.files())
@@ -178,10 +178,10 @@ class Buffer:
         return report.render(self.describe())
 
     def verify(self) -> None:
-        """Reads every byte; raises Refusal naming the first file whose checksum is not the manifest's."""
+        """Reads every byte; raises UserError naming the first file whose checksum is not the manifest's."""
         for entry in [*self.manifest.shards, *self.manifest.sidecars()]:
             if storage.checksum(self.path / entry["file"]) != entry["crc32"]:
-                raise Refusal(
+                raise UserError(
                     f"{self.path / entry['file']} is corrupt: its checksum is not the manifest's; restore the file."
                 )
 
@@ -200,13 +200,13 @@ class Buffer:
     def write_statistics(self, identity: Identity, shard: int, values: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Stores the statistics of one whole shard: (logp float[A], lse float[A]), in nats, per record of its range.
 
-        Each call is atomic, so an interrupted annotation goes on with `missing_statistics`. Raises Refusal when the
+        Each call is atomic, so an interrupted annotation goes on with `missing_statistics`. Raises UserError when the
         values do not fit the records.
         """
         if not 0 <= shard < len(self.shards):
-            raise Refusal(f"{self.path} has {len(self.shards)} shards, statistics were given for shard {shard}.")
+            raise UserError(f"{self.path} has {len(self.shards)} shards, statistics were given for shard {shard}.")
         if shard not in self.missing_statistics(identity):
-            raise Refusal(f"{self.path} has the statistics of shard {shard} made by {identity} already.")
+            raise UserError(f"{self.path} has the statistics of shard {shard} made by {identity} already.")
         check_annotations(values, self._shard(shard).lengths("rewards"), self._starts[shard])
         self._begin_writing()
         name = f"statistics/{Identity(identity).digest}/{shard:05d}.arrow"
@@ -220,14 +220,14 @@ class Buffer:
     def adopt_sampler_statistics(self, identity: Identity) -> None:
         """Declares that the records' own (logp, lse) are this identity's, in every shard that has none of it.
 
-        Nothing is copied. Raises Refusal when a record of such a shard lacks them.
+        Nothing is copied. Raises UserError when a record of such a shard lacks them.
         """
         missing = self.missing_statistics(identity)
         for number in missing:
             shard = self._shard(number)
             for row in range(shard.rows if shard.present("lse") < shard.rows else 0):
                 if shard.get("lse", row) is None:
-                    raise Refusal(
+                    raise UserError(
                         f"{self.path}: record {self._starts[number] + row} carries no lse of its sampler, so the "
                         "sampler's statistics cannot serve as a reference; annotate the buffer with the reference."
                     )
@@ -235,14 +235,14 @@ class Buffer:
             self._begin_writing()
             self._cover(identity, {str(number): {"source": "records"} for number in missing})
 
-    def statistics(self, identity: Identity) -> Statistics:
-        """The statistics of this identity for all records; raises Refusal when some or all are missing."""
+    def statistics(self, identity: Identity) -> StoredStatistics:
+        """The statistics of this identity for all records; raises UserError when some or all are missing."""
         identity = Identity(identity)
         covered = self._covered(identity)
         if not covered and len(self):
             raise absent(self, identity, self.manifest.statistics)
         if missing := self.missing_statistics(identity):
-            raise Refusal(
+            raise UserError(
                 f"{self.path} has statistics made by {identity} for {len(self.shards) - len(missing)} of "
                 f"{len(self.shards)} shards; finish the annotation with that model."
             )
@@ -253,7 +253,7 @@ class Buffer:
             shard = self._shard(number) if entry["source"] == "records" else self._sidecar(entry)
             return shard.get("logp", row), shard.get("lse", row)
 
-        return Statistics(identity, len(self), get)
+        return StoredStatistics(identity, len(self), get)
 
     def _cover(self, identity: Identity, shards: dict[str, dict[str, Any]]) -> None:
         statistics = dict(self.manifest.statistics)

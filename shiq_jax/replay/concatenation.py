@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.manifest import NAME, Manifest, remove_leftovers
@@ -13,14 +13,14 @@ from shiq_jax.sharding import hosts
 def concatenate(paths: Sequence[str | Path], out: str | Path) -> Buffer:
     """Makes a new buffer at `out` of the records of several, in order, with all their statistics; returns it.
 
-    Groups keep their names, so equal names of two buffers become one group. Raises Refusal when `out` is something
+    Groups keep their names, so equal names of two buffers become one group. Raises UserError when `out` is something
     else than a directory to be made or an empty buffer, as an interrupted call leaves it.
     """
     out = Path(out)
     sources = [Buffer.open(path) for path in paths]
     target = Buffer.open(out) if (out / NAME).exists() else Buffer.create(out)
     if len(target):
-        raise Refusal(f"{out} is a replay buffer with {len(target)} records already; name another directory.")
+        raise UserError(f"{out} is a replay buffer with {len(target)} records already; name another directory.")
     remove_leftovers(out, set())
     merged = Manifest()
     for source in sources:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record, validate
@@ -48,7 +48,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 
 def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Record:
-    """The record of one JSON object as `record_to_json` writes it; raises Refusal naming the field that is wrong.
+    """The record of one JSON object as `record_to_json` writes it; raises UserError naming the field that is wrong.
 
     check: False leaves `validate` to the caller.
 
@@ -58,12 +58,12 @@ def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Recor
     """
     tokens, mask = _list(content, "tokens", None), _list(content, "action_mask", None)
     if len(mask) != len(tokens):
-        raise Refusal(
+        raise UserError(
             f"field 'action_mask' has {len(mask)} entries for {len(tokens)} tokens; give one entry per token."
         )
     columns = {name: _compact(content, name, mask) for name in ("rewards", *STATISTICS)}
     if columns["rewards"] is None:
-        raise Refusal("field 'rewards' is missing; give one number per token, 0 off the actions.")
+        raise UserError("field 'rewards' is missing; give one number per token, 0 off the actions.")
     group, prompt, user = content.get("group_id"), content.get("prompt"), content.get("user_id")
     try:
         record = Record(
@@ -76,7 +76,7 @@ def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Recor
             **{name: content.get(name) for name in JUDGEMENTS},
         )
     except ValueError as error:
-        raise Refusal(f"field {error}") from error
+        raise UserError(f"field {error}") from error
     if check:
         validate(record)
     return record
@@ -105,19 +105,19 @@ def to_dataset(buffer: Buffer) -> "datasets.Dataset":
 
     files = buffer.record_files()
     if not files:
-        raise Refusal(f"{buffer.path} is empty; append records before making a dataset of it.")
+        raise UserError(f"{buffer.path} is empty; append records before making a dataset of it.")
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
 def from_dataset(dataset: "datasets.Dataset") -> Iterator[Record]:
     """The records of a dataset with the columns of `to_dataset`; optional columns may be missing.
 
-    Raises Refusal when a needed column is.
+    Raises UserError when a needed column is.
     """
     names = [field.name for field in storage.RECORDS]
     for name in ("tokens", "action_mask", "rewards", "group"):
         if name not in dataset.column_names:
-            raise Refusal(f"the dataset lacks the column {name!r}; it has {', '.join(dataset.column_names)}.")
+            raise UserError(f"the dataset lacks the column {name!r}; it has {', '.join(dataset.column_names)}.")
     present = [name for name in names if name in dataset.column_names]
     for row in dataset.select_columns(present).with_format(None):
         yield Record(**row)
@@ -126,11 +126,11 @@ def from_dataset(dataset: "datasets.Dataset") -> Iterator[Record]:
 def _list(content: Mapping[str, Any], name: str, size: int | None) -> list:
     values = content.get(name)
     if values is None:
-        raise Refusal(f"field {name!r} is missing; give a list with one entry per token.")
+        raise UserError(f"field {name!r} is missing; give a list with one entry per token.")
     if not isinstance(values, list):
-        raise Refusal(f"field {name!r} is of type {type(values).__name__}; give a list with one entry per token.")
+        raise UserError(f"field {name!r} is of type {type(values).__name__}; give a list with one entry per token.")
     if size is not None and len(values) != size:
-        raise Refusal(f"field {name!r} has {len(values)} entries for {size} tokens; give one entry per token.")
+        raise UserError(f"field {name!r} has {len(values)} entries for {size} tokens; give one entry per token.")
     return values
 
 
@@ -141,10 +141,10 @@ def _compact(content: Mapping[str, Any], name: str, mask: list) -> list[float] |
     for place, (value, action) in enumerate(zip(_list(content, name, len(mask)), mask, strict=True)):
         if action:
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise Refusal(f"field {name!r} is {value!r} at token {place}, which is an action; give a number.")
+                raise UserError(f"field {name!r} is {value!r} at token {place}, which is an action; give a number.")
             kept.append(float(value))
         elif name == "rewards" and value:
-            raise Refusal(
+            raise UserError(
                 f"field 'rewards' is {value!r} at token {place}, which is no action; move it to the action that "
                 "earned it."
             )

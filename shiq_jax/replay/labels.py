@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int8
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.records import JUDGEMENTS, STATISTICS, Record
 
@@ -45,11 +45,11 @@ def mismatches(prompts: Sequence[bytes]) -> list[int]:
     So answers to one prompt are given different answers to the next one, and single answers that of the next prompt.
     Where the prompt is the same again, the next place with another one.
 
-    Raises Refusal when there is no other prompt.
+    Raises UserError when there is no other prompt.
     """
     size = len(prompts)
     if len(set(prompts)) < 2:
-        raise Refusal(
+        raise UserError(
             "kto measures a KL on answers to other prompts, but all answers that can be learned from have one prompt: "
             "give more prompts, or take --loss.name apo_zero_unpaired, which does without"
         )
@@ -75,13 +75,13 @@ def labelled(
         longest: tokens at which a mismatched sequence is cut off.
 
     Raises:
-        Refusal: every record ties, or mismatched sequences are asked for and there is one prompt only.
+        UserError: every record ties, or mismatched sequences are asked for and there is one prompt only.
     """
     wanted = labels(buffer, threshold)
     kept = np.flatnonzero(wanted >= 0).tolist()
     if not kept:
         against = "the mean of its prompt's answers" if threshold is None else f"the threshold {threshold:g}"
-        raise Refusal(
+        raise UserError(
             f"no answer is better or worse than {against}, so none is desirable or undesirable: give several answers "
             "of unlike reward to a prompt, or labels, or say with --threshold from which reward on answers are good"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay.storage import RECORD_SCHEMAS, TEMPORARY, write_atomically
 from shiq_jax.sharding import hosts
 
@@ -47,18 +47,18 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
-        """Reads and migrates the directory's manifest; raises Refusal when there is none that can be read."""
+        """Reads and migrates the directory's manifest; raises UserError when there is none that can be read."""
         path = directory / NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise Refusal(
+            raise UserError(
                 f"{directory} is not a replay buffer, for it has no {NAME}; name the directory that holds one."
             ) from error
         except ValueError as error:
-            raise Refusal(f"{path} is not readable as JSON; restore the file or make the buffer anew.") from error
+            raise UserError(f"{path} is not readable as JSON; restore the file or make the buffer anew.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise Refusal(f"{path} is not the manifest of a replay buffer; name the directory of one.")
+            raise UserError(f"{path} is not the manifest of a replay buffer; name the directory of one.")
         try:
             content = migrate(content, path)
             manifest = cls(shards=content["shards"], statistics=content["statistics"])
@@ -67,10 +67,10 @@ class Manifest:
                 _ = RECORD_SCHEMAS[shard["schema"]]
             for entry in manifest.statistics.values():
                 _ = dict(entry["identity"]), [shard["source"] for shard in entry["shards"].values()]
-        except Refusal:
+        except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refusal(
+            raise UserError(
                 f"{path} lacks or garbles the field {error}; restore the file or make the buffer anew."
             ) from error
         return manifest
@@ -94,16 +94,16 @@ def is_buffer(path: str | Path) -> bool:
 
 
 def migrate(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The manifest in today's schema; raises Refusal for a version that is newer, or older than the first known one."""
+    """The manifest in today's schema; raises UserError for a version that is newer, or older than the first known one."""
     version = content.get("schema_version")
     while version != SCHEMA_VERSION:
         if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise Refusal(
+            raise UserError(
                 f"{path} has schema version {version!r}, this shiq_jax reads versions up to {SCHEMA_VERSION}; "
                 "upgrade shiq_jax to read this buffer."
             )
         if version not in MIGRATIONS:
-            raise Refusal(
+            raise UserError(
                 f"{path} has schema version {version}, from which there is no migration; make the buffer anew."
             )
         content = MIGRATIONS[version](content)
@@ -127,17 +127,17 @@ def _own_files(path: Path) -> list[Path]:
 
 
 def check_vacant(path: Path) -> None:
-    """Raises Refusal unless a new buffer can be made at `path`: a directory that is empty or not there."""
+    """Raises UserError unless a new buffer can be made at `path`: a directory that is empty or not there."""
     if (path / NAME).exists():
-        raise Refusal(f"{path} is a replay buffer already; open it to append, or name another directory.")
+        raise UserError(f"{path} is a replay buffer already; open it to append, or name another directory.")
     if path.exists() and not path.is_dir():
-        raise Refusal(f"{path} is a file; name a directory for the replay buffer.")
+        raise UserError(f"{path} is a file; name a directory for the replay buffer.")
     foreign = [file.name for file in path.glob("*") if file.name != NAME + TEMPORARY]
     if records := [name for name in foreign if name.startswith("records-")]:
-        raise Refusal(
+        raise UserError(
             f"{path} holds {min(records)} of a replay buffer that lost its {NAME}; restore it, or remove both."
         )
     if foreign:
-        raise Refusal(
+        raise UserError(
             f"{path} holds other files, such as {min(foreign)}; name an empty directory for the replay buffer."
         )

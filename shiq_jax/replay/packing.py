@@ -1,7 +1,7 @@
-"""Bundles of examples laid out in rows of equal length, each token once, each distinct action once.
+"""PackGroups of examples laid out in rows of equal length, each token once, each distinct action once.
 
-A bundle becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible to query `q` exactly when `k <= q` and
-`enter[k] <= enter[q] < exit[k]`; bundles of one row have disjoint intervals, and padding sees only padding.
+A pack_group becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible to query `q` exactly when `k <= q` and
+`enter[k] <= enter[q] < exit[k]`; pack_groups of one row have disjoint intervals, and padding sees only padding.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.objectives.types import Example, TokenStats
 from shiq_jax.replay.records import Record
-from shiq_jax.replay.sampling import Bundle
-from shiq_jax.replay.statistics import Statistics
+from shiq_jax.replay.schedule import PackGroup
+from shiq_jax.replay.stored_statistics import StoredStatistics
 from shiq_jax.replay.trees import Records, Tree, Trees, check_length
 
 
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     real: Bool[np.ndarray, "rows slots"]
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
     """Sizes that all batches of a run share, so that few programs are compiled."""
 
     length: int  # L, tokens per row
@@ -75,35 +75,35 @@ class Packed(NamedTuple):
 
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
 # Whatever gives (logp, lse) of a record by its number.
-RecordStatistics = Statistics | Mapping[int, Statistic] | Sequence[Statistic]
+RecordStatistics = StoredStatistics | Mapping[int, Statistic] | Sequence[Statistic]
 References = Mapping[str, RecordStatistics]
 NO_REFERENCES: References = MappingProxyType({})
 
 
 def pack(
-    batch: Sequence[Bundle],
+    batch: Sequence[PackGroup],
     records: Records | Trees,
-    shape: Shape,
+    shape: BatchShape,
     *,
     references: References = NO_REFERENCES,
     rows_multiple: int = 1,
 ) -> Packed:
-    """Lays bundles out in as few rows as first-fit, longest first, finds.
+    """Lays pack_groups out in as few rows as first-fit, longest first, finds.
 
     Args:
-        batch: the bundles of one step.
+        batch: the pack_groups of one step.
         records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself; or
             their `Trees`, which are built once for all batches.
-        shape: from `plan`; raises Refusal when a bundle exceeds it.
+        shape: from `plan`; raises UserError when a pack_group exceeds it.
         references: by name, the statistics that fill `Example.references`: whatever gives (logp, lse) float32[A] by
             record number.
         rows_multiple: rows come in a multiple of this, and in few different numbers (`row_count`); padding rows hold
             nothing.
     """
     if not batch:
-        raise ValueError("the batch holds no bundle; give at least one.")
+        raise ValueError("the batch holds no pack_group; give at least one.")
     built = Trees.of(records)
-    trees = [built[bundle] for bundle in batch]
+    trees = [built[pack_group] for pack_group in batch]
     for tree in trees:
         _check(tree, shape)
     layout = first_fit([tree.demand for tree in trees], shape)
@@ -136,23 +136,23 @@ def row_count(rows: int, multiple: int = 1) -> int:
     return round_up(units, step) * multiple
 
 
-def _check(tree: Tree, shape: Shape) -> None:
+def _check(tree: Tree, shape: BatchShape) -> None:
     check_length(tree, shape.length)
     found = {
         "actions": len(tree.actions),
-        "slots": len(tree.bundle),
-        "sequences": max(map(len, tree.bundle)),
+        "slots": len(tree.pack_group),
+        "sequences": max(map(len, tree.pack_group)),
         "steps": max(map(len, tree.ranks)),
     }
     for name, size in found.items():
         if size > getattr(shape, name):
-            raise Refusal(
-                f"the bundle of record {tree.bundle[0][0]} needs {name}={size} and the shape has "
-                f"{name}={getattr(shape, name)}; make the shape with plan() from all the bundles in use."
+            raise UserError(
+                f"the pack_group of record {tree.pack_group[0][0]} needs {name}={size} and the shape has "
+                f"{name}={getattr(shape, name)}; make the shape with plan() from all the pack_groups in use."
             )
 
 
-def first_fit(demands: Sequence[tuple[int, int, int]], shape: Shape) -> list[list[int]]:
+def first_fit(demands: Sequence[tuple[int, int, int]], shape: BatchShape) -> list[list[int]]:
     """For each row the numbers of what lies in it: longest first, each in the first row that has room in all three."""
     rows: list[list[int]] = []
     left = np.zeros((len(demands), 3), np.int64)
@@ -167,7 +167,7 @@ def first_fit(demands: Sequence[tuple[int, int, int]], shape: Shape) -> list[lis
     return rows
 
 
-def _blank(rows: int, shape: Shape, names: Iterable[str]) -> Packed:
+def _blank(rows: int, shape: BatchShape, names: Iterable[str]) -> Packed:
     def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
         return np.zeros((rows, *axes), dtype)
 
@@ -206,7 +206,7 @@ def _fill_row(out: Packed, row: int, trees: Sequence[Tree], references: Referenc
         batch.predictors[row, action : action + acts] = trie.parent[tree.actions] + token
         batch.targets[row, action : action + acts] = trie.tokens[tree.actions]
         sequences = zip(tree.records, tree.ranks, strict=True)
-        for example in tree.bundle:
+        for example in tree.pack_group:
             batch.real[row, slot] = True
             for k, member in enumerate(example):
                 out.members[row, slot, k] = member

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 # A log-probability may leave zero by rounding; a value beyond this is a sign mistake (negative log-likelihoods).
 POSITIVE_LOGP_TOLERANCE = 0.1
@@ -86,7 +86,7 @@ class Record:
 
 
 def validate(record: Record, vocab_size: int | None = None, name: str = "record") -> None:
-    """Raises Refusal, in one sentence that begins with `name`, unless the record can be trained on.
+    """Raises UserError, in one sentence that begins with `name`, unless the record can be trained on.
 
     Checked are lengths, that there is an action and none without a predecessor, token ids (below `vocab_size` when it
     is given), finite rewards, statistics, rank and score, and texts that UTF-8 can hold.
@@ -95,24 +95,24 @@ def validate(record: Record, vocab_size: int | None = None, name: str = "record"
     _check_texts(record, name)
     where = f"{name} (group {record.group!r})"
     if mask.shape != tokens.shape:
-        raise Refusal(
+        raise UserError(
             f"{where}: action_mask has {mask.size} entries for {tokens.size} tokens; give one entry per token."
         )
     actions = int(mask.sum())
     if actions == 0:
-        raise Refusal(
+        raise UserError(
             f"{where}: none of its {tokens.size} tokens is an action; mark the completion in action_mask or leave "
             "it out."
         )
     if mask[0]:
-        raise Refusal(
+        raise UserError(
             f"{where}: its first token is marked as an action, but nothing predicts it; put a prompt or a BOS token "
             "before it."
         )
     if tokens.min() < 0:
-        raise Refusal(f"{where}: token id {int(tokens.min())} is negative; ids start at 0.")
+        raise UserError(f"{where}: token id {int(tokens.min())} is negative; ids start at 0.")
     if vocab_size is not None and tokens.max() >= vocab_size:
-        raise Refusal(
+        raise UserError(
             f"{where}: token id {int(tokens.max())} lies outside the vocabulary of {vocab_size}; "
             "encode the data with the tokenizer of this model."
         )
@@ -123,24 +123,24 @@ def validate(record: Record, vocab_size: int | None = None, name: str = "record"
     for column in ("rank", "score"):
         value = getattr(record, column)
         if value is not None and not math.isfinite(value):
-            raise Refusal(f"{where}: {column} is {value}; give a finite number or none.")
+            raise UserError(f"{where}: {column} is {value}; give a finite number or none.")
     if record.lse is not None and record.logp is None:
-        raise Refusal(f"{where}: it has lse without logp; give both or neither.")
+        raise UserError(f"{where}: it has lse without logp; give both or neither.")
 
 
 def _check_texts(record: Record, name: str) -> None:
     if not isinstance(record.group, str) or not record.group:
-        raise Refusal(f"{name}: its group is {record.group!r}; give a non-empty string.")
+        raise UserError(f"{name}: its group is {record.group!r}; give a non-empty string.")
     for field in ("group", "prompt", "user"):
         text = getattr(record, field)
         if text is None:
             continue
         if not isinstance(text, str):
-            raise Refusal(f"{name}: its {field} is of type {type(text).__name__}; give a string.")
+            raise UserError(f"{name}: its {field} is of type {type(text).__name__}; give a string.")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Refusal(
+            raise UserError(
                 f"{name}: its {field} holds a lone surrogate at character {error.start}, which UTF-8 cannot store; "
                 "repair the text."
             ) from error
@@ -148,13 +148,13 @@ def _check_texts(record: Record, name: str) -> None:
 
 def _check_column(where: str, column: str, values: np.ndarray, actions: int) -> None:
     if values.size != actions:
-        raise Refusal(f"{where}: {column} has {values.size} entries for {actions} actions; give one per action.")
+        raise UserError(f"{where}: {column} has {values.size} entries for {actions} actions; give one per action.")
     finite = np.isfinite(values)
     if not finite.all():
         at = int(np.argmin(finite))
-        raise Refusal(f"{where}: {column} is {values[at]} at action {at}; every entry must be finite.")
+        raise UserError(f"{where}: {column} is {values[at]} at action {at}; every entry must be finite.")
     if column != "rewards" and column != "lse" and values.max() > POSITIVE_LOGP_TOLERANCE:
-        raise Refusal(
+        raise UserError(
             f"{where}: {column} holds {values.max():.4g}, but a log-probability is at most 0; "
             "negative log-likelihoods need their sign flipped."
         )

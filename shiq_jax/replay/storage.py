@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts
 
 TEMPORARY = ".tmp"
@@ -130,7 +130,7 @@ def copy_file(source: Path, target: Path) -> None:
 class Shard:
     """One mapped shard; its numbers are read-only numpy views of the file, made without copying.
 
-    Raises Refusal naming the file when it is missing, truncated, of another schema, or has other than `rows` rows.
+    Raises UserError naming the file when it is missing, truncated, of another schema, or has other than `rows` rows.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, rows: int):
@@ -138,19 +138,19 @@ class Shard:
             self._batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
             self._batch.validate()
         except FileNotFoundError as error:
-            raise Refusal(
+            raise UserError(
                 f"{path} is missing, though the manifest lists it; restore the file or make the buffer anew."
             ) from error
         except (pa.ArrowException, OSError, StopIteration) as error:
-            raise Refusal(f"{path} is truncated or corrupt; restore the file or make the buffer anew.") from error
+            raise UserError(f"{path} is truncated or corrupt; restore the file or make the buffer anew.") from error
         if not self._batch.schema.equals(schema):
             found = ", ".join(self._batch.schema.names)
-            raise Refusal(
+            raise UserError(
                 f"{path} holds the columns {found}, expected are {', '.join(schema.names)}; it was written by "
                 "something else."
             )
         if self._batch.num_rows != rows:
-            raise Refusal(
+            raise UserError(
                 f"{path} holds {self._batch.num_rows} rows, but the manifest says {rows}; restore the file or make "
                 "the buffer anew."
             )
@@ -203,7 +203,7 @@ class Shard:
             try:
                 flat = np.frombuffer(values, dtype) if values is not None and values.size else np.zeros(0, dtype)
             except ValueError as error:
-                raise Refusal(f"{self.path} is corrupt; restore the file or make the buffer anew.") from error
+                raise UserError(f"{self.path} is corrupt; restore the file or make the buffer anew.") from error
             self._views[name] = (np.frombuffer(offsets, np.int64)[: self.rows + 1], flat, column)
         return self._views[name]
 

@@ -1,14 +1,14 @@
-"""The tries of bundles, each built once where there is room to keep it."""
+"""The tries of pack_groups, each built once where there is room to keep it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.records import Record
-from shiq_jax.replay.sampling import Bundle
+from shiq_jax.replay.schedule import PackGroup
 from shiq_jax.replay.trie import Trie, build
 
 # Bytes of trees that are kept: some ten million tokens.
@@ -18,10 +18,10 @@ _BYTES_PER_RECORD = 2000
 
 
 class Tree(NamedTuple):
-    """A bundle with the trie of its sequences."""
+    """A pack_group with the trie of its sequences."""
 
-    bundle: Bundle
-    records: list[Record]  # of every sequence of the bundle, in order
+    pack_group: PackGroup
+    records: list[Record]  # of every sequence of the pack_group, in order
     trie: Trie
     actions: np.ndarray  # indices into the trie of its distinct actions
     ranks: list[np.ndarray]  # for every sequence, its actions as indices into `actions`
@@ -29,7 +29,7 @@ class Tree(NamedTuple):
     @property
     def demand(self) -> tuple[int, int, int]:
         """The tokens, distinct actions and slots that it takes of a row."""
-        return len(self.trie.tokens), len(self.actions), len(self.bundle)
+        return len(self.trie.tokens), len(self.actions), len(self.pack_group)
 
 
 # Whatever gives the Record of a number by `records[number]`.
@@ -37,9 +37,9 @@ Records = Buffer | Mapping[int, Record] | Sequence[Record]
 
 
 class Trees:
-    """Trees of bundles by bundle, `trees[bundle]`, kept until `room` bytes are taken and made anew beyond.
+    """Trees of pack_groups by pack_group, `trees[pack_group]`, kept until `room` bytes are taken and made anew beyond.
 
-    Planning and every pass over the data read the same trees. Passes visit each bundle once in changing order, so
+    Planning and every pass over the data read the same trees. Passes visit each pack_group once in changing order, so
     keeping the first ones serves as often as any other choice.
 
     Args:
@@ -55,37 +55,37 @@ class Trees:
         """The trees themselves, or those of some records, none of which are kept."""
         return records if isinstance(records, Trees) else cls(records, room=0)
 
-    def __getitem__(self, bundle: Bundle) -> Tree:
-        tree = self._kept.get(bundle)
+    def __getitem__(self, pack_group: PackGroup) -> Tree:
+        tree = self._kept.get(pack_group)
         if tree is None:
-            tree = make_tree(bundle, self.records)
+            tree = make_tree(pack_group, self.records)
             size = _bytes(tree)
             if size <= self._room:
                 self._room -= size
-                self._kept[bundle] = tree
+                self._kept[pack_group] = tree
         return tree
 
 
-def make_tree(bundle: Bundle, records: Records) -> Tree:
-    """The tree of a bundle, of the Records of its numbers."""
-    members = [records[number] for example in bundle for number in example]
+def make_tree(pack_group: PackGroup, records: Records) -> Tree:
+    """The tree of a pack_group, of the Records of its numbers."""
+    members = [records[number] for example in pack_group for number in example]
     trie = build([record.tokens for record in members])
     acting = np.zeros(len(trie.tokens), np.bool_)
     for record, path in zip(members, trie.paths, strict=True):
         acting[path[record.action_mask]] = True
     rank = np.cumsum(acting, dtype=np.int32) - 1
     ranks = [rank[path[record.action_mask]] for record, path in zip(members, trie.paths, strict=True)]
-    return Tree(bundle, members, trie, np.flatnonzero(acting), ranks)
+    return Tree(pack_group, members, trie, np.flatnonzero(acting), ranks)
 
 
 def check_length(tree: Tree, length: int) -> None:
-    """Raises Refusal naming a record of the tree when it is longer than a row."""
+    """Raises UserError naming a record of the tree when it is longer than a row."""
     size = len(tree.trie.tokens)
     if size > length:
-        numbers = [number for example in tree.bundle for number in example]
+        numbers = [number for example in tree.pack_group for number in example]
         longest = int(np.argmax([len(path) for path in tree.trie.paths]))
-        raise Refusal(
-            f"a bundle of {len(numbers)} sequences takes {size} tokens and a row holds {length} (its longest, record "
+        raise UserError(
+            f"a pack_group of {len(numbers)} sequences takes {size} tokens and a row holds {length} (its longest, record "
             f"{numbers[longest]}, has {len(tree.trie.paths[longest])}); raise the row length, or split or shorten "
             "the sequences."
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from shiq_jax.data.chat import encode_prompt
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Record
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.rollout.rewards import describe
@@ -48,7 +48,7 @@ def collect(
         reward: scores a completion's text with a finite number, see `shiq_jax.rollout.rewards`.
         first: number of the first row in the whole list; with `key` it fixes the random numbers.
 
-    Raises Refusal when a row has no prompt, or `tokens` that are no token ids.
+    Raises UserError when a row has no prompt, or `tokens` that are no token ids.
     """
     prompts = [_encoded(tokenizer, row) for row in rows]
     for index, answers in sampler.stream(params, prompts, key, first):
@@ -76,12 +76,12 @@ def sampled_tokens(records: Sequence[Record]) -> int:
 def _encoded(tokenizer, row: Mapping) -> list[int]:
     if row.get("tokens") is None:
         if row.get("prompt") is None:
-            raise Refusal(f"{describe(row)} has neither 'prompt' nor 'tokens': give it one of them")
+            raise UserError(f"{describe(row)} has neither 'prompt' nor 'tokens': give it one of them")
         return encode_prompt(tokenizer, row["prompt"], row.get("tools"))
     try:
         return [operator.index(token) for token in row["tokens"]]
     except TypeError as error:
-        raise Refusal(f"{describe(row)} has 'tokens' that are no integers: give token ids, or no 'tokens'") from error
+        raise UserError(f"{describe(row)} has 'tokens' that are no integers: give token ids, or no 'tokens'") from error
 
 
 def _group(row: Mapping, number: int) -> str:

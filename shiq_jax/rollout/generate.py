@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiq_jax.errors import Refusal
-from shiq_jax.rollout.drawing import Drawn, Sampling
-from shiq_jax.rollout.lanes import Engine
+from shiq_jax.errors import UserError
+from shiq_jax.rollout.lanes import DecodeLoop
+from shiq_jax.rollout.sampling import SampledTokens, Sampling
 from shiq_jax.sharding import hosts
 
 # Rows that are refilled together, as a part of all: prompts are computed some at a time, and a row waits for them.
@@ -69,7 +69,7 @@ class Sampler:
         self.prompts_in_flight, self._completions = prompts_in_flight, samples_per_prompt + greedy
         lanes = -(-self._completions // 2) if lanes_per_prompt is None else lanes_per_prompt
         lanes = min(lanes, self._completions)
-        self._engine = Engine(model, sampling, tuple(stop_tokens), self._completions, lanes, greedy)
+        self._engine = DecodeLoop(model, sampling, tuple(stop_tokens), self._completions, lanes, greedy)
         self._context = model.config.max_positions
         self._max_tokens = sampling.max_tokens
 
@@ -77,7 +77,7 @@ class Sampler:
         """For each prompt its completions as dicts of numpy arrays `tokens, logp, lse, behaviour_logp`.
 
         `first` is the number of the first prompt: prompt i draws with `fold_in(key, first + i)`, whatever shares the
-        lanes with it. Raises Refusal, naming the prompt by that number, when one is empty or leaves no room for
+        lanes with it. Raises UserError, naming the prompt by that number, when one is empty or leaves no room for
         `max_tokens`.
         """
         found = dict(self.stream(params, prompts, key, first))
@@ -127,20 +127,20 @@ class Sampler:
     def _check(self, number: int, length: int) -> None:
         new, context = self._max_tokens, self._context
         if length == 0:
-            raise Refusal(
+            raise UserError(
                 f"prompt {number} has no tokens, so nothing predicts the first one that is drawn: give it some text, "
                 "or the token that opens a text"
             )
         if length + new > context:
             ways = [f"shorten the prompt to {context - new}"] if new < context else []
             ways += [f"lower max_tokens to {context - length}"] if length < context else []
-            raise Refusal(
+            raise UserError(
                 f"prompt {number} has {length} tokens, which with max_tokens={new} exceed the model's context of "
                 f"{context}: {' or '.join(ways) or 'shorten the prompt and lower max_tokens'}"
             )
 
 
-def _trimmed(completions: tuple[Drawn, np.ndarray], place: int) -> list[dict]:
+def _trimmed(completions: tuple[SampledTokens, np.ndarray], place: int) -> list[dict]:
     drawn, lengths = completions
     return [
         {name: np.asarray(values[place, sample, :length]) for name, values in drawn._asdict().items()}

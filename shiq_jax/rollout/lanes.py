@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from shiq_jax.models.cache import Branches, Cache, intervals_of, put
-from shiq_jax.rollout.drawing import Drawn, Sampling, draw
+from shiq_jax.rollout.sampling import SampledTokens, Sampling, sample_tokens
 
 
 class Lanes(NamedTuple):
@@ -26,11 +26,11 @@ class Lanes(NamedTuple):
     sample: Int[Array, "rows lanes"]
     count: Int[Array, "rows lanes"]  # how many tokens of its sample a lane has drawn
     last: Int[Array, "rows lanes"]  # the last of them
-    drawn: Drawn  # [rows, samples, max_tokens]
+    drawn: SampledTokens  # [rows, samples, max_tokens]
     ended: Int[Array, "rows samples"]  # length of the completions that have ended, else 0
 
 
-class Engine:
+class DecodeLoop:
     """The programs over `Lanes`, compiled once for each size; a state that is handed over is used up.
 
     Args: as `generate.Sampler`; `samples` counts all completions of a prompt, the last of which is greedy where
@@ -70,7 +70,7 @@ class Engine:
             sample=each + samples,
             count=each,
             last=each,
-            drawn=Drawn(jnp.zeros(all_, jnp.int32), *(jnp.zeros(all_) for _ in range(3))),
+            drawn=SampledTokens(jnp.zeros(all_, jnp.int32), *(jnp.zeros(all_) for _ in range(3))),
             ended=jnp.zeros((rows, samples), jnp.int32),
         )
 
@@ -119,7 +119,7 @@ class Engine:
         logits = self._model.project(params, hidden).reshape(rows * lanes, -1)
         keys = jnp.take_along_axis(state.keys, jnp.minimum(state.sample, samples - 1), axis=1)
         greedy = (state.sample == samples - 1).reshape(-1) if self._greedy else None
-        new = draw(logits, keys.reshape(-1), state.count.reshape(-1), self._sampling, greedy)
+        new = sample_tokens(logits, keys.reshape(-1), state.count.reshape(-1), self._sampling, greedy)
         new = jax.tree.map(lambda leaf: leaf.reshape(rows, lanes), new)
 
         # What an idle lane draws goes to a sample that is not there, and is dropped.

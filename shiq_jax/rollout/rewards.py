@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 Reward = Callable[[Mapping[str, Any], str], float]
 
@@ -20,7 +20,7 @@ Reward = Callable[[Mapping[str, Any], str], float]
 def exact(row: Mapping[str, Any], completion: str) -> float:
     """1.0 when the completion, without white space around it, is `row["answer"]`, else 0.0."""
     if "answer" not in row:
-        raise Refusal(f"{describe(row)} has no 'answer', which the reward 'exact' compares with: add the field")
+        raise UserError(f"{describe(row)} has no 'answer', which the reward 'exact' compares with: add the field")
     return float(str(row["answer"]) == completion.strip())
 
 
@@ -31,7 +31,7 @@ def resolve(name: str, named: Mapping[str, Reward]) -> Reward:
       name: a key of `named`, or "module:function" of anything that can be imported, the working directory included.
       named: rewards by name.
 
-    Raises Refusal when there is no such reward; the returned function raises Refusal, naming the row, when the reward
+    Raises UserError when there is no such reward; the returned function raises UserError, naming the row, when the reward
     fails or is not a finite number.
     """
     return _checked(name, named[name] if name in named else _imported(name, named))
@@ -47,19 +47,19 @@ def describe(row: Mapping[str, Any]) -> str:
 def _imported(name: str, named: Iterable[str]) -> Reward:
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
-        raise Refusal(f"the reward {name!r} is unknown: expected {', '.join(named)}, or module:function")
+        raise UserError(f"the reward {name!r} is unknown: expected {', '.join(named)}, or module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise Refusal(
+        raise UserError(
             f"the module of the reward {name!r} cannot be imported ({type(error).__name__}: {error}): expected a "
             "module that Python finds from here"
         ) from error
     reward = getattr(module, function_name, None)
     if not callable(reward):
-        raise Refusal(
+        raise UserError(
             f"the module {module_name} has no function {function_name!r}: expected one that takes (row, completion) "
             "and returns a number"
         )
@@ -71,10 +71,10 @@ def _checked(name: str, reward: Reward) -> Reward:
     def checked(row: Mapping[str, Any], completion: str) -> float:
         try:
             value = reward(row, completion)
-        except Refusal:
+        except UserError:
             raise
         except Exception as error:
-            raise Refusal(
+            raise UserError(
                 f"the reward {name!r} failed with {type(error).__name__}: {error} for {describe(row)} and the "
                 f"completion {completion[:80]!r}: expected a finite number; give the row what the reward reads, or "
                 "mend the reward"
@@ -84,7 +84,7 @@ def _checked(name: str, reward: Reward) -> Reward:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise Refusal(
+            raise UserError(
                 f"the reward {name!r} gave {value!r} for {describe(row)} and the completion {completion[:80]!r}: "
                 "expected a finite number"
             )

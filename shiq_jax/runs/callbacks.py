@@ -141,7 +141,7 @@ class StopOnRequest(Callback):
             raise stopping.Stopped(f"at {self.name} {step} of {self.total}")
 
 
-class WarnOfNormalized(Callback):
+class WarnIfNormalized(Callback):
     """Warn once if the logits seem normalized: the policy is the same, but a log-sum-exp of 0 carries no value."""
 
     warned = False

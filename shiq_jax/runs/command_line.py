@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.stopping import Stopped
 
 
@@ -19,7 +19,7 @@ def program(script: str, installed: str) -> str:
 
 @contextlib.contextmanager
 def one_sentence(program: str, resumes: str) -> Iterator[None]:
-    """Turn a Refusal into exit code 2 and an interruption into 130, each with one sentence on stderr.
+    """Turn a UserError into exit code 2 and an interruption into 130, each with one sentence on stderr.
 
     Args:
         program: name at the beginning of the sentence.
@@ -27,7 +27,7 @@ def one_sentence(program: str, resumes: str) -> Iterator[None]:
     """
     try:
         yield
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:

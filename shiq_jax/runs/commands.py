@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Union
 
 import tyro
 
-from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, given_as
 from shiq_jax.runs.options import Collection, Evaluation, Job, Precision, WarmStart
 from shiq_jax.training.optimizers import Optimizer

@@ -12,7 +12,7 @@ import jax
 from shiq_jax.tasks.fetch import cache_directory
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turn on JAX's persistent compilation cache, in the cache directory of fetched inputs unless JAX names another.
 
     `JAX_COMPILATION_CACHE_DIR=DIR` selects another directory; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.

@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     about = __doc__ if name == "eval.py" else __doc__.replace("python eval.py", name)
     options = tyro.cli(Evaluate, args=arguments, prog=name, description=about)
     with one_sentence(name, "the same command with --resume measures again"):
-        from shiq_jax.runs.compilation_cache import keep_programs
+        from shiq_jax.runs.compilation_cache import enable_compilation_cache
         from shiq_jax.runs.evaluate import evaluate
 
-        keep_programs()
+        enable_compilation_cache()
         evaluate(options)

@@ -16,8 +16,8 @@ from shiq_jax.data import formats
 from shiq_jax.data.answers import prompt_row
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.data.kinds import classify
-from shiq_jax.errors import Refusal, disk_refusals
-from shiq_jax.models import Headed, load_hf, locate
+from shiq_jax.errors import UserError, disk_errors
+from shiq_jax.models import ModelWithHeads, load_hf, locate
 from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
@@ -33,13 +33,13 @@ from shiq_jax.tasks import rewards
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
-from shiq_jax.training.placement import mesh_of
+from shiq_jax.training.placement import requested_mesh
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.trainable import learner
+from shiq_jax.training.trainable import add_trainable_parts
 
 
-@progress.shown()
-@disk_refusals()
+@progress.display()
+@disk_errors()
 def evaluate(options) -> dict[str, Any]:
     """Numbers of a policy on held-out rows: `evaluation.json`, `evaluation.png`, and the samples in `samples.jsonl`.
 
@@ -47,7 +47,7 @@ def evaluate(options) -> dict[str, Any]:
         options: as eval.py declares them.
 
     Raises:
-        Refusal: something named cannot be found or used, or the output directory holds another evaluation.
+        UserError: something named cannot be found or used, or the output directory holds another evaluation.
     """
     out = RunDirectory.begin(Path(options.output_dir or "runs/eval"), options.settings(), resume=options.resume)
     result = out.path / "evaluation.json"
@@ -62,9 +62,9 @@ def evaluate(options) -> dict[str, Any]:
 
 def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
     try:
-        with disk_refusals(out.path):
+        with disk_errors(out.path):
             numbers, samples = _measure(options, out)
-    except Refusal:
+    except UserError:
         if not options.resume:
             out.discard(samples=False)
         raise
@@ -78,11 +78,11 @@ def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
     objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return learner(model, params, objective, lora=lora, keys=(key, key))
+    return add_trainable_parts(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
-    mesh = mesh_of(options.mesh)
+    mesh = requested_mesh(options.mesh)
 
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
@@ -90,7 +90,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     policy = find_policy(options.model)
     source, run = policy.base, policy.run
     model, params = load(source)
-    model, params = Headed.load(model, params, locate(source))
+    model, params = ModelWithHeads.load(model, params, locate(source))
     if run is not None:
         model, params = _learner(model, params, read_json(run.config))
         with contextlib.closing(Checkpoints(policy.checkpoints, read_only=True)) as checkpoints:
@@ -114,7 +114,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         )  # fmt: skip
         rows = prompts_of(examples, options.prompts, model.config.max_positions - options.max_tokens)
     elif options.score is not None:
-        raise Refusal(f"--score {options.score} names scores of answers, but {options.data} holds none: leave it out")
+        raise UserError(f"--score {options.score} names scores of answers, but {options.data} holds none: leave it out")
     else:
         rows = [prompt_row(row) for row in rows]
     evaluator = Evaluator(
@@ -167,7 +167,7 @@ def _rows(options) -> list[dict]:
         if len(rows) == options.prompts:
             break
     if not rows:
-        raise Refusal(f"{options.data} holds no rows: give at least one with a prompt")
+        raise UserError(f"{options.data} holds no rows: give at least one with a prompt")
     return rows
 
 

@@ -9,7 +9,7 @@ import jax
 from shiq_jax.runs.callbacks import EvaluatePolicy
 from shiq_jax.runs.phases import Plan
 from shiq_jax.runs.round import LearningProblem, Round
-from shiq_jax.runs.run import Use
+from shiq_jax.runs.run import RngStream
 from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.runs.sources import prompts_of
 from shiq_jax.sharding import hosts
@@ -43,7 +43,7 @@ class Evaluations:
     ) -> dict[str, float]:
         """Measure a policy after so many updates of the round, log what is found, and return the numbers."""
         run, at = self._round.run, self._round.before + step
-        key = jax.random.fold_in(run.key(Use.EVALUATION), at)
+        key = jax.random.fold_in(run.key(RngStream.EVALUATION), at)
         found = self._evaluator(weights, self._reference(weights) if at else None, key, prompts)
         # An evaluation that was logged, but not saved with the policy, is made again.
         run.log.rewind([stage], at - 1)

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from shiq_jax.models import Headed, save_hf
+from shiq_jax.models import ModelWithHeads, save_hf
 from shiq_jax.models.heads import HEADS
 from shiq_jax.runs.run import Run
 from shiq_jax.sharding import hosts
@@ -18,7 +18,7 @@ def export(run: Run, model, params, path: Path) -> None:
     if path.exists():
         return
     hosts.on_writer(shutil.rmtree)(partial, ignore_errors=True)
-    if isinstance(model, Headed):
+    if isinstance(model, ModelWithHeads):
         save_hf(model.plain(), {name: part for name, part in params.items() if name != HEADS}, partial)
         model.save(params, partial)
     else:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from shiq_jax import stopping
 from shiq_jax.data import formats
-from shiq_jax.data.reading import Reading
-from shiq_jax.errors import Refusal
+from shiq_jax.data.import_context import ImportContext
+from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Record, is_buffer
@@ -47,7 +47,7 @@ def demonstrations(run: Run, path: Path, model) -> Buffer:
 
 def import_records(
     path: Path,
-    read: Callable[[Reading], Iterable[Record]],
+    read: Callable[[ImportContext], Iterable[Record]],
     model,
     *,
     score: str | None = None,
@@ -58,20 +58,20 @@ def import_records(
 
     Args:
         path: of the buffer, made when it is not there; a buffer with records is left as it is.
-        read: gives the records of a source, those that `Reading.wanted` accepts.
+        read: gives the records of a source, those that `ImportContext.wanted` accepts.
         model: whose context and vocabulary the records must fit.
-        score: the field that holds scores, see `Reading`.
+        score: the field that holds scores, see `ImportContext`.
         reward: scores answers of sources without scores.
         drop_longer_than: sequences of more tokens than this, or than the context, are left out and counted; None
             refuses those that are longer than the context.
 
     Raises:
-        Refusal: a record does not fit into the model's context or vocabulary, or none is left; the buffer is then left
+        UserError: a record does not fit into the model's context or vocabulary, or none is left; the buffer is then left
             as it was.
     """
     buffer = open_or_create(path)
     if not len(buffer):
-        reading = Reading(score=score, reward=reward, vocab_size=model.config.vocab_size)
+        reading = ImportContext(score=score, reward=reward, vocab_size=model.config.vocab_size)
         reading.accept = _fits(reading, model.config, drop_longer_than)
         amount = ("tokens", lambda record: len(record.tokens))
         records = track(read(reading), "reading data", unit="records", amount=amount)
@@ -79,28 +79,30 @@ def import_records(
         added = buffer.append(records, check=False)
         left_out = ", ".join(f"{count} {reason}" for reason, count in reading.left_out.items() if count)
         if not added:
-            raise Refusal(f"nothing of the data can be learned from, for all was left out ({left_out}): mend the rows")
+            raise UserError(
+                f"nothing of the data can be learned from, for all was left out ({left_out}): mend the rows"
+            )
         if left_out:
             print(f"left out of the data: {left_out}", file=sys.stderr)
         print(f"the buffer holds {added} sequences in {buffer.bytes / 1e6:.1f} MB", file=sys.stderr)
     return buffer
 
 
-def _replayed(source: str, tokenizer, reading: Reading) -> Iterator[Record]:
+def _replayed(source: str, tokenizer, reading: ImportContext) -> Iterator[Record]:
     """The records of another replay buffer, with the statistics of their sampler."""
     if reading.score is not None:
-        raise Refusal(f"{source} is a replay buffer, whose records have their rewards: leave --score out")
+        raise UserError(f"{source} is a replay buffer, whose records have their rewards: leave --score out")
     buffer = Buffer.open(source)
     buffer.verify()
     for number in range(len(buffer)):
         record = buffer[number]
-        with formats.at(f"{source}, record {number}"):
+        with formats.located_errors(f"{source}, record {number}"):
             wanted = reading.wanted(record)
         if wanted:
             yield record
 
 
-def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Callable[[Record], bool]:
+def _fits(reading: ImportContext, config: DecoderConfig, longest: int | None) -> Callable[[Record], bool]:
     """What decides whether a record is short enough; it refuses one that exceeds the context."""
     context = config.max_positions
     limit = context if longest is None else min(longest, context)
@@ -110,7 +112,7 @@ def _fits(reading: Reading, config: DecoderConfig, longest: int | None) -> Calla
         if len(record.tokens) <= limit:
             return True
         if longest is None:
-            raise Refusal(
+            raise UserError(
                 f"it has {len(record.tokens)} tokens and the model's context holds {context}: shorten it, leave it "
                 "out, take a model of longer context, or let --drop-longer-than leave out what is too long"
             )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
 from shiq_jax.runs.run_directory import RunDirectory
@@ -24,14 +24,14 @@ def inspect(path: Path, *, prompts: int = 3) -> str:
         prompts: number of prompts whose latest generations are shown.
 
     Raises:
-        Refusal: it is neither, or a file of it is damaged.
+        UserError: it is neither, or a file of it is damaged.
     """
     path = Path(path)
     run = RunDirectory(path)
     if is_buffer(path):
         return Buffer.open(path).report()
     if not run.config.exists():
-        raise Refusal(
+        raise UserError(
             f"{path} is neither a run (it has no config.json) nor a replay buffer (no manifest.json): name the "
             "directory of one"
         )

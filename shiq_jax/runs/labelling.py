@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.replay.labels import given_labels, labelled
@@ -13,7 +13,7 @@ from shiq_jax.runs.ingest import open_or_create
 
 
 def check_threshold(answers: Buffer, threshold: float | None, data: str | None, *, private: bool = False) -> None:
-    """Raises Refusal for a threshold on data that have labels, and in a private run where there is neither.
+    """Raises UserError for a threshold on data that have labels, and in a private run where there is neither.
 
     Args:
         answers: what the data became.
@@ -23,9 +23,9 @@ def check_threshold(answers: Buffer, threshold: float | None, data: str | None, 
     """
     known = given_labels(answers) >= 0
     if threshold is not None and known.any():
-        raise Refusal(f"--threshold says which scores are good, but {data} has labels: leave it out")
+        raise UserError(f"--threshold says which scores are good, but {data} has labels: leave it out")
     if private and threshold is None and not known.all():
-        raise Refusal(
+        raise UserError(
             "without labels or a --threshold an answer is compared with the mean of its prompt's answers, which belong "
             "to other units: give one of the two in a private run"
         )
@@ -43,7 +43,7 @@ def label(path: Path, answers: Buffer, objective: Objective, threshold: float | 
         longest: tokens of the longest sequence that can be learned from.
 
     Raises:
-        Refusal: there is nothing to learn from, see `replay.labels`.
+        UserError: there is nothing to learn from, see `replay.labels`.
     """
     buffer = open_or_create(path)
     if len(buffer):

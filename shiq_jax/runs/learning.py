@@ -17,7 +17,7 @@ from shiq_jax.training.baseline import GroupMeanBaseline
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.state import State, init_state
-from shiq_jax.training.trainable import learns
+from shiq_jax.training.trainable import trainable_filter
 from shiq_jax.training.update import make_update
 
 
@@ -50,14 +50,12 @@ def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
     evaluations = Evaluations(round, problem)
     if not round.number and not run.log.rows("evaluation"):
         evaluations(params, 0)
-    copied = {name: params[HEADS][name] for name in problem.objective.slow}
+    copied = {name: params[HEADS][name] for name in problem.objective.target_heads}
     state = init_state(
         problem.model, params, plan.optimizer, mesh=run.mesh,
-        targets=lambda _: {HEADS: copied} if copied else {}, trainable=learns(problem.model, problem.objective),
+        targets=lambda _: {HEADS: copied} if copied else {}, trainable=trainable_filter(problem.model, problem.objective),
     )  # fmt: skip
-    checkpoints = Checkpoints(
-        round.directory.checkpoints, keep=job.keep, best="reward" if run.task.reward else None
-    )
+    checkpoints = Checkpoints(round.directory.checkpoints, keep=job.keep, best="reward" if run.task.reward else None)
     ledger = Ledger(run.log, checkpoints, run.settings, job.save_every, round.before, round.tags)
     stages = (*STAGES, public_phase.STAGE, public_phase.MEASURED)
     return run_phases(plan, state, ledger, evaluations.callback(plan), stages)

@@ -50,9 +50,9 @@ class LossOptions:
         return self.objectives[self.name].configure(**self.given())
 
     @property
-    def steering(self) -> float:
+    def q_guidance(self) -> float:
         """What Q heads are multiplied with before they are added to the logits; 0 where the policy learns."""
-        return self.configured().steering
+        return self.configured().q_guidance
 
     def settings(self) -> dict[str, Any]:
         """The loss and the values of all its options, given or not, as JSON values."""

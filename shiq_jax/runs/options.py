@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from shiq_jax.data.files import matching_files
 from shiq_jax.models.lora import TARGETS, Lora
 from shiq_jax.replay import is_buffer
-from shiq_jax.rollout.drawing import Sampling
+from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.runs.loss_options import SftLoss, given_as
 from shiq_jax.runs.private_options import Privacy
 from shiq_jax.runs.public_options import Public
@@ -217,9 +217,7 @@ class Job:
         if self.public.data is not None and self.optimizer.name != "adamw":
             raise ValueError(f"public data go with adamw, whose memory they leave behind, not {self.optimizer.name}")
         if self.baseline != "none" and (self.objective != "shiq" or self.loss.gamma not in (None, 1)):
-            raise ValueError(
-                "a baseline keeps the optimum of ShiQ with gamma 1 only: leave baseline at none"
-            )
+            raise ValueError("a baseline keeps the optimum of ShiQ with gamma 1 only: leave baseline at none")
 
     def directory(self) -> Path:
         """The output directory."""

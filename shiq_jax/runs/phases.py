@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import optax
 
-from shiq_jax.progress import counting
-from shiq_jax.runs.callbacks import EndWhen, EvaluatePolicy, LogUpdates, ShowProgress, StopOnRequest, WarnOfNormalized
+from shiq_jax.progress import counter
+from shiq_jax.runs.callbacks import EndWhen, EvaluatePolicy, LogUpdates, ShowProgress, StopOnRequest, WarnIfNormalized
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.run_directory import refuse_differences
 from shiq_jax.training.batches import DeviceBatch
-from shiq_jax.training.callbacks import RefuseNonFinite, SaveCheckpoints
+from shiq_jax.training.callbacks import CheckFinite, SaveCheckpoints
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.fit import Callback, fit
 from shiq_jax.training.state import State
@@ -33,7 +33,7 @@ class Phase(NamedTuple):
         records: record by number, to name those of a bad batch; None where batches have no record numbers.
         metrics: updates of this phase so far -> additional numbers for the log.
         metadata: updates of this phase so far -> additional JSON values for a checkpoint.
-        check: called with the metadata of the checkpoint that this phase resumes from; raises Refusal on a mismatch.
+        check: called with the metadata of the checkpoint that this phase resumes from; raises UserError on a mismatch.
         window, enough: every `window` updates, `enough(updates of this phase)` says whether the phase ends; the log
             then has these updates.
     """
@@ -109,7 +109,7 @@ def run_phases(
         stages: other stages of the log that are rewound to the checkpoint.
 
     Raises:
-        Refusal: a checkpoint belongs to other settings, or numbers are not finite.
+        UserError: a checkpoint belongs to other settings, or numbers are not finite.
         Stopped: the process was asked to stop; the state is saved.
     """
     # Closed also when an exception ends the phases: a save under way is finished before anything opens the directory.
@@ -159,9 +159,9 @@ def _run_phase(
         if start and (ended or evaluation.needs_state(start)) and ledger.checkpoints.metrics(start) is None:
             for callback in of_state:
                 callback.on_state(start, state, ended)
-    callbacks = [RefuseNonFinite(phase.name, phase.records), WarnOfNormalized(), log, shown, ending, *of_state]
+    callbacks = [CheckFinite(phase.name, phase.records), WarnIfNormalized(), log, shown, ending, *of_state]
     if not ended:
-        counted = counting(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
+        counted = counter(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
         with counted as shown.advance:
             state = fit(state, phase.update, phase.batches, start=start, stop=stop, callbacks=callbacks)
     ledger.checkpoints.wait()

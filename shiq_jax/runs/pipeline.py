@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shiq_jax import progress
-from shiq_jax.errors import Refusal, disk_refusals
+from shiq_jax.errors import UserError, disk_errors
 from shiq_jax.runs import private_run, public_phase, report
 from shiq_jax.runs.learning import warm_start
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
@@ -24,8 +24,8 @@ from shiq_jax.runs.trackers import require, trackers
 from shiq_jax.training.reference import Reference
 
 
-@progress.shown()
-@disk_refusals()
+@progress.display()
+@disk_errors()
 def train(job: Job, recipe: Callable[[Job], Recipe] = recipe_of) -> dict[str, Any]:
     """Run a job to its end, or resume it, and return its summary.
 
@@ -34,7 +34,7 @@ def train(job: Job, recipe: Callable[[Job], Recipe] = recipe_of) -> dict[str, An
         recipe: job -> what its rounds do; by default what the options ask for.
 
     Raises:
-        Refusal: some input cannot be used; a run that had not begun to learn or sample leaves nothing on disk.
+        UserError: some input cannot be used; a run that had not begun to learn or sample leaves nothing on disk.
         Stopped: the process was asked to stop, see `shiq_jax.stopping`.
     """
     began = time.monotonic()
@@ -53,13 +53,13 @@ def train(job: Job, recipe: Callable[[Job], Recipe] = recipe_of) -> dict[str, An
         return summary
     with directory.locked(), contextlib.ExitStack() as stack:
         try:
-            with disk_refusals(directory.path):
+            with disk_errors(directory.path):
                 run = set_up(job, directory, settings)
                 stack.callback(run.log.close)
                 rounds = run_rounds(run, algorithm, Reference(warm_start(run), run.load))
                 # A run that was killed between its last line and its summary may have left half a line.
                 run.log.begin()
-        except Refusal:
+        except UserError:
             if not job.resume:
                 directory.discard(samples=not job.data)
             raise

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, Mechanism, Reparametrised, count_groups
+from shiq_jax.privacy import AutoS, AutoV, DropAbove, FlatClip, Groupwise, Mechanism, NormalizedClip, count_groups
 from shiq_jax.runs.loss_options import given_as
 
-_RULES = {"abadi": Abadi, "auto_s": AutoS, "auto_v": AutoV, "global": Global, "reparametrised": Reparametrised}
+_RULES = {"flat": FlatClip, "auto_s": AutoS, "auto_v": AutoV, "drop_above": DropAbove, "normalized": NormalizedClip}
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Privacy:
     """Unit of privacy: an example of the objective (trajectory, pair or group), or all rows of one user_id."""
     adjacency: Literal["zero_out", "replace_one"] = "zero_out"
     """Neighbouring data sets differ in one unit, which is zeroed out or replaced by another."""
-    clip: Literal["auto_s", "auto_v", "abadi", "reparametrised", "global"] = "auto_s"
+    clip: Literal["auto_s", "auto_v", "flat", "normalized", "drop_above"] = "auto_s"
     """Rule that scales a unit's gradient."""
     clip_norm: float = 1.0
-    """C: largest norm after clipping; with reparametrised, the norm that is scaled to 1, as are all larger ones."""
+    """C: largest norm after clipping; with normalized, the norm that is scaled to 1, as are all larger ones."""
     groupwise: bool = False
     """Clip each parameter of each layer by itself: one backward pass instead of two."""
     method: Literal["auto", "ghost", "bk", "scan", "vmap", "group"] = "auto"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
@@ -66,7 +66,7 @@ class Private(NamedTuple):
         return {"epsilon": self.mechanism.epsilon(done), "privacy": self.about}
 
     def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        """Raises Refusal for a checkpoint of another mechanism or secret."""
+        """Raises UserError for a checkpoint of another mechanism or secret."""
         _same(path, metadata.get("privacy", self.about), self.about)
 
 
@@ -74,7 +74,7 @@ def private_plan(round: Round, problem: LearningProblem) -> Plan:
     """Phases of a private run: public updates first, if there are any, then private ones.
 
     Raises:
-        Refusal: options or data do not go with a private run, or its secret is gone.
+        UserError: options or data do not go with a private run, or its secret is gone.
     """
     run, job, model, objective = round.run, round.run.job, problem.model, problem.objective
     private, batches = _begin(run, problem)
@@ -110,27 +110,29 @@ def private_plan(round: Round, problem: LearningProblem) -> Plan:
 
 
 def check_private_job(job: Job, objective: Objective) -> None:
-    """Raises Refusal for options that release what epsilon does not cover, or that a private run does not support."""
+    """Raises UserError for options that release what epsilon does not cover, or that a private run does not support."""
     if objective.couple is not None:
-        raise Refusal(
+        raise UserError(
             f"the loss {job.loss.name} couples the examples of a batch, so that none can be clipped by itself: choose "
             "another for a private run"
         )
     clipped_by_operations = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
     if clipped_by_operations and (objective.heads or objective.statistics):
-        raise Refusal(
+        raise UserError(
             f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, which the methods "
             "ghost, bk and group do not support: leave --privacy.method and --privacy.groupwise out, or choose another "
             "loss"
         )
     if job.data is None:
-        raise Refusal("a private run learns from --data and samples nothing to learn from: give --data")
+        raise UserError("a private run learns from --data and samples nothing to learn from: give --data")
     if job.evaluation.data is None:
-        raise Refusal("an evaluation on private prompts would release them: give public prompts with --evaluation.data")
+        raise UserError(
+            "an evaluation on private prompts would release them: give public prompts with --evaluation.data"
+        )
     if job.baseline != "none":
-        raise Refusal("a baseline reads the answers of other units, which is not accounted for: leave --baseline out")
+        raise UserError("a baseline reads the answers of other units, which is not accounted for: leave --baseline out")
     if job.seed and not job.privacy.insecure_deterministic:
-        raise Refusal(
+        raise UserError(
             "a seed that is known takes the noise off again: leave --seed out, or add --privacy.insecure-deterministic "
             "to a test"
         )
@@ -141,7 +143,9 @@ def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]
     job, options, buffer = run.job, run.job.privacy, problem.buffer
     units = units_of(buffer, problem.objective.unit, options.unit)
     if job.batch_size > len(units):
-        raise Refusal(f"a batch of {job.batch_size} is larger than the data of {len(units)} units: lower --batch-size")
+        raise UserError(
+            f"a batch of {job.batch_size} is larger than the data of {len(units)} units: lower --batch-size"
+        )
     mechanism = options.mechanism(
         problem.trainable, dataset_size=len(units), expected_batch=job.batch_size, example=problem.objective.unit,
         steps=math.ceil(round(job.epochs * len(units) / job.batch_size, 9)),
@@ -154,9 +158,7 @@ def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]
             file=sys.stderr,
         )
     private = Private(mechanism, _secret(run), options)
-    batches = PrivateBatches(
-        buffer, units, mechanism, private.secret, references=problem.references, mesh=run.mesh
-    )
+    batches = PrivateBatches(buffer, units, mechanism, private.secret, references=problem.references, mesh=run.mesh)
     file = run.directory.privacy
     if not file.exists():
         write_json(file, private.about | {"epsilon": mechanism.epsilon()})
@@ -167,7 +169,7 @@ def _begin(run: Run, problem: LearningProblem) -> tuple[Private, PrivateBatches]
 def _same(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     for name, there in known.items():
         if there != about.get(name):
-            raise Refusal(
+            raise UserError(
                 f"{path} accounts for {name} {there!r}, but this run would have {about.get(name)!r}: restore "
                 f"{_RESTORE.get(name, 'the options that it was begun with')}, or begin another run"
             )
@@ -179,11 +181,11 @@ def _secret(run: Run) -> Secret:
         return Secret.insecure(run.job.seed)
     if run.directory.privacy.exists():
         return Secret.read(path)
-    if hosts.count() > 1:
-        raise Refusal("a private run on several hosts needs one secret for all: this is not supported yet")
+    if hosts.process_count() > 1:
+        raise UserError("a private run on several hosts needs one secret for all: this is not supported yet")
     if run.job.resume:
         if run.log.rows("update") or any(run.directory.checkpoints.glob("[0-9]*")):
-            raise Refusal(
+            raise UserError(
                 f"{run.directory.privacy} is gone, which accounts for what this run has released: restore it, or begin "
                 "another run"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from shiq_jax.privacy.phases import Reset
+from shiq_jax.privacy.public_to_private import Reset
 from shiq_jax.runs.loss_options import given_as
 
 

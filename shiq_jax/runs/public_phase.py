@@ -10,11 +10,11 @@ import numpy as np
 import optax
 
 from shiq_jax.objectives import Objective
-from shiq_jax.privacy import Mechanism, affordable, change_over, mixing_weight, monitored, stalled
+from shiq_jax.privacy import Mechanism, has_plateaued, mixing_weight, monitor, noise_is_affordable, reset_optimizer
 from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
-from shiq_jax.runs.run import Run, Use
+from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import Batches, DeviceBatch
 from shiq_jax.training.private_batches import units_of
@@ -63,19 +63,19 @@ class PublicData:
         if done % window or not done:
             return False
         losses = np.array([row["loss"] for row in log.rows(STAGE)][:done])
-        if options.stall is not None and stalled(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
+        if options.stall is not None and has_plateaued(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
             return True
         # Ignore later measurements so that a resumed run decides identically. An estimated trace below 0 says nothing
         # about noise.
         rows = [row for row in log.rows(MEASURED) if row["step"] < done and row["trace"] > 0]
         slowdowns = [row["slowdown"] for row in rows]
-        return options.slowdown is not None and affordable(slowdowns, options.slowdown)
+        return options.slowdown is not None and noise_is_affordable(slowdowns, options.slowdown)
 
     def changed_over(self, state: State) -> State:
         """The state that the private phase starts with."""
         if self.options.reset == "none":
             return state
-        return state._replace(opt_state=change_over(state.opt_state, self.options.reset))
+        return state._replace(opt_state=reset_optimizer(state.opt_state, self.options.reset))
 
     def phase(self, model, optimizer: optax.GradientTransformation) -> Phase:
         """Updates on public data only, which may end before `steps`."""
@@ -114,10 +114,10 @@ class PublicData:
 
             def look(state: State, batches, key):
                 losses = UnitLosses(model, self._objective, state.frozen, state.targets)
-                return monitored(losses, state.trainable, state.opt_state, batches, key, **about)
+                return monitor(losses, state.trainable, state.opt_state, batches, key, **about)
 
             self._look = jax.jit(look)
-        key = jax.random.fold_in(self._run.key(Use.CURVATURE), step)
+        key = jax.random.fold_in(self._run.key(RngStream.CURVATURE), step)
         log: MetricsLog = self._run.log
         log.rewind([MEASURED], step - 1)
         log.write(MEASURED, step, **hosts.gather(self._look(state, self._looked, key)))

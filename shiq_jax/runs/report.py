@@ -123,7 +123,13 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
                 shown = [row[name] if row[name] > 0 else math.nan for row in rows]
                 label = ", ".join(word for word in (names[name], run) if word)
                 axis.plot(
-                    [row["step"] for row in rows], shown, style, color=f"C{number}", label=label, markersize=3, linewidth=1
+                    [row["step"] for row in rows],
+                    shown,
+                    style,
+                    color=f"C{number}",
+                    label=label,
+                    markersize=3,
+                    linewidth=1,
                 )
         axis.set(title=panel, xlabel="update", yscale="log")
         if axis.get_legend_handles_labels()[1]:

@@ -61,7 +61,7 @@ def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
     """The answers, or for an objective that reads labels a second buffer of good and bad answers.
 
     Raises:
-        Refusal: see `check_threshold`.
+        UserError: see `check_threshold`.
     """
     if "labels" not in objective.needs:
         return answers

@@ -12,11 +12,11 @@ from shiq_jax.runs.export import export
 from shiq_jax.runs.learning import learn
 from shiq_jax.runs.phases import Plan
 from shiq_jax.runs.round import LearningProblem, Round, annotated, labelled
-from shiq_jax.runs.run import Run, Use
+from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.runs.run_directory import read_json, write_json
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.state import split
-from shiq_jax.training.trainable import learner, learns
+from shiq_jax.training.state import partition
+from shiq_jax.training.trainable import add_trainable_parts, trainable_filter
 
 
 class Recipe(Protocol):
@@ -82,7 +82,7 @@ def _run_round(round: Round, recipe: Recipe) -> None:
     if round.policy is not round.reference or (model.lora is not None and recipe.rounds == 1):
         # No evaluation opens it again: its weights are now trained, or are the base of the adapters.
         round.policy.close()
-    trainable = split(params, learns(model, objective))[0]
+    trainable = partition(params, trainable_filter(model, objective))[0]
     problem = LearningProblem(model, trainable, objective, buffer, statistics)
     plan = recipe.plan(round, problem)
     state = learn(round, problem, params, plan)
@@ -99,5 +99,5 @@ def _run_round(round: Round, recipe: Recipe) -> None:
 
 def _learner(round: Round, objective: Objective):
     """The round's policy with the adapters and heads that learn."""
-    job, keys = round.run.job, [round.run.key(use, round.number) for use in (Use.ADAPTERS, Use.HEADS)]
-    return learner(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))
+    job, keys = round.run.job, [round.run.key(use, round.number) for use in (RngStream.ADAPTERS, RngStream.HEADS)]
+    return add_trainable_parts(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))

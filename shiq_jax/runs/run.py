@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from shiq_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
-from shiq_jax.errors import Refusal
-from shiq_jax.models import DecoderConfig, Headed, fingerprint, load_hf, locate
+from shiq_jax.errors import UserError
+from shiq_jax.models import DecoderConfig, ModelWithHeads, fingerprint, load_hf, locate
 from shiq_jax.rollout import rewards
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.runs.sources import Task, prepare
 from shiq_jax.runs.trackers import trackers
-from shiq_jax.training.placement import mesh_of
+from shiq_jax.training.placement import requested_mesh
 
 
-class Use(enum.IntEnum):
+class RngStream(enum.IntEnum):
     """Uses of random numbers in a run; each has its own key."""
 
     SAMPLING = 0
@@ -46,7 +46,7 @@ class Run:
     stops: tuple[int, ...]
     log: MetricsLog
 
-    def key(self, use: Use, round: int = 0) -> jax.Array:
+    def key(self, use: RngStream, round: int = 0) -> jax.Array:
         """The random key of a use in a round."""
         key = jax.random.fold_in(jax.random.key(self.job.seed), int(use))
         return jax.random.fold_in(key, round) if round else key
@@ -62,7 +62,7 @@ class Run:
         A policy that the run itself exported comes with its heads.
 
         Raises:
-            Refusal: they cannot be loaded, or differ from those that the run has used before.
+            UserError: they cannot be loaded, or differ from those that the run has used before.
         """
         options = self.job.precision
         model, params = load_hf(
@@ -70,7 +70,7 @@ class Run:
             engine=options.attention,
         )  # fmt: skip
         if Path(source).is_relative_to(self.directory.rounds):
-            model, params = Headed.load(model, params, Path(source))
+            model, params = ModelWithHeads.load(model, params, Path(source))
         roles = {str(self.task.model): "model", str(self.directory.reference): "reference"}
         role = roles.get(str(source)) or str(Path(source).relative_to(self.directory.path))
         self.directory.keep_weights(role, fingerprint(params), source)
@@ -79,7 +79,7 @@ class Run:
 
 def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Run:
     """Prepare what all stages share; input that can be checked before any computation is checked here."""
-    task, mesh = prepare(job, directory), mesh_of(job.mesh)
+    task, mesh = prepare(job, directory), requested_mesh(job.mesh)
     source = locate(task.model)
     # Read first: transformers would blame the tokenizer for an error in config.json.
     config = DecoderConfig.read(source)
@@ -89,7 +89,7 @@ def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Ru
     for row, new in rows:
         length = len(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
         if length + new > context:
-            raise Refusal(
+            raise UserError(
                 f"{rewards.describe(row)} has {length} tokens, and with {new} new ones exceeds the model's "
                 f"context of {context}: leave it out or lower max_tokens"
             )

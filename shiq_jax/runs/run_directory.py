@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay.locks import exclusive
 from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
 from shiq_jax.sharding import hosts
@@ -94,7 +94,7 @@ class RunDirectory(RoundDirectory):
         """A new run in an empty or missing directory, or the one that is there, of the same settings, with `resume`.
 
         Raises:
-            Refusal: the directory holds a run and `resume` is not asked for, holds none and it is, holds other files,
+            UserError: the directory holds a run and `resume` is not asked for, holds none and it is, holds other files,
                 or holds a run of other settings.
         """
         run = cls(path)
@@ -102,15 +102,15 @@ class RunDirectory(RoundDirectory):
             if run.config.exists():
                 raise run._taken()
             if run.path.exists() and (not run.path.is_dir() or set(run.path.iterdir()) - set(run._unborn())):
-                raise Refusal(f"{path} is not empty and holds no run: name another --output-dir")
+                raise UserError(f"{path} is not empty and holds no run: name another --output-dir")
             run._made = tuple(place for place in (run.path, *run.path.parents) if not place.exists())
             run._make(_plain(settings))
             return run
         if not run.config.exists():
-            raise Refusal(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
+            raise UserError(f"{path} holds no run to resume (it has no config.json): leave --resume out to begin one")
         known = read_json(run.config)
         if known.get("format") != settings.get("format"):
-            raise Refusal(
+            raise UserError(
                 f"{path} was begun by another version of shiq_jax, whose runs this one cannot resume: finish it with "
                 "that version, or begin another run"
             )
@@ -122,7 +122,7 @@ class RunDirectory(RoundDirectory):
         """Lock the run for this process; the kernel releases the lock however the process ends.
 
         Raises:
-            Refusal: another process is at work in the directory.
+            UserError: another process is at work in the directory.
         """
         with contextlib.ExitStack() as stack:
             self._lock(stack)
@@ -133,7 +133,7 @@ class RunDirectory(RoundDirectory):
         try:
             stack.enter_context(exclusive(self.config))
         except (BlockingIOError, FileNotFoundError):
-            raise Refusal(
+            raise UserError(
                 f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"
             ) from None
         for left in self._unborn():
@@ -170,8 +170,10 @@ class RunDirectory(RoundDirectory):
         """Temporary files of processes that were killed before their run had a config.json."""
         return list(self.path.glob(f"{self.config.name}.*{TEMPORARY}"))
 
-    def _taken(self) -> Refusal:
-        return Refusal(f"{self.path} holds a run already: add --resume to go on with it, or name another --output-dir")
+    def _taken(self) -> UserError:
+        return UserError(
+            f"{self.path} holds a run already: add --resume to go on with it, or name another --output-dir"
+        )
 
     @hosts.on_writer(wait=False)
     def discard(self, *, samples: bool) -> None:
@@ -193,11 +195,11 @@ class RunDirectory(RoundDirectory):
         """Record the fingerprint of the weights in a role such as "model", or compare it with the recorded one.
 
         Raises:
-            Refusal: the weights in `source` differ from those that the run has used before.
+            UserError: the weights in `source` differ from those that the run has used before.
         """
         known = read_json(self.weights) if self.weights.exists() else {}
         if known.setdefault(role, digest) != digest:
-            raise Refusal(
+            raise UserError(
                 f"{source} holds other weights than those that {self.path} was begun with: restore them, or begin "
                 "another run"
             )
@@ -213,13 +215,13 @@ class RunDirectory(RoundDirectory):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a run; Refusal when it is damaged."""
+    """The JSON object in a file of a run; UserError when it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal(f"{path} is not readable as JSON: restore it, or begin another run") from error
+        raise UserError(f"{path} is not readable as JSON: restore it, or begin another run") from error
     if not isinstance(content, dict):
-        raise Refusal(f"{path} is not a JSON object: restore it, or begin another run")
+        raise UserError(f"{path} is not a JSON object: restore it, or begin another run")
     return content
 
 
@@ -236,14 +238,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def refuse_differences(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises Refusal naming the first wanted setting that differs from those that `path` was begun with."""
+    """Raises UserError naming the first wanted setting that differs from those that `path` was begun with."""
     for name, there, here in _differences(known, _plain(wanted)):
         if name.endswith("_digest"):
             option = name.removesuffix("_digest").replace("_", ".")
-            raise Refusal(
+            raise UserError(
                 f"the files of --{option} are not those that {path} was begun with: restore them, or begin another run"
             )
-        raise Refusal(f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options and data")
+        raise UserError(
+            f"{path} was begun with {name}={there!r}, not {here!r}: resume it with its own options and data"
+        )
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

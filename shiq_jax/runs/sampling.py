@@ -12,7 +12,7 @@ from shiq_jax.rollout.collect import collect, in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.runs.ingest import open_or_create
 from shiq_jax.runs.round import Round
-from shiq_jax.runs.run import Use
+from shiq_jax.runs.run import RngStream
 
 
 def sample_answers(round: Round) -> Buffer:
@@ -28,7 +28,7 @@ def sample_answers(round: Round) -> Buffer:
         model, options.sampling, run.stops,
         samples_per_prompt=options.samples_per_prompt, prompts_in_flight=options.prompts_in_flight,
     )  # fmt: skip
-    key = run.key(Use.SAMPLING, round.number)
+    key = run.key(RngStream.SAMPLING, round.number)
     sampled = (
         in_order(
             collect(

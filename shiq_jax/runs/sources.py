@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from shiq_jax.data import formats
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
@@ -41,7 +41,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     """The task of a job; its rows are written to the run's `data/`, for inspection and reuse.
 
     Raises:
-        Refusal: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
+        UserError: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
             cannot be had.
     """
     if job.data or job.prompts:
@@ -53,7 +53,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     if job.reward:
         task = dataclasses.replace(task, reward=rewards.resolve(job.reward))
     if not job.data and not (task.demonstrations if job.objective == "sft" else task.train):
-        raise Refusal(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
+        raise UserError(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
     if task.held_out is not None:
         task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
     hosts.on_writer(run.data.mkdir)(exist_ok=True)
@@ -66,7 +66,7 @@ def prepare(job: Job, run: RunDirectory) -> Task:
 def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
     """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row.
 
-    Prompts of more than `longest` tokens are skipped; Refusal when none is short enough.
+    Prompts of more than `longest` tokens are skipped; UserError when none is short enough.
     """
     seen: dict[bytes, dict] = {}
     for number in range(len(buffer)):
@@ -78,7 +78,7 @@ def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
         if len(seen) == count:
             break
     if not seen:
-        raise Refusal(
+        raise UserError(
             f"no prompt of the data has {longest} tokens or fewer, which would leave room in the model's context for "
             "an answer to evaluate: lower max_tokens of the evaluation"
         )
@@ -111,7 +111,7 @@ def _bfcl(job: Job, run: RunDirectory) -> Task:
     """Function calling: the first training questions are demonstrated and the next ones sampled, without overlap."""
     from shiq_jax.tasks import bfcl, fetch
 
-    train, held_out = bfcl.split(bfcl.load(fetch.bfcl()), seed=job.seed)
+    train, held_out = bfcl.split_held_out(bfcl.load(fetch.bfcl()), seed=job.seed)
     shown = _demonstrations(job)
     return Task(
         model=job.model or str(fetch.smollm2()),
@@ -130,10 +130,10 @@ def _own(job: Job) -> Task:
     """External data to learn from, or prompts to sample answers for."""
     given = "--data" if job.data else "--prompts"
     if job.model is None:
-        raise Refusal(f"{given} needs --model: the directory or hub id of the model that is to learn from it")
+        raise UserError(f"{given} needs --model: the directory or hub id of the model that is to learn from it")
     if job.prompts and job.objective == "sft":
-        raise Refusal("--prompts gives nothing to imitate: give sft its demonstrations with --data")
+        raise UserError("--prompts gives nothing to imitate: give sft its demonstrations with --data")
     if job.prompts and job.reward is None:
-        raise Refusal("--prompts needs --reward: what scores the answers that are sampled (see docs/data.md)")
+        raise UserError("--prompts needs --reward: what scores the answers that are sampled (see docs/data.md)")
     train = formats.prompts(job.prompts)[: job.collection.prompts] if job.prompts else ()
     return Task(model=job.model, train=train, held_out=None, demonstrations=(), reward=None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.runs.metrics import Tracker
 from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.sharding import hosts
@@ -23,11 +23,11 @@ def require(names: Sequence[str]) -> None:
     """Check that trackers are available before a run writes anything.
 
     Raises:
-        Refusal: a package is not installed, or W&B has no API key.
+        UserError: a package is not installed, or W&B has no API key.
     """
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise Refusal(
+            raise UserError(
                 f"--track {name} needs the package {PACKAGES[name]}, which is not installed: pip install "
                 f"'shiq_jax[{name}]', or leave --track {name} out (metrics.jsonl is always written)"
             )
@@ -142,7 +142,7 @@ class WandB:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            raise Refusal(f"--track wandb: W&B does not open a run ({error}): mend that, or leave it out") from error
+            raise UserError(f"--track wandb: W&B does not open a run ({error}): mend that, or leave it out") from error
         for stage in ("warm_start", "update", "evaluation", "samples"):
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         # The server's count is authoritative; offline there is only our own.
@@ -162,7 +162,7 @@ def _log_in() -> None:
     except wandb.Error:
         known = False
     if not known:
-        raise Refusal("--track wandb: W&B knows no API key: run `wandb login`, or set WANDB_MODE=offline")
+        raise UserError("--track wandb: W&B knows no API key: run `wandb login`, or set WANDB_MODE=offline")
 
 
 def _stage(row: Mapping) -> str:

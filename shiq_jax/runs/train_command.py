@@ -41,10 +41,10 @@ def run(command, name: str) -> None:
         why = "nothing is sampled or warmed up with data" if command.data else "sft samples nothing to learn from"
         print(f"{name}: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
     with stopping.on_signals():
-        from shiq_jax.runs.compilation_cache import keep_programs
+        from shiq_jax.runs.compilation_cache import enable_compilation_cache
         from shiq_jax.runs.pipeline import train
 
-        keep_programs()
+        enable_compilation_cache()
         train(command)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 # Seconds that a process waits at a barrier for the others.
 TIMEOUT = 600
@@ -32,7 +32,7 @@ _writing = contextvars.ContextVar("writing", default=False)
 _passed: collections.Counter[str] = collections.Counter()
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes take part in the run."""
     # A process that is alone must not start its devices in order to write a file.
     return jax.process_count() if jax.distributed.is_initialized() else 1
@@ -40,14 +40,14 @@ def count() -> int:
 
 def is_writer() -> bool:
     """Whether this process writes the files that all processes share."""
-    return count() == 1 or jax.process_index() == 0
+    return process_count() == 1 or jax.process_index() == 0
 
 
 def on_writer(function: Callable | None = None, *, wait: bool = True) -> Callable:
     """Decorate a function that writes to disk, so that only the writer runs it.
 
     Every process calls the decorated function. The writer runs it once all of them have come, and every process
-    returns its result, a JSON value, or raises its error: a Refusal as Refusal, any other error as RuntimeError.
+    returns its result, a JSON value, or raises its error: a UserError as UserError, any other error as RuntimeError.
 
     Args:
         function: what to run. Decorated functions that it calls run at once.
@@ -82,7 +82,7 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
         multihost.get_barrier_sync_fn()(key=f"{name} {_passed[name]}", timeout_ms=round(1000 * timeout))
     except Exception as error:
         raise RuntimeError(
-            f"process {jax.process_index()} of {count()} waited up to {timeout:g} s at {name!r} and the others did not "
+            f"process {jax.process_index()} of {process_count()} waited up to {timeout:g} s at {name!r} and the others did not "
             "come: look at their output, then start the same command on every host again"
         ) from error
 
@@ -145,7 +145,7 @@ def _spread(leaf: Any) -> bool:
 
 def _alone() -> bool:
     """Whether there is nobody to wait for."""
-    return count() == 1 or _writing.get()
+    return process_count() == 1 or _writing.get()
 
 
 def _run(action: Callable[[], Any]) -> Any:
@@ -167,12 +167,12 @@ def _shared(action: Callable[[], Any], name: str) -> Any:
             json.dumps(outcome)
         # Whatever ends the writer ends the others too, which would wait for it otherwise.
         except BaseException as error:
-            outcome, own = {"error": str(error) or repr(error), "refused": isinstance(error, Refusal)}, error
+            outcome, own = {"error": str(error) or repr(error), "refused": isinstance(error, UserError)}, error
     outcome = agree(outcome, f"the result of {name}")
     if own is not None:
         raise own
     if "error" in outcome:
-        raise (Refusal if outcome["refused"] else RuntimeError)(outcome["error"])
+        raise (UserError if outcome["refused"] else RuntimeError)(outcome["error"])
     return outcome["result"]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple")
 
@@ -36,20 +36,20 @@ def load(directory: str | Path, categories: Iterable[str] = CATEGORIES) -> list[
       directory: holds the unpacked package `bfcl_eval`, as `shiq_jax.tasks.fetch.bfcl` returns it.
       categories: out of `CATEGORIES`.
 
-    Raises Refusal when a file is missing or malformed, or a question has no ground truth under its id.
+    Raises UserError when a file is missing or malformed, or a question has no ground truth under its id.
     """
     root = Path(directory) / "bfcl_eval" / "data"
     rows = []
     for category in categories:
         if category not in CATEGORIES:
-            raise Refusal(f"the category {category!r} is unknown: expected one of {', '.join(CATEGORIES)}")
+            raise UserError(f"the category {category!r} is unknown: expected one of {', '.join(CATEGORIES)}")
         name = f"BFCL_v4_{category}.json"
         truths = {
             entry["id"]: entry["ground_truth"] for entry in _entries(root / "possible_answer" / name, "ground_truth")
         }
         for entry in _entries(root / name, "question"):
             if entry["id"] not in truths:
-                raise Refusal(
+                raise UserError(
                     f"{root / name} asks {entry['id']}, for which possible_answer/{name} has no ground truth: "
                     "remove the directory and fetch it again"
                 )
@@ -57,7 +57,7 @@ def load(directory: str | Path, categories: Iterable[str] = CATEGORIES) -> list[
     return rows
 
 
-def split(
+def split_held_out(
     rows: Sequence[Mapping[str, Any]], *, seed: int, held_out: float = 0.2
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Training and held-out rows that share neither a question nor a function name, each in a random order.
@@ -104,7 +104,7 @@ def _entries(file: Path, field: str) -> list[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"{file} cannot be read ({error.strerror}): expected the leaderboard's data; run `python -m "
             "shiq_jax.tasks.fetch`"
         ) from error
@@ -115,11 +115,11 @@ def _entries(file: Path, field: str) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise Refusal(
+            raise UserError(
                 f"{file}, line {number} is not JSON ({error.msg}): remove the directory and fetch it again"
             ) from error
         if not {"id", field} <= entry.keys():
-            raise Refusal(f"{file}, line {number} lacks 'id' or {field!r}: remove the directory and fetch it again")
+            raise UserError(f"{file}, line {number} lacks 'id' or {field!r}: remove the directory and fetch it again")
         entries.append(entry)
     return entries
 

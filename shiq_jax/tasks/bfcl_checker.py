@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks import fetch
 
 _DECODER = ("ast_parse", "resolve_ast_call", "resolve_ast_by_type", "default_decode_ast_prompting")
@@ -48,7 +48,7 @@ def bfcl_reward(row: Mapping[str, Any], completion: str) -> float:
     """
     for field in ("functions", "answers", "category"):
         if field not in row:
-            raise Refusal(
+            raise UserError(
                 f"the row {row.get('id', '?')!r} has no {field!r}: the reward 'bfcl' needs rows of the leaderboard, "
                 "with functions, answers and category"
             )
@@ -65,18 +65,18 @@ def bfcl_reward(row: Mapping[str, Any], completion: str) -> float:
 def load_official(directory: str | Path | None = None) -> Official:
     """The leaderboard's decoder and checker out of its unpacked package (default: the fetched one).
 
-    Raises Refusal when the directory does not hold the package in the form known here.
+    Raises UserError when the directory does not hold the package in the form known here.
     """
     root = Path(directory) if directory is not None else fetch.bfcl()
     utilities = root / "bfcl_eval" / "model_handler" / "utils.py"
     if not utilities.is_file():
-        raise Refusal(f"{root} does not hold the package bfcl_eval: run `python -m shiq_jax.tasks.fetch`")
+        raise UserError(f"{root} does not hold the package bfcl_eval: run `python -m shiq_jax.tasks.fetch`")
     with _importing_from(root):
         try:
             enums = importlib.import_module("bfcl_eval.constants.enums")
             checker = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker")
         except ImportError as error:
-            raise Refusal(
+            raise UserError(
                 f"the checker in {root} cannot be imported ({error}): fetch {fetch.BFCL_PACKAGE} again"
             ) from error
     decoder = _decoder(utilities, enums.ReturnFormat)
@@ -120,7 +120,7 @@ def _decoder(file: Path, return_format: Any) -> Callable[[str], list[dict]]:
     wanted = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name in _DECODER]
     missing = set(_DECODER) - {node.name for node in wanted}
     if missing:
-        raise Refusal(
+        raise UserError(
             f"{file} does not define {', '.join(sorted(missing))}: expected {fetch.BFCL_PACKAGE}; fetch it again"
         )
     # Names that newer Pythons dropped from `ast`; what they stood for is a Constant, which the decoder handles earlier.

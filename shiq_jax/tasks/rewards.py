@@ -15,7 +15,7 @@ REWARDS: Mapping[str, Reward] = {"exact": exact, "sorting": sorting_reward, "bfc
 def resolve(name: str) -> Reward:
     """The reward of a name in `REWARDS` or of "module:function"; see `rollout.rewards.resolve`.
 
-    Raises Refusal when there is no such reward, or when the packages that it needs are missing.
+    Raises UserError when there is no such reward, or when the packages that it needs are missing.
     """
     if name == "bfcl":
         # Load the official checker now, so that a missing package is refused before an hour of sampling.

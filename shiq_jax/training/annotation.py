@@ -11,8 +11,8 @@ import numpy as np
 from shiq_jax import stopping
 from shiq_jax.models import fingerprint
 from shiq_jax.progress import track
-from shiq_jax.replay import Buffer, Identity, Record, Shape, Trees, pack, plan
-from shiq_jax.replay.sampling import Bundle, group_members, trajectory_bundles
+from shiq_jax.replay import BatchShape, Buffer, Identity, Record, Trees, pack, plan
+from shiq_jax.replay.schedule import PackGroup, group_members, trajectory_groups
 from shiq_jax.sharding import hosts
 from shiq_jax.training.examples import policy_statistics
 from shiq_jax.training.placement import data_devices, place
@@ -51,19 +51,21 @@ def statistics_of(
         row_length: groups of more tokens are split.
     """
     trees, groups = Trees(records), group_members([record.group for record in records])
-    bundles = list(trajectory_bundles(groups, records, [len(record.tokens) for record in records], row_length))
-    found = _bundle_statistics(model, params, trees, bundles, _coarse(plan(trees, bundles)), prompts_per_batch)
+    pack_groups = list(trajectory_groups(groups, records, [len(record.tokens) for record in records], row_length))
+    found = _pack_group_statistics(
+        model, params, trees, pack_groups, _coarse(plan(trees, pack_groups)), prompts_per_batch
+    )
     return [found[number] for number in range(len(records))]
 
 
-def _bundle_statistics(
-    model, params, trees: Trees, bundles: Sequence[Bundle], shape: Shape, prompts_per_batch: int
+def _pack_group_statistics(
+    model, params, trees: Trees, pack_groups: Sequence[PackGroup], shape: BatchShape, prompts_per_batch: int
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """(logp, lse) of the records of some bundles by record number; `shape` is that of each compiled call."""
+    """(logp, lse) of the records of some pack_groups by record number; `shape` is that of each compiled call."""
     forward, out = _forward(model), {}
-    starts = range(0, len(bundles), prompts_per_batch)
+    starts = range(0, len(pack_groups), prompts_per_batch)
     batches = (
-        pack(bundles[start : start + prompts_per_batch], trees, shape, rows_multiple=data_devices(model.mesh))
+        pack(pack_groups[start : start + prompts_per_batch], trees, shape, rows_multiple=data_devices(model.mesh))
         for start in starts
     )
     amount = ("tokens", lambda packed: packed.fill * packed.batch.tokens.size)
@@ -77,7 +79,7 @@ def _bundle_statistics(
     return out
 
 
-def _coarse(shape: Shape) -> Shape:
+def _coarse(shape: BatchShape) -> BatchShape:
     """Every size rounded up to a power of two or one and a half times one."""
 
     def up(size: int) -> int:
@@ -136,21 +138,21 @@ def annotate(
         return found
     # Of all shards, not of those that are missing: padding moves the last bits, and an annotation that goes on must
     # find those of one that was never stopped.
-    trees, bundles = Trees(buffer), _bundles_of_shards(buffer, row_length)
-    shapes = [plan(trees, part) for part in bundles]
-    shape = Shape(*map(max, zip(*shapes, strict=True)))
+    trees, pack_groups = Trees(buffer), _bundles_of_shards(buffer, row_length)
+    shapes = [plan(trees, part) for part in pack_groups]
+    shape = BatchShape(*map(max, zip(*shapes, strict=True)))
     done, total = len(shapes) - len(missing), len(shapes)
     for shard in track(missing, "reference statistics", total, "shards", first=done):
-        values = _bundle_statistics(model, params, trees, bundles[shard], shape, prompts_per_batch)
+        values = _pack_group_statistics(model, params, trees, pack_groups[shard], shape, prompts_per_batch)
         buffer.write_statistics(identity, shard, [values[number] for number in buffer.shards[shard]])
     return found
 
 
-def _bundles_of_shards(buffer: Buffer, row_length: int) -> list[list[Bundle]]:
-    """For each shard the bundles of its records; a group that lies in several shards is divided."""
+def _bundles_of_shards(buffer: Buffer, row_length: int) -> list[list[PackGroup]]:
+    """For each shard the pack_groups of its records; a group that lies in several shards is divided."""
     names, lengths = buffer.group_ids(), buffer.lengths()
     members = (
         [tuple(numbers[place] for place in group) for group in group_members(names[numbers.start : numbers.stop])]
         for numbers in buffer.shards
     )
-    return [list(trajectory_bundles(groups, buffer, lengths, row_length)) for groups in members]
+    return [list(trajectory_groups(groups, buffer, lengths, row_length)) for groups in members]

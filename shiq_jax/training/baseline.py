@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, Record
 
 
@@ -17,14 +17,14 @@ class GroupMeanBaseline:
     of the prompt, which the logits then need not learn; the buffer itself keeps the raw rewards.
 
     Raises:
-        Refusal: no group has two answers, so that nothing would be left of the rewards.
+        UserError: no group has two answers, so that nothing would be left of the rewards.
     """
 
     def __init__(self, buffer: Buffer):
         self._buffer = buffer
         _, members = np.unique(buffer.group_ids(), return_inverse=True)
         if len(buffer) and np.bincount(members).max() == 1:
-            raise Refusal(
+            raise UserError(
                 f"every prompt of {buffer.path} has one answer, whose mean is itself, so nothing would be left to "
                 "learn: use --baseline none"
             )

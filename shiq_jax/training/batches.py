@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
-from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, Trees, bundles, pack, plan
+from shiq_jax.errors import UserError
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, Trees, pack, pack_groups, plan
 from shiq_jax.training.placement import data_devices, place
 
 
@@ -52,7 +52,7 @@ class Batches:
     Args:
         buffer: the records.
         unit: what an example is: "trajectory", "pair" or "group".
-        batch_size: bundles of a step: prompts with their sampled answers, pairs, or demonstrations.
+        batch_size: pack_groups of a step: prompts with their sampled answers, pairs, or demonstrations.
         seed: of the order; the batch of step t is a function of (seed, t) alone.
         references: by name, the statistics that fill `Example.references`.
         mesh: where the rows go.
@@ -76,21 +76,21 @@ class Batches:
     ):
         self.records, self.references, self.mesh = buffer if records is None else records, references, mesh
         self.trees = Trees(self.records)
-        self.bundles = bundles(buffer, unit, row_length=row_length)
-        if not self.bundles:
-            raise Refusal(
+        self.pack_groups = pack_groups(buffer, unit, row_length=row_length)
+        if not self.pack_groups:
+            raise UserError(
                 f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards"
             )
         # A batch larger than the buffer would hold some of it several times.
-        batch_size = min(batch_size, len(self.bundles))
-        self.schedule = Schedule(len(self.bundles), batch_size, seed)
+        batch_size = min(batch_size, len(self.pack_groups))
+        self.schedule = Schedule(len(self.pack_groups), batch_size, seed)
         self.rows_multiple = microbatches * data_devices(mesh)
-        self.shape = plan(self.trees, self.bundles, batch_size=batch_size, rows_multiple=self.rows_multiple)
+        self.shape = plan(self.trees, self.pack_groups, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     @property
     def left_out(self) -> int:
         """How many groups give no example: pairs need two answers of unlike reward."""
-        return self.bundles.left_out
+        return self.pack_groups.left_out
 
     def steps(self, epochs: float) -> int:
         """Updates in so many passes over the buffer."""
@@ -98,7 +98,7 @@ class Batches:
 
     def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
-        chosen = [self.bundles[number] for number in self.schedule.indices(step)]
+        chosen = [self.pack_groups[number] for number in self.schedule.indices(step)]
         packed = pack(chosen, self.trees, self.shape, references=self.references, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
         return DeviceBatch(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.fit import Callback, FinishedUpdate
 from shiq_jax.training.state import State
@@ -17,8 +17,8 @@ from shiq_jax.training.state import State
 CHECKED = ("loss", "grad_norm", "param_norm")
 
 
-class RefuseNonFinite(Callback):
-    """Stop with a Refusal when loss, gradient norm or parameter norm is not finite, before that state is saved.
+class CheckFinite(Callback):
+    """Stop with a UserError when loss, gradient norm or parameter norm is not finite, before that state is saved.
 
     Args:
         name: of the updates, for the message.
@@ -29,7 +29,7 @@ class RefuseNonFinite(Callback):
         self.name, self.records = name, records
 
     def on_update(self, done: FinishedUpdate) -> None:
-        """Raises Refusal naming the numbers, the step and, where known, its records."""
+        """Raises UserError naming the numbers, the step and, where known, its records."""
         bad = [name for name in CHECKED if not math.isfinite(done.metrics.get(name, 0))]
         if not bad:
             return
@@ -40,7 +40,7 @@ class RefuseNonFinite(Callback):
             groups = sorted({self.records[index].group for index in numbers}) if self.records is not None else ()
             of = f" (records {_some(numbers)}{f' of groups {_some(groups)}' if groups else ''})"
             remedy = ", or without those records"
-        raise Refusal(
+        raise UserError(
             f"{' and '.join(bad)} of {self.name} step {done.step}{of} {'is' if len(bad) == 1 else 'are'} not finite; "
             "every checkpoint is from before it, and --resume would come here again: begin another run with a lower "
             f"learning rate{remedy}"

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts
-from shiq_jax.training.state import Params, State, split
+from shiq_jax.training.state import Params, State, partition
 
 # What a checkpoint is called while its files are deleted, so that none is ever seen with a part of them, and what orbax
 # calls one whose files are being written.
@@ -92,7 +92,7 @@ class Checkpoints:
         """The state of a step (default: the latest) in the shardings of `into`, and its metadata.
 
         Raises:
-            Refusal: there is no checkpoint, or its arrays are not those of `into`.
+            UserError: there is no checkpoint, or its arrays are not those of `into`.
         """
         step = self._existing(step)
         parts = {part: self._load(step, part, into) for part in _PARTS}
@@ -103,12 +103,12 @@ class Checkpoints:
         """`params` with what has learned taken from a step (default: the latest); the optimiser's memory is not read.
 
         Raises:
-            Refusal: as `restore`; leaves that the checkpoint does not have are left as they are.
+            UserError: as `restore`; leaves that the checkpoint does not have are left as they are.
         """
         step = self._existing(step)
         with self._whole(step):
             names = set(self._checkpointer.checkpointables_metadata(step).metadata["policy"])
-        learned, rest = split(params, lambda path: ".".join(("trainable", *path)) in names)
+        learned, rest = partition(params, lambda path: ".".join(("trainable", *path)) in names)
         state = State(learned, rest, {}, (), jnp.int32(0))
         return state._replace(**self._load(step, "policy", state)).params()
 
@@ -161,7 +161,7 @@ class Checkpoints:
     def _existing(self, step: int | None) -> int:
         step = self.latest() if step is None else step
         if step not in {known.step for known in self._checkpointer.checkpoints}:
-            raise Refusal(f"{self.directory} holds no complete checkpoint{'' if step is None else f' {step}'}")
+            raise UserError(f"{self.directory} holds no complete checkpoint{'' if step is None else f' {step}'}")
         return step
 
     def _load(self, step: int, part: str, into: State) -> dict:
@@ -180,10 +180,10 @@ class Checkpoints:
             # Reads that are under way when one fails complain one by one, long tracebacks and all.
             with contextlib.redirect_stderr(noise):
                 yield
-        except (Refusal, jax.errors.JaxRuntimeError):
+        except (UserError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            raise Refusal(
+            raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or incomplete ({type(error).__name__}): restore it, "
                 "or remove its directory to go on from an earlier one"
             ) from error
@@ -193,11 +193,11 @@ class Checkpoints:
         there = self._checkpointer.checkpointables_metadata(step).metadata[part]
         where = f"checkpoint {step} in {self.directory} belongs to another configuration"
         for name in sorted(set(there) ^ set(wanted)):
-            raise Refusal(f"{where}: it has {'no' if name in wanted else 'a'} {name}")
+            raise UserError(f"{where}: it has {'no' if name in wanted else 'a'} {name}")
         for name, leaf in wanted.items():
             found = (tuple(there[name].shape), str(there[name].dtype))
             if found != (tuple(leaf.shape), str(leaf.dtype)):
-                raise Refusal(
+                raise UserError(
                     f"{where}: {name} is {found[1]}{list(found[0])}, expected is {leaf.dtype}{list(leaf.shape)}"
                 )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shiq_jax import stopping
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.progress import track
 from shiq_jax.replay import Record
 from shiq_jax.rollout.collect import collect, decode, in_order, sampled_tokens
@@ -20,7 +20,7 @@ from shiq_jax.training.reference import Reference
 SHOWN_PROMPTS, SHOWN_SAMPLES = 8, 2
 
 
-class Evaluated(NamedTuple):
+class EvaluationResult(NamedTuple):
     """What an evaluation found.
 
     Attributes:
@@ -74,7 +74,7 @@ class Evaluator:
         )
         object.__setattr__(self, "_sampler", sampler)
 
-    def __call__(self, params, reference: Reference | None, key, prompts: int | None = None) -> Evaluated:
+    def __call__(self, params, reference: Reference | None, key, prompts: int | None = None) -> EvaluationResult:
         """Numbers of a policy, and the samples that they were taken from.
 
         Args:
@@ -90,10 +90,10 @@ class Evaluator:
             `..._stderr`; and, when asked for, `greedy_reward` and `greedy_accuracy`.
 
         Raises:
-            Refusal: there is no prompt.
+            UserError: there is no prompt.
         """
         if not self.rows:
-            raise Refusal("there is no prompt to evaluate on: give some, or leave the evaluation out")
+            raise UserError("there is no prompt to evaluate on: give some, or leave the evaluation out")
         rows = self.rows[:prompts]
         records, greedy = self._draw(params, key, rows)
         logratios = _logratios(reference, records + greedy)
@@ -105,9 +105,9 @@ class Evaluator:
         if self.reward is not None:
             out |= _scores(records, "", len(rows))
             out |= _scores(greedy, "greedy_", len(rows)) if greedy else {}
-        return Evaluated(out, records, sampled_logratios, greedy, greedy_logratios)
+        return EvaluationResult(out, records, sampled_logratios, greedy, greedy_logratios)
 
-    def shown(self, found: Evaluated, prompts: int | None = None, samples: int | None = None) -> list[dict]:
+    def shown(self, found: EvaluationResult, prompts: int | None = None, samples: int | None = None) -> list[dict]:
         """What an evaluation generated, prompt by prompt, as rows of text.
 
         Args:

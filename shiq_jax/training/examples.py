@@ -17,7 +17,9 @@ from shiq_jax.training.state import Params
 NOTHING: Params = MappingProxyType({})
 
 
-def take(values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]) -> Float[Array, "rows slots K T"]:
+def gather_actions(
+    values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]
+) -> Float[Array, "rows slots K T"]:
     """Row-local lookup of per-action floats; padding (-1) reads 0."""
     flat = gather.reshape(gather.shape[0], -1)
     taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1).reshape(gather.shape)
@@ -28,7 +30,7 @@ def policy_statistics(model, params: Params, batch: Batch, extra: tuple[str, ...
     """Statistics of every action, `[rows, slots, K, T]`, each distinct action of a row computed once."""
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
     stats = model.token_stats(params, _at_actions(hidden, batch), batch.targets, extra=extra)
-    return jax.tree.map(lambda values: take(values, batch.gather), stats)
+    return jax.tree.map(lambda values: gather_actions(values, batch.gather), stats)
 
 
 def objective_sums(
@@ -38,12 +40,12 @@ def objective_sums(
 
     targets: slow copies of the heads that it reads, as `State` holds them.
     """
-    examples = examples_of(model, objective, params, targets, batch, coupled)
-    return jax.tree.map(jnp.sum, losses_of(objective, examples, batch.real))
+    examples = build_examples(model, objective, params, targets, batch, coupled)
+    return jax.tree.map(jnp.sum, example_losses(objective, examples, batch.real))
 
 
 @jax.named_scope("objective")
-def losses_of(objective: Objective, examples: Example, real: Bool[Array, "rows slots"]) -> LossOut:
+def example_losses(objective: Objective, examples: Example, real: Bool[Array, "rows slots"]) -> LossOut:
     """The loss of every example, `[rows, slots]`; 0 where there is none."""
     out: LossOut = jax.vmap(jax.vmap(objective.loss))(examples)
     return jax.tree.map(lambda values: jnp.where(real, values, 0), out)
@@ -51,10 +53,10 @@ def losses_of(objective: Objective, examples: Example, real: Bool[Array, "rows s
 
 def summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = NOTHING) -> Any:
     """What an objective that couples examples has to know of each, leading axes [rows, slots]."""
-    return jax.vmap(jax.vmap(objective.couple.summary))(examples_of(model, objective, params, targets, batch))
+    return jax.vmap(jax.vmap(objective.couple.summary))(build_examples(model, objective, params, targets, batch))
 
 
-def combined(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
+def combine_summaries(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
     """What comes of the summaries of all examples of a batch, for each of them, without gradient.
 
     found: summaries with the leading axes of `real`, whatever these are; so has the result.
@@ -65,7 +67,7 @@ def combined(couple: Couple, found: Any, real: Bool[Array, "..."]) -> Any:
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out))
 
 
-def examples_of(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled=None) -> Example:
+def build_examples(model, objective: Objective, params: Params, targets: Params, batch: Batch, coupled=None) -> Example:
     """The examples of a batch, leading axes [rows, slots], as an objective sees them."""
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
     predicting = _at_actions(hidden, batch)
@@ -77,9 +79,9 @@ def examples_of(model, objective: Objective, params: Params, targets: Params, ba
         # To the heads the hidden states are data: what they learn does not move the policy.
         seen = jax.lax.stop_gradient(predicting)
         values = model.head_values({name: params[HEADS][name] for name in objective.heads}, seen, batch.targets)
-        slow = {name: targets[HEADS][name] for name in objective.slow}
+        slow = {name: targets[HEADS][name] for name in objective.target_heads}
         values |= {f"target_{name}": said for name, said in model.head_values(slow, seen, batch.targets).items()}
-    policy, values = jax.tree.map(lambda leaf: take(leaf, batch.gather), (policy, values))
+    policy, values = jax.tree.map(lambda leaf: gather_actions(leaf, batch.gather), (policy, values))
     return batch.example._replace(policy=policy, values=values, coupled=coupled)
 
 

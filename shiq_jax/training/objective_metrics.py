@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
-from shiq_jax.replay import NO_REFERENCES, Batch, Buffer, References, Trees, bundles, pack, plan
+from shiq_jax.replay import NO_REFERENCES, Batch, Buffer, References, Trees, pack, pack_groups, plan
 from shiq_jax.sharding import hosts
-from shiq_jax.training.examples import combined, objective_sums, summaries
+from shiq_jax.training.examples import combine_summaries, objective_sums, summaries
 from shiq_jax.training.placement import data_devices, place
 
 
@@ -37,15 +37,15 @@ def objective_metrics(
         objective: any that has no heads with slow copies.
         buffer: the records.
         references: by name, the statistics that fill `Example.references`.
-        prompts_per_batch: bundles in one compiled call.
+        prompts_per_batch: pack_groups in one compiled call.
         row_length: larger groups of trajectories are split.
 
     Raises:
-        Refusal: the buffer has no example of the objective's unit.
+        UserError: the buffer has no example of the objective's unit.
     """
-    chosen = bundles(buffer, objective.unit, row_length=row_length)
+    chosen = pack_groups(buffer, objective.unit, row_length=row_length)
     if not chosen:
-        raise Refusal(f"{buffer.path} holds no {objective.unit} to measure")
+        raise UserError(f"{buffer.path} holds no {objective.unit} to measure")
     trees = Trees(buffer)
     shape = plan(trees, chosen)
     starts = range(0, len(chosen), prompts_per_batch)
@@ -78,7 +78,7 @@ def _coupled(model, params, objective: Objective, batches: Iterable[Batch]) -> l
     def flat(*leaves):
         return np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])
 
-    known = hosts.gather(combined(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
+    known = hosts.gather(combine_summaries(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
     ends = np.cumsum([real.size for real in reals])
     return [
         jax.tree.map(lambda leaf: leaf[end - real.size : end].reshape(*real.shape, *leaf.shape[1:]), known)

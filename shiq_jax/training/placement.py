@@ -5,23 +5,23 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh, named_sharding
 
 
-def mesh_of(sizes: str | None) -> Mesh | None:
+def requested_mesh(sizes: str | None) -> Mesh | None:
     """The mesh that `--mesh` asks for; without it all devices on fsdp, and none at all for a single device.
 
     Raises:
-        Refusal: the sizes are malformed or the devices do not suffice.
+        UserError: the sizes are malformed or the devices do not suffice.
     """
     if sizes is None and jax.device_count() == 1:
         return None
     try:
         return make_mesh(sizes)
     except ValueError as error:
-        raise Refusal(f"--mesh {sizes}: {error}") from error
+        raise UserError(f"--mesh {sizes}: {error}") from error
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:

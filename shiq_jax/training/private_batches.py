@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.privacy import Mechanism
 from shiq_jax.privacy.secret import Secret
-from shiq_jax.replay import NO_REFERENCES, Buffer, References, Trees, bundles, pack, plan
-from shiq_jax.replay.sampling import Bundle, Members
+from shiq_jax.replay import NO_REFERENCES, Buffer, References, Trees, pack, pack_groups, plan
+from shiq_jax.replay.schedule import Members, PackGroup
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.placement import place
 
 UNITS = ("example", "user")
 
 
-def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[Bundle]:
+def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[PackGroup]:
     """What is protected as a whole: for every unit its examples, which share a row.
 
     Args:
@@ -28,11 +28,11 @@ def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[B
         privacy_unit: "example", or "user" for all examples of a record's user.
 
     Raises:
-        Refusal: there is nothing, or a record that belongs to nobody where users are protected.
+        UserError: there is nothing, or a record that belongs to nobody where users are protected.
     """
-    drawn = list(bundles(buffer, unit, share_prompts=unit != "trajectory"))
+    drawn = list(pack_groups(buffer, unit, share_prompts=unit != "trajectory"))
     if not drawn:
-        raise Refusal(f"{buffer.path} holds no {unit} to learn from")
+        raise UserError(f"{buffer.path} holds no {unit} to learn from")
     if privacy_unit == "example":
         return drawn
     users: dict[str, list[Members]] = {}
@@ -40,7 +40,7 @@ def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[B
         names = {buffer[number].user for number in example}
         if None in names or len(names) > 1:
             owner = "nobody" if None in names else "two users"
-            raise Refusal(
+            raise UserError(
                 f"{buffer.path}: a {unit} (record {example[0]}) belongs to {owner}, but users are to be protected: "
                 "give every row its user_id, or protect examples"
             )
@@ -62,15 +62,15 @@ class PrivateBatches:
         mesh: where the rows go.
 
     Raises:
-        Refusal: the mechanism was made for another number of units.
+        UserError: the mechanism was made for another number of units.
     """
 
     def __init__(
-        self, buffer: Buffer, units: Sequence[Bundle], mechanism: Mechanism, secret: Secret, *,
+        self, buffer: Buffer, units: Sequence[PackGroup], mechanism: Mechanism, secret: Secret, *,
         references: References = NO_REFERENCES, mesh=None,
     ):  # fmt: skip
         if len(units) != mechanism.dataset_size:
-            raise Refusal(
+            raise UserError(
                 f"the privacy of this run is accounted for with {mechanism.dataset_size} units, but {buffer.path} "
                 f"holds {len(units)}: restore the data that it was begun with, or begin another run"
             )

@@ -11,11 +11,11 @@ import optax
 from jaxtyping import Array, Float
 
 from shiq_jax.models.accumulation import continuing
-from shiq_jax.models.tracked import NormTracker
+from shiq_jax.models.ghost_norms import NormTracker
 from shiq_jax.objectives import Objective
-from shiq_jax.privacy import Mechanism, clipped_sum, privatise
+from shiq_jax.privacy import Mechanism, clipped_sum, privatize
 from shiq_jax.replay import Batch
-from shiq_jax.training.examples import examples_of, losses_of
+from shiq_jax.training.examples import build_examples, example_losses
 from shiq_jax.training.placement import data_devices
 from shiq_jax.training.state import Params, State, merge
 
@@ -39,8 +39,8 @@ class UnitLosses:
             model, trainable = continuing(model, trainable, self.before)
         if tracker is not None:
             model = model.tracking(tracker, batch.tokens)
-        examples = examples_of(model, self.objective, merge(trainable, self.frozen), self.targets, batch)
-        out = losses_of(self.objective, examples, batch.real)
+        examples = build_examples(model, self.objective, merge(trainable, self.frozen), self.targets, batch)
+        out = example_losses(self.objective, examples, batch.real)
         return jnp.sum(out.value, axis=1) / jnp.maximum(jnp.sum(out.weight, axis=1), 1)
 
     def adding_to(self, before: Params) -> UnitLosses:
@@ -87,5 +87,5 @@ def private_gradient(
     else:
         zeros = optax.tree.cast(optax.tree.zeros_like(state.trainable), jnp.float32)
         total, secret = jax.lax.scan(add, zeros, slices)
-    released = privatise(total, mechanism, root, state.step)
+    released = privatize(total, mechanism, root, state.step)
     return released, {name: leaf.reshape(-1) for name, leaf in secret.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, Identity, Record
 from shiq_jax.sharding import hosts
 from shiq_jax.training.annotation import annotate, reference_identity, statistics_of
@@ -40,14 +40,14 @@ class Reference:
         """Model and parameters on the devices; drop them soon.
 
         Raises:
-            Refusal: its vocabulary is not the policy's, so that the two say nothing of each other.
+            UserError: its vocabulary is not the policy's, so that the two say nothing of each other.
         """
         if self._kept is not None:
             model, parts = self._kept
             return model, hosts.reload(parts)
         model, params = self.load(self.source)
         if self.vocab_size not in (None, model.config.vocab_size):
-            raise Refusal(
+            raise UserError(
                 f"the reference {self.source} has a vocabulary of {model.config.vocab_size} tokens and the policy one "
                 f"of {self.vocab_size}: take a reference of the same family"
             )

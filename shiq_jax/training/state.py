@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -29,38 +30,26 @@ class State(NamedTuple):
         return merge(self.trainable, self.frozen)
 
 
-def split(params: Params, keep: Callable[[Path], bool]) -> tuple[dict, dict]:
+def partition(params: Params, keep: Callable[[Path], bool]) -> tuple[dict, dict]:
     """Two nested dicts: the leaves whose path satisfies `keep`, and the others."""
-
-    def pick(tree, path, wanted):
-        out = {}
-        for name, child in tree.items():
-            here = (*path, name)
-            if isinstance(child, Mapping):
-                if inner := pick(child, here, wanted):
-                    out[name] = inner
-            elif bool(keep(here)) == wanted:
-                out[name] = child
-        return out
-
-    return pick(params, (), True), pick(params, (), False)
+    leaves = flatten_dict(params)
+    kept = {path for path in leaves if keep(path)}
+    return tuple(
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if (path in kept) == wanted})
+        for wanted in (True, False)
+    )
 
 
 def merge(above: Params, below: Params) -> dict:
     """One nested dict with the leaves of both; `above` wins where both have one."""
-    out = dict(below)
-    for name, child in above.items():
-        both = isinstance(child, Mapping) and isinstance(out.get(name), Mapping)
-        out[name] = merge(child, out[name]) if both else child
-    return out
+    return unflatten_dict(flatten_dict(below) | flatten_dict(above))
 
 
-def follow(slow: Params, fast: Params, rate: float) -> dict:
-    """Slow copies a part `rate` of the way nearer to the leaves of the same names."""
-    return {
-        name: follow(leaf, fast[name], rate) if isinstance(leaf, Mapping) else leaf + rate * (fast[name] - leaf)
-        for name, leaf in slow.items()
-    }
+def polyak_average(targets: Params, params: Params, rate: float) -> Params:
+    """(1 - rate) * target + rate * parameter, for the parameters that have a target of the same name."""
+    leaves = flatten_dict(params)
+    followed = unflatten_dict({path: leaves[path] for path in flatten_dict(targets)})
+    return optax.incremental_update(followed, targets, rate)
 
 
 def init_state(
@@ -89,7 +78,7 @@ def init_state(
         ValueError: `trainable` keeps nothing.
     """
     mesh = mesh if mesh is not None else model.mesh
-    learns, rests = split(params, trainable or (lambda path: True))
+    learns, rests = partition(params, trainable or (lambda path: True))
     if not learns:
         raise ValueError("trainable keeps no parameter: nothing would learn")
     slow = dict(targets(params)) if targets else {}

@@ -8,13 +8,13 @@ from typing import Any
 
 from jax import Array
 
-from shiq_jax.models import Headed, Lora, is_adapter
+from shiq_jax.models import Lora, ModelWithHeads, is_adapter
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import Objective
 from shiq_jax.training.state import Params, Path
 
 
-def learner(
+def add_trainable_parts(
     model, params: Params, objective: Objective, *, lora: Lora | None, keys: tuple[Array, Array]
 ) -> tuple[Any, Params]:
     """The model and its parameters with fresh adapters and heads, with which it is still the same policy.
@@ -29,14 +29,18 @@ def learner(
         model = dataclasses.replace(model, lora=lora)
         params = model.with_adapters(params, keys[0])
     if objective.heads:
-        learned = params.get(HEADS) if isinstance(model, Headed) and dict(model.heads) == dict(objective.heads) else None
-        model = Headed.of(model, objective.heads, objective.steering)
+        learned = (
+            params.get(HEADS)
+            if isinstance(model, ModelWithHeads) and dict(model.heads) == dict(objective.heads)
+            else None
+        )
+        model = ModelWithHeads.of(model, objective.heads, objective.q_guidance)
         # A policy that has learned these heads before goes on with them.
         params = model.with_heads(params, keys[1]) if learned is None else params
     return model, params
 
 
-def learns(model, objective: Objective) -> Callable[[Path], bool]:
+def trainable_filter(model, objective: Objective) -> Callable[[Path], bool]:
     """Which parameters of a `learner` are updated, as `init_state` is told."""
     if not objective.policy:
         return lambda path: path[0] == HEADS

@@ -15,9 +15,9 @@ from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import constrain
-from shiq_jax.training.examples import combined, objective_sums, summaries
+from shiq_jax.training.examples import combine_summaries, objective_sums, summaries
 from shiq_jax.training.private_gradient import check_private, private_gradient
-from shiq_jax.training.state import State, follow, merge
+from shiq_jax.training.state import State, merge, polyak_average
 
 
 def make_update(
@@ -38,7 +38,7 @@ def make_update(
     batch is cut into microbatches, rows or devices. The state is donated: use the returned one.
 
     Args:
-        model: gives `hidden` and `token_stats`, and `head_values` to objectives with heads (`models.Headed`); its mesh
+        model: gives `hidden` and `token_stats`, and `head_values` to objectives with heads (`models.ModelWithHeads`); its mesh
             is used when `mesh` is not given.
         objective: per-example loss; see `shiq_jax.objectives.OBJECTIVES`.
         optimizer: any optax transformation; it sees the gradient of the global mean.
@@ -68,7 +68,7 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
-        targets = follow(state.targets, trainable, objective.polyak)
+        targets = polyak_average(state.targets, trainable, objective.polyak)
         state = state._replace(trainable=trainable, targets=targets, opt_state=opt_state, step=state.step + 1)
         return state, norms | metrics
 
@@ -135,7 +135,7 @@ def _accumulated_mean(model, objective: Objective, state: State, pieces):
 def _coupled(model, objective: Objective, state: State, slices: Batch):
     """Forward only: summaries of all microbatches, combined over the global batch, cut back to the slices."""
     found = jax.lax.map(lambda batch: summaries(model, objective, state.params(), batch, state.targets), slices)
-    return combined(objective.couple, found, slices.real)
+    return combine_summaries(objective.couple, found, slices.real)
 
 
 def _count(weight):

@@ -12,9 +12,9 @@ from shiq_jax.data.answers import find_answers, prompt_row, split_answers
 from shiq_jax.data.chat import encode_prompt
 from shiq_jax.data.files import rows
 from shiq_jax.data.formats import preferences, prompts, trajectories
-from shiq_jax.data.reading import Reading
-from shiq_jax.errors import Refusal
-from shiq_jax.replay import Buffer, bundles
+from shiq_jax.data.import_context import ImportContext
+from shiq_jax.errors import UserError
+from shiq_jax.replay import Buffer, pack_groups
 from shiq_jax.tasks.tiny import tiny_tokenizer
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ def plain_length(row, completion: str) -> float:
 
 
 def test_every_scored_answer_of_a_prompt_is_a_record_of_its_group_and_what_cannot_be_used_is_counted():
-    reading = Reading()
+    reading = ImportContext()
     records = list(trajectories(ULTRAFEEDBACK, TOKENIZER, reading))
     expected = {}
     for row in rows(ULTRAFEEDBACK):
@@ -69,10 +69,10 @@ def test_every_scored_answer_of_a_prompt_is_a_record_of_its_group_and_what_canno
 
 
 def test_pairs_are_the_best_and_the_worst_of_the_groups(tmp_path):
-    buffer, reading = Buffer.create(tmp_path / "buffer"), Reading()
+    buffer, reading = Buffer.create(tmp_path / "buffer"), ImportContext()
     buffer.append(trajectories(ULTRAFEEDBACK, TOKENIZER))
     found = list(preferences(ULTRAFEEDBACK, TOKENIZER, reading))
-    pairs = bundles(buffer, "pair")
+    pairs = pack_groups(buffer, "pair")
     wanted = [buffer[number] for ((best, worst),) in pairs for number in (best, worst)]
     assert [record.tokens.tolist() for record in found] == [record.tokens.tolist() for record in wanted]
     assert [record.rewards.tolist() for record in found] == [record.rewards.tolist() for record in wanted]
@@ -81,14 +81,14 @@ def test_pairs_are_the_best_and_the_worst_of_the_groups(tmp_path):
     assert reading.left_out["prompts without two answers that differ in score or rank"] == 2
     learned = Buffer.create(tmp_path / "pairs")
     learned.append(found)
-    assert list(bundles(learned, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
+    assert list(pack_groups(learned, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
     ranked = Buffer.create(tmp_path / "ranked")
     ranked.append(preferences(RANKED, TOKENIZER))
-    assert list(bundles(ranked, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
+    assert list(pack_groups(ranked, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
 
 
 def test_another_score_can_be_asked_for():
-    overall = Reading(score="overall_score")
+    overall = ImportContext(score="overall_score")
     pairs = said(preferences(ULTRAFEEDBACK, TOKENIZER, overall))
     # This score calls the wrong answer a ten, and tells the two apart that tie in the mean of the ratings.
     assert pairs[4:6] == ["d o g", "cat"] and ["1 2", "one two"] == pairs[8:10]
@@ -109,7 +109,7 @@ def test_the_binarised_form_is_a_group_of_two_and_a_pair():
     for first, second in zip(groups[::2], groups[1::2], strict=True):
         assert first.group == second.group and spoken(first)[0] == spoken(second)[0]
     # Scores count for a pair only when they are asked for: then two that tie are no pair.
-    reading = Reading(score="score")
+    reading = ImportContext(score="score")
     scored = list(preferences(BINARISED, TOKENIZER, reading))
     assert said(scored) == said(pairs[:4] + pairs[6:]) and {record.chosen for record in scored} == {None}
 
@@ -126,7 +126,7 @@ def test_ranks_make_pairs_but_no_rewards():
     # As of chosen and rejected; the ranks themselves are no rewards.
     assert [record.rewards.sum() for record in records] == [1.0, 0.0] * 5
     assert [record.rewards[:-1].any() for record in records] == [False] * 10
-    with pytest.raises(Refusal, match="line 1: .*ranks are no rewards, so .*--reward module:function, or .* dpo"):
+    with pytest.raises(UserError, match="line 1: .*ranks are no rewards, so .*--reward module:function, or .* dpo"):
         list(trajectories(RANKED, TOKENIZER))
 
 
@@ -137,20 +137,22 @@ def test_a_function_scores_what_has_no_scores():
         seen.append(row)
         return plain_length(row, completion)
 
-    records = list(trajectories(RANKED, TOKENIZER, Reading(reward=reward)))
+    records = list(trajectories(RANKED, TOKENIZER, ImportContext(reward=reward)))
     assert [float(record.rewards.sum()) for record in records] == [float(len(text)) for text in said(records)]
     assert [json.loads(record.prompt) for record in records] == seen and "answers" not in seen[0]
     # What the data say themselves comes first.
-    scored = list(trajectories(ULTRAFEEDBACK, TOKENIZER, Reading(reward=reward)))
+    scored = list(trajectories(ULTRAFEEDBACK, TOKENIZER, ImportContext(reward=reward)))
     assert scored == list(trajectories(ULTRAFEEDBACK, TOKENIZER))
 
 
 def test_conversations_are_scored_by_the_text_of_the_answer(tmp_path):
     bare = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows(BINARISED)]
     path = write(tmp_path / "bare.jsonl", bare)
-    records = list(trajectories(path, TOKENIZER, Reading(reward=plain_length)))
+    records = list(trajectories(path, TOKENIZER, ImportContext(reward=plain_length)))
     assert [float(record.rewards.sum()) for record in records] == [float(len(text)) for text in said(records)]
-    with pytest.raises(Refusal, match="line 1: the row has no scores: add score_chosen and score_rejected, .*--reward"):
+    with pytest.raises(
+        UserError, match="line 1: the row has no scores: add score_chosen and score_rejected, .*--reward"
+    ):
         list(trajectories(path, TOKENIZER))
     assert said(preferences(path, TOKENIZER)) == said(records)
 
@@ -213,18 +215,18 @@ def test_columns_hold_the_same_as_lines(tmp_path):
     ],
 )  # fmt: skip
 def test_answers_that_do_not_fit_are_refused_with_their_place(found, message, tmp_path):
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         list(trajectories(write(tmp_path / "data.jsonl", found), TOKENIZER))
 
 
 def test_ranks_must_be_numbers(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"prompt": "p", "responses": ["a", "b"], "ranks": [1, None]}])
-    with pytest.raises(Refusal, match="line 1: the ranks of the answers are"):
+    with pytest.raises(UserError, match="line 1: the ranks of the answers are"):
         list(preferences(path, TOKENIZER))
 
 
 def test_what_is_not_accepted_is_out_and_the_next_best_takes_its_place():
-    short = Reading(accept=lambda record: spoken(record)[1] != "An apple.")
+    short = ImportContext(accept=lambda record: spoken(record)[1] != "An apple.")
     assert "An apple." not in said(trajectories(ULTRAFEEDBACK, TOKENIZER, short))
     assert said(preferences(ULTRAFEEDBACK, TOKENIZER, short))[:2] == ["A pear, or a plum.", "A carrot."]
     pairs = said(preferences(BINARISED, TOKENIZER, short))
@@ -244,7 +246,7 @@ def test_the_prompts_are_those_that_the_answers_had():
 
 @pytest.mark.parametrize("nothing", [math.nan, None, "N/A", "", True])
 def test_what_is_no_number_is_no_score(nothing, tmp_path):
-    reading = Reading()
+    reading = ImportContext()
     path = write(tmp_path / "data.jsonl", [PLAIN | {"scores": [nothing, "2.5"]}])
     (record,) = trajectories(path, TOKENIZER, reading)
     assert spoken(record)[1] == "b" and record.rewards[-1] == 2.5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_completion, encode_prompt, encode_text, end_of_turn, load_tokenizer, stop_tokens
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks.tiny import tiny_directory, tiny_tokenizer
 
 USER = {"role": "user", "content": "What is 2+2?"}
@@ -156,7 +156,7 @@ def test_templates_that_rewrite_history_are_refused():
     )
     thought = {"role": "assistant", "content": "hm</think>four"}
     assert _actions(tokenizer, encode_completion(tokenizer, [USER], [thought])) == "hm</think>four<|im_end|>"
-    with pytest.raises(Refusal, match="rewrites earlier turns"):
+    with pytest.raises(UserError, match="rewrites earlier turns"):
         encode_completion(tokenizer, [USER], [thought, USER, ANSWER])
 
 
@@ -168,7 +168,7 @@ def test_templates_without_an_end_of_turn():
     )
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
     assert _actions(tokenizer, encode_completion(tokenizer, [USER], [ANSWER])).endswith("<eos>")
-    with pytest.raises(Refusal, match="closes an assistant turn with no token"):
+    with pytest.raises(UserError, match="closes an assistant turn with no token"):
         encode_completion(tokenizer, [USER], [CALL, TOOL, ANSWER])
 
 
@@ -181,10 +181,10 @@ def test_stop_tokens_are_all_that_end_a_turn(tmp_path):
     (directory / "generation_config.json").unlink()
     assert stop_tokens(tokenizer, directory) == (2, 4)
     (directory / "generation_config.json").write_text("[")
-    with pytest.raises(Refusal, match="generation_config.json is not a JSON object"):
+    with pytest.raises(UserError, match="generation_config.json is not a JSON object"):
         stop_tokens(tokenizer, directory)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, "7"]}))
-    with pytest.raises(Refusal, match="generation_config.json has the eos_token_id"):
+    with pytest.raises(UserError, match="generation_config.json has the eos_token_id"):
         stop_tokens(tokenizer, directory)
 
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_must_fit_into_the_vocabulary_but_need_not_fill_it(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     for size in (None, 264, 320):
         assert len(load_tokenizer(tmp_path, size)) == 264
-    with pytest.raises(Refusal, match="the id 263, and the model has a vocabulary of 263: expected the tokenizer"):
+    with pytest.raises(UserError, match="the id 263, and the model has a vocabulary of 263: expected the tokenizer"):
         load_tokenizer(tmp_path, 263)
 
 
@@ -206,25 +206,25 @@ def test_a_tokenizer_must_fit_into_the_vocabulary_but_need_not_fill_it(tmp_path)
     ],
 )
 def test_unusable_conversations_are_refused(prompt, completion, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         encode_completion(tiny_tokenizer(), prompt, completion)
 
 
 def test_messages_need_a_template_and_prompts_a_token():
     tokenizer = _spaced_tokenizer()
-    with pytest.raises(Refusal, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         encode_prompt(tokenizer, [USER])
-    with pytest.raises(Refusal, match="prompt is empty"):
+    with pytest.raises(UserError, match="prompt is empty"):
         encode_prompt(tokenizer, "")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(Refusal, match="roles must alternate"):
+    with pytest.raises(UserError, match="roles must alternate"):
         encode_prompt(tokenizer, [USER])
 
 
 def test_a_missing_tokenizer_is_told_in_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Refusal, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(Refusal, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "absent")

@@ -1,11 +1,11 @@
-"""Reading rows: the same rows from every kind of source, and one sentence for every kind of damage."""
+"""ImportContext rows: the same rows from every kind of source, and one sentence for every kind of damage."""
 
 import json
 
 import pytest
 
 from shiq_jax.data.files import located_rows, matching_files, read_jsonl, rows
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 ROWS = [{"prompt": "a", "reward": 1.5}, {"prompt": [{"role": "user", "content": "é"}], "turns": [1, 2]}]
 FLAT = [{"prompt": "a", "scores": [1.0, 2.0]}, {"prompt": "b", "scores": [3.0]}]
@@ -61,7 +61,7 @@ def test_null_fields_count_as_missing(tmp_path):
     ],
 )
 def test_damaged_lines_are_named(tmp_path, line, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         list(rows(_jsonl(tmp_path / "data.jsonl", ROWS[0], line)))
 
 
@@ -72,7 +72,7 @@ def test_whole_surrogate_pairs_are_characters(tmp_path):
 def test_other_encodings_are_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
-    with pytest.raises(Refusal, match="line 2 is not UTF-8"):
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
         list(rows(path))
 
 
@@ -91,12 +91,12 @@ def test_unusable_sources_are_refused(tmp_path):
         ("absent/deeper/still", "does not exist"),
         ("empty.jsonl", "holds no rows"),
     ):
-        with pytest.raises(Refusal, match=said):
+        with pytest.raises(UserError, match=said):
             list(rows(tmp_path / name))
 
 
 def test_an_unreachable_hub_id_is_refused():
-    with pytest.raises(Refusal, match="neither a file, nor a directory"):
+    with pytest.raises(UserError, match="neither a file, nor a directory"):
         list(rows("nobody/nothing:test"))
 
 
@@ -112,7 +112,7 @@ def test_a_pattern_names_the_rows_of_several_files(tmp_path):
     # A name that is there counts before what it could mean as a pattern.
     (tmp_path / "odd[1].jsonl").write_text('{"a": 4}')
     assert list(rows(tmp_path / "odd[1].jsonl")) == [{"a": 4}]
-    with pytest.raises(Refusal, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         list(rows(tmp_path / "absent-*.jsonl"))
 
 
@@ -123,5 +123,5 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(monkeypatch):
         raise ValueError(f"Unknown split \"{split}\". Should be one of ['train_prefs', 'test_prefs'].")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(Refusal, match=r"has no split 'train' .*train_prefs.*someone/pairs:SPLIT"):
+    with pytest.raises(UserError, match=r"has no split 'train' .*train_prefs.*someone/pairs:SPLIT"):
         list(rows("someone/pairs"))

@@ -7,8 +7,8 @@ import pytest
 
 from shiq_jax.data.chat import encode_completion
 from shiq_jax.data.formats import demonstrations, labelled, preferences, prompts, trajectories
-from shiq_jax.data.reading import Reading
-from shiq_jax.errors import Refusal
+from shiq_jax.data.import_context import ImportContext
+from shiq_jax.errors import UserError
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.export import record_to_json, to_dataset, to_jsonl
 from shiq_jax.replay.records import validate
@@ -127,7 +127,7 @@ def test_scores_are_labels_to_be(write):
     rows = [{"prompt": "a", "completions": ["x", "y", ""], "scores": [3, 4, 5]}, {"prompt": "b", "completion": "z"}]
     scored = list(labelled(write(rows[0], name="scored.jsonl"), TOKENIZER))
     assert [float(record.rewards.sum()) for record in scored] == [3, 4]
-    (record,) = labelled(write(rows[1] | {"label": True, "grade": -2}), TOKENIZER, Reading(score="grade"))
+    (record,) = labelled(write(rows[1] | {"label": True, "grade": -2}), TOKENIZER, ImportContext(score="grade"))
     assert float(record.rewards.sum()) == -2 and record.label is None, "the score decides"
 
 
@@ -135,7 +135,9 @@ def test_labels_and_scores_are_not_mixed(write):
     labels, scores = ({"prompt": "a", "completion": "b", name: 1} for name in ("label", "reward"))
     tokens = {"tokens": [1, 2], "action_mask": [0, 1], "rewards": [0, 3]}
     for other, said in ((scores, "'reward'"), (tokens, "'rewards'")):
-        with pytest.raises(Refusal, match=f"line 2: the scores of rows before this one stand in 'label', .*in {said}"):
+        with pytest.raises(
+            UserError, match=f"line 2: the scores of rows before this one stand in 'label', .*in {said}"
+        ):
             list(labelled(write(labels, other), TOKENIZER))
 
 
@@ -195,7 +197,7 @@ GOOD_ROW = {"prompt": "a", "completion": "b", "reward": 1}
 )
 def test_a_bad_row_is_named_with_its_line_and_field(write, change, said):
     path = write(GOOD_ROW, GOOD_ROW | change)
-    with pytest.raises(Refusal, match=said) as refusal:
+    with pytest.raises(UserError, match=said) as refusal:
         list(trajectories(path, TOKENIZER))
     assert str(refusal.value).startswith(f"{path}, line 2")
 
@@ -219,7 +221,7 @@ def test_a_bad_row_is_named_with_its_line_and_field(write, change, said):
     ],
 )
 def test_rows_of_the_other_formats_are_checked_too(write, read, row, said):
-    with pytest.raises(Refusal, match=said) as refusal:
+    with pytest.raises(UserError, match=said) as refusal:
         list(read(write(row), TOKENIZER))
     assert "line 1" in str(refusal.value)
 
@@ -233,13 +235,13 @@ def test_a_function_scores_completions_without_rewards(write):
         return len(completion)
 
     row = {"prompt": "a", "completion": "xyz", "answer": 3}
-    (record,) = trajectories(write(row), TOKENIZER, Reading(reward=reward))
+    (record,) = trajectories(write(row), TOKENIZER, ImportContext(reward=reward))
     assert record.rewards[-1] == 3 and asked == [{"prompt": "a", "answer": 3}]
 
 
 def test_a_named_score_is_kept_beside_the_reward(write):
     rows = [{"prompt": "a", "completion": "b", "grade": grade} for grade in (0.1, True)]
-    found = list(trajectories(write(*rows), TOKENIZER, Reading(score="grade")))
+    found = list(trajectories(write(*rows), TOKENIZER, ImportContext(score="grade")))
     assert [record.score for record in found] == [0.1, 1.0] and found[0].rewards[-1] == np.float32(0.1)
 
 

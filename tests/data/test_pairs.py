@@ -3,7 +3,7 @@
 import pytest
 
 from shiq_jax.data.pairs import split_pair
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -67,5 +67,5 @@ def test_texts_with_and_without_a_prompt():
     ],
 )
 def test_what_is_no_pair_is_refused(row, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         split_pair(row)

@@ -26,8 +26,8 @@ from experiments.dp_pretraining import (
 from experiments.dp_pretraining_membership import Attacks, attack
 from experiments.dp_pretraining_noise import LARGE, multiplier
 from experiments.dp_pretraining_steps import measured_steps
-from shiq_jax.errors import Refusal
-from shiq_jax.privacy import Abadi, Improvement, Landscape, Mechanism
+from shiq_jax.errors import UserError
+from shiq_jax.privacy import FlatClip, Improvement, Landscape, Mechanism
 from shiq_jax.privacy.secret import Secret
 
 
@@ -47,7 +47,7 @@ def test_no_sequence_stands_twice(text):
 
 
 def test_more_than_there_is_is_refused():
-    with pytest.raises(Refusal, match="sequences of source code here, and 100000000 are needed"):
+    with pytest.raises(UserError, match="sequences of source code here, and 100000000 are needed"):
         source_code.load(100_000_000, 1, 1)
 
 
@@ -68,7 +68,7 @@ def numbers():
     def run(loss, arm):
         return {
             "losses": [[0, 5.5], [20, 5.2], [40, 5.1], [60, loss + 1], [200, loss]], "switch": 20,
-            "monitored": [[0, unknown], [100, look]] * arm.monitored,
+            "monitor": [[0, unknown], [100, look]] * arm.monitor,
             "noise_multiplier": 0.8 if arm.private else None, "epsilon": arm.epsilon, "seconds": 1.0,
         }  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_single_steps_on_a_quadratic_gain_what_is_predicted():
     params = {"x": jnp.zeros(width)}
     # Wide enough that nothing is ever clipped.
     mechanism = Mechanism.sized(
-        dataset_size=4096, expected_batch=16, steps=1, delta=1e-5, noise_multiplier=0.12, clip=Abadi(100.0)
+        dataset_size=4096, expected_batch=16, steps=1, delta=1e-5, noise_multiplier=0.12, clip=FlatClip(100.0)
     )
 
     def losses(params, units, acc=None):
@@ -277,7 +277,9 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch):
 def test_the_kept_numbers_are_complete():
     results = Path(__file__).parents[2] / "docs" / "results"
     found = json.loads((results / "dp_pretraining.json").read_text())
-    assert all(set(runs) == {"0", "1", "2"} for runs in found["arms"].values()) and set(found["arms"]) == set(ARMS | RESETS)
+    assert all(set(runs) == {"0", "1", "2"} for runs in found["arms"].values()) and set(found["arms"]) == set(
+        ARMS | RESETS
+    )
     besides = {"rules": RULES, "attacks": ATTACKED, "single_steps": POINTS, "noise": readings(Scale())}
     assert all(set(found[part]) == set(names) for part, names in besides.items())
     for name, reading in readings(Scale()).items():

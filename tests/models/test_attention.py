@@ -7,8 +7,8 @@ import pytest
 
 from shiq_jax.models import blockwise
 from shiq_jax.models.attention import attention, branching
+from shiq_jax.models.attention_mask import NEVER, AttentionMask, cache_mask, dense_mask, forest_mask
 from shiq_jax.models.cache import intervals_of
-from shiq_jax.models.visibility import NEVER, Visibility, cached, forest, visible
 
 
 def random_forest(length: int, rng: np.random.Generator):
@@ -43,13 +43,13 @@ def slow_attention(q, k, v, mask, scale):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_token_sees_itself_and_its_ancestors(seed):
     parents, intervals = random_forest(23, np.random.default_rng(seed))
-    mask = np.asarray(visible(forest(jnp.asarray(intervals)[None], 23)))[0]
+    mask = np.asarray(dense_mask(forest_mask(jnp.asarray(intervals)[None], 23)))[0]
     for token in range(23):
         assert list(np.flatnonzero(mask[token])) == ancestors(parents, token)
 
 
 def test_without_intervals_it_is_causal():
-    np.testing.assert_array_equal(visible(forest(None, 6))[0], np.tri(6, dtype=bool))
+    np.testing.assert_array_equal(dense_mask(forest_mask(None, 6))[0], np.tri(6, dtype=bool))
 
 
 def of_slots(valid):
@@ -59,7 +59,7 @@ def of_slots(valid):
 
 def test_cached_tokens_see_valid_slots_up_to_their_own():
     valid = jnp.array([[False, True, True, True, False, False], [True, True, True, True, True, False]])
-    mask = np.asarray(visible(cached(*of_slots(valid), jnp.zeros((2, 2), jnp.int32), 2))).astype(int)
+    mask = np.asarray(dense_mask(cache_mask(*of_slots(valid), jnp.zeros((2, 2), jnp.int32), 2))).astype(int)
     assert mask.tolist() == [[[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]], [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]]
 
 
@@ -70,16 +70,16 @@ def test_values_equal_loops(heads, kv_heads):
     q = rng.normal(size=(rows, length, heads, head_dim))
     k, v = rng.normal(size=(2, rows, length, kv_heads, head_dim))
     intervals = np.stack([random_forest(length, rng)[1] for _ in range(rows)])
-    visibility = forest(jnp.asarray(intervals), length)
-    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), visibility, scale=0.3)
-    np.testing.assert_allclose(out, slow_attention(q, k, v, np.asarray(visible(visibility)), 0.3), atol=2e-6)
+    mask = forest_mask(jnp.asarray(intervals), length)
+    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, scale=0.3)
+    np.testing.assert_allclose(out, slow_attention(q, k, v, np.asarray(dense_mask(mask)), 0.3), atol=2e-6)
 
 
 def test_bfloat16_is_reduced_in_float32():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 512, 1, 16))
-    visibility = forest(None, 512)
-    exact = attention(q, k, jnp.ones_like(v), visibility, scale=0.01)
-    rough = attention(*(x.astype(jnp.bfloat16) for x in (q, k, jnp.ones_like(v))), visibility, scale=0.01)
+    mask = forest_mask(None, 512)
+    exact = attention(q, k, jnp.ones_like(v), mask, scale=0.01)
+    rough = attention(*(x.astype(jnp.bfloat16) for x in (q, k, jnp.ones_like(v))), mask, scale=0.01)
     assert rough.dtype == jnp.bfloat16
     np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=1e-2)
 
@@ -91,8 +91,8 @@ def test_keys_are_not_repeated_in_memory():
     assert largest <= 32 * 4 * 64  # the scores; repeated keys would be 64 * 32 * 8, twice that
 
 
-def forest_of(queries: int, keys: int) -> Visibility:
-    return cached(*of_slots(jnp.ones((1, keys), bool)), jnp.zeros((1, queries), jnp.int32), keys - queries)
+def forest_of(queries: int, keys: int) -> AttentionMask:
+    return cache_mask(*of_slots(jnp.ones((1, keys), bool)), jnp.zeros((1, queries), jnp.int32), keys - queries)
 
 
 @pytest.mark.slow
@@ -106,14 +106,14 @@ def test_blocks_of_queries_are_the_whole(start, monkeypatch):
     )
     if start is None:
         intervals = jnp.asarray([[[0, 11]] * 4 + [[4, 8]] * 4 + [[8, 11]] * 3, [[0, 5]] * 5 + [[5, 11]] * 6])
-        visibility = forest(intervals, queries)
+        mask = forest_mask(intervals, queries)
     else:
         own = jnp.asarray(rng.integers(0, 3, (rows, queries)), jnp.int32)
-        visibility = cached(*of_slots(jnp.asarray(rng.random((rows, keys)) < 0.8).at[:, 0].set(True)), own, start)
+        mask = cache_mask(*of_slots(jnp.asarray(rng.random((rows, keys)) < 0.8).at[:, 0].set(True)), own, start)
 
     def values_and_gradients():
-        run = lambda *arrays: jnp.sum(attention(*arrays, visibility, scale=0.4) * weights)
-        return attention(q, k, v, visibility, scale=0.4), *jax.grad(run, (0, 1, 2))(q, k, v)
+        run = lambda *arrays: jnp.sum(attention(*arrays, mask, scale=0.4) * weights)
+        return attention(q, k, v, mask, scale=0.4), *jax.grad(run, (0, 1, 2))(q, k, v)
 
     whole = values_and_gradients()
     monkeypatch.setattr(blockwise, "BLOCK", 2)
@@ -126,17 +126,17 @@ def test_blocks_of_queries_are_the_whole(start, monkeypatch):
 
 def test_a_query_that_sees_nothing_is_finite_and_harmless():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 1, 4, 2, 8))
-    visibility = forest(None, 4)._replace(key_enter=jnp.array([[NEVER, 0, 0, 0]]))
+    mask = forest_mask(None, 4)._replace(key_enter=jnp.array([[NEVER, 0, 0, 0]]))
 
     def total(q, k, v):
-        return jnp.sum(attention(q, k, v, visibility, scale=1.0)[:, 1:])
+        return jnp.sum(attention(q, k, v, mask, scale=1.0)[:, 1:])
 
     grads = jax.grad(total, (0, 1, 2))(q, k, v)
-    assert np.isfinite(attention(q, k, v, visibility, scale=1.0)).all()
+    assert np.isfinite(attention(q, k, v, mask, scale=1.0)).all()
     assert all(np.isfinite(grad).all() for grad in grads)
     assert not np.any(grads[1][:, 0]) and not np.any(grads[2][:, 0])
-    elsewhere = attention(q, k.at[:, 0].set(9.0), v.at[:, 0].set(9.0), visibility, scale=1.0)
-    np.testing.assert_array_equal(elsewhere[:, 1:], attention(q, k, v, visibility, scale=1.0)[:, 1:])
+    elsewhere = attention(q, k.at[:, 0].set(9.0), v.at[:, 0].set(9.0), mask, scale=1.0)
+    np.testing.assert_array_equal(elsewhere[:, 1:], attention(q, k, v, mask, scale=1.0)[:, 1:])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
@@ -164,4 +164,4 @@ def test_branching_is_attention_over_both_parts(heads, kv_heads):
 def test_unknown_engine():
     x = jnp.ones((1, 2, 1, 2))
     with pytest.raises(ValueError, match="engine 'warp' is unknown; the engines are xla"):
-        attention(x, x, x, forest(None, 2), scale=1.0, engine="warp")
+        attention(x, x, x, forest_mask(None, 2), scale=1.0, engine="warp")

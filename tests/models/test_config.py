@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig, RopeScaling
 
 SIZES = {
@@ -96,7 +96,7 @@ def test_equal_configs_are_one_key():
     ],
 )
 def test_refusals_name_file_and_field(change, words):
-    with pytest.raises(Refusal, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         DecoderConfig.from_dict(SIZES | change, "somewhere/config.json")
     assert str(caught.value).startswith("somewhere/config.json: ")
     assert "\n" not in str(caught.value)
@@ -108,5 +108,5 @@ def test_refusals_name_file_and_field(change, words):
 def test_files_that_are_no_config(content, words, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         DecoderConfig.read(tmp_path)

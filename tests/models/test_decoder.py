@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shiq_jax.models import DecoderConfig, Model, load_hf
-from shiq_jax.models.naming import entries
+from shiq_jax.models.hf_names import entries
 
 VARIANTS = ["untied", "tied", "biases", "odd heads", "llama3 rope", "linear rope"]
 

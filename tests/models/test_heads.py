@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from shiq_jax.models import DecoderConfig, Headed, Model, init_params
+from shiq_jax.models import DecoderConfig, Model, ModelWithHeads, init_params
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import token_stats_from_logits
 from shiq_jax.sharding import make_mesh
@@ -18,7 +18,7 @@ KINDS = {"value": "value", "q1": "q", "q2": "q"}
 @pytest.fixture(scope="module")
 def made():
     """A headed model with parameters in which every head says something."""
-    model = Headed.of(Model.from_config(CONFIG), KINDS, steering=1.5)
+    model = ModelWithHeads.of(Model.from_config(CONFIG), KINDS, q_guidance=1.5)
     params = model.with_heads(init_params(model.plain(), jax.random.key(0)), jax.random.key(1))
     heads = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), params[HEADS])
     heads["q2"]["kernel"] += 0.05
@@ -55,7 +55,7 @@ def test_the_smaller_row_of_q_steers_what_is_sampled_from(made):
 
 
 def test_fresh_heads_leave_the_policy_where_it_was():
-    model = Headed.of(Model.from_config(CONFIG), KINDS, steering=10.0)
+    model = ModelWithHeads.of(Model.from_config(CONFIG), KINDS, q_guidance=10.0)
     decoder = init_params(model.plain(), jax.random.key(0))
     params = model.with_heads(decoder, jax.random.key(1))
     hidden = model.hidden(params, jnp.arange(12)[None])
@@ -67,13 +67,13 @@ def test_fresh_heads_leave_the_policy_where_it_was():
 
 def test_rows_of_q_are_cut_as_the_vocabulary_is(made):
     model, params = made
-    sharded = Headed.of(Model.from_config(CONFIG, mesh=make_mesh("fsdp=4,tensor=2")), KINDS)
+    sharded = ModelWithHeads.of(Model.from_config(CONFIG, mesh=make_mesh("fsdp=4,tensor=2")), KINDS)
     placed = sharded.with_heads(init_params(sharded.plain(), jax.random.key(0)), jax.random.key(1))
     assert placed[HEADS]["q1"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
     # The same numbers, wherever they lie.
     jax.tree.map(
         lambda one, other: np.testing.assert_array_equal(one, other),
-        placed[HEADS], Headed.of(model.plain(), KINDS).with_heads({}, jax.random.key(1))[HEADS],
+        placed[HEADS], ModelWithHeads.of(model.plain(), KINDS).with_heads({}, jax.random.key(1))[HEADS],
     )  # fmt: skip
     hidden = jax.random.normal(jax.random.key(3), (4, 5, 32))
     tokens = jax.random.randint(jax.random.key(4), (4, 5), 0, 48)
@@ -86,13 +86,13 @@ def test_heads_come_back_from_disk(made, tmp_path):
     model, params = made
     model.save(params, tmp_path)
     decoder = {name: part for name, part in params.items() if name != HEADS}
-    loaded, found = Headed.load(model.plain(), decoder, tmp_path)
+    loaded, found = ModelWithHeads.load(model.plain(), decoder, tmp_path)
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    same = Headed.load(model.plain(), decoder, tmp_path / "nothing")
+    same = ModelWithHeads.load(model.plain(), decoder, tmp_path / "nothing")
     assert same[0] == model.plain() and same[1] is decoder
 
 
 def test_a_kind_that_there_is_not_is_named():
     with pytest.raises(ValueError, match="head 'advantage' is of kind 'a'; the kinds are value and q"):
-        Headed.of(Model.from_config(CONFIG), {"advantage": "a"})
+        ModelWithHeads.of(Model.from_config(CONFIG), {"advantage": "a"})

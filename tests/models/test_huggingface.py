@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig, Model, fingerprint, huggingface, load_hf, locate, save_hf
 from shiq_jax.sharding import make_mesh
 
@@ -156,7 +156,7 @@ def test_a_stored_copy_of_a_tied_head_is_checked(copy):
     rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     load_hf(directory)
     rewrite(directory, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
-    with pytest.raises(Refusal, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
         load_hf(directory)
 
 
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_are_refused(damage, copy):
     directory = copy()
     change, words = DAMAGES[damage]
     rewrite(directory, change)
-    with pytest.raises(Refusal, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         load_hf(directory)
     assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -201,22 +201,22 @@ def test_a_truncated_file_is_refused(size, copy):
     directory = copy()
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[:size])
-    with pytest.raises(Refusal, match="model.safetensors: damaged or incomplete safetensors"):
+    with pytest.raises(UserError, match="model.safetensors: damaged or incomplete safetensors"):
         load_hf(directory)
 
 
 def test_missing_files_are_refused(copy, tmp_path):
     directory = copy()
     (directory / "model.safetensors").unlink()
-    with pytest.raises(Refusal, match="model.safetensors: no such file"):
+    with pytest.raises(UserError, match="model.safetensors: no such file"):
         load_hf(directory)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
-    with pytest.raises(Refusal, match="part-1.safetensors: no such file"):
+    with pytest.raises(UserError, match="part-1.safetensors: no such file"):
         load_hf(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(Refusal, match="config.json: no such file"):
+    with pytest.raises(UserError, match="config.json: no such file"):
         load_hf(directory)
-    with pytest.raises(Refusal, match="nowhere: no such directory"):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
         load_hf(tmp_path / "nowhere")
 
 
@@ -225,7 +225,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch):
         raise OSError("offline mode is enabled\nlong story")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unavailable)
-    with pytest.raises(Refusal, match=r"owner/model: neither a local directory nor .* \(offline mode is enabled\)"):
+    with pytest.raises(UserError, match=r"owner/model: neither a local directory nor .* \(offline mode is enabled\)"):
         locate("owner/model")
 
 

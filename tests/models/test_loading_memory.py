@@ -64,7 +64,7 @@ def directory(tmp_path_factory):
     from safetensors.numpy import save_file
 
     from shiq_jax.models import DecoderConfig, Model
-    from shiq_jax.models.naming import entries
+    from shiq_jax.models.hf_names import entries
 
     directory = tmp_path_factory.mktemp("large")
     (directory / "config.json").write_text(json.dumps(CONFIG))

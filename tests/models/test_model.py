@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.models import DecoderConfig, Model, init_params
-from shiq_jax.models.tracked import NormTracker
+from shiq_jax.models.ghost_norms import NormTracker
 from shiq_jax.sharding import make_mesh, named_sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

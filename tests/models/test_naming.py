@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiq_jax.models import DecoderConfig, Model
-from shiq_jax.models.naming import entries
+from shiq_jax.models.hf_names import entries
 
 CONFIG = DecoderConfig(11, 6, 10, 2, 4, 2, 8, attention_bias=True, mlp_bias=True)
 PLAN = entries(Model.from_config(CONFIG).abstract_params(), CONFIG.num_layers)

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from shiq_jax.models import fingerprint, load_hf, save_hf
-from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
+from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.sharding import make_mesh
 from shiq_jax.tasks.fetch import smollm2
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from shiq_jax.objectives import OBJECTIVES, Example, Objective, TokenStats
-from shiq_jax.objectives.unpaired import MISMATCHED
+from shiq_jax.objectives.kto import MISMATCHED
 
 MEMBERS = {"trajectory": 1, "pair": 2, "group": 4}
 LENGTH, BATCH = 8, 3
@@ -57,7 +57,7 @@ def random_example(objective: Objective, seed: int) -> Example:
     values = {
         name: statistics() if kind == "q" else random.normal(size=shape) for name, kind in objective.heads.items()
     }
-    values |= {f"target_{name}": statistics() for name in objective.slow}
+    values |= {f"target_{name}": statistics() for name in objective.target_heads}
     mask = random.random(shape) < 0.6
     mask[:, [1, 3, 5, 7]] = [True, False, True, False]
     return Example(

@@ -96,9 +96,9 @@ def test_parameters_may_read_inputs_of_other_names():
         return scale * jnp.sum(q.logp)
 
     objective = lift(head_loss, SEQUENCES, reads={"q": "q1"})
-    assert dict(objective.heads) == {"q1": "q"} and objective.slow == ()
+    assert dict(objective.heads) == {"q1": "q"} and objective.target_heads == ()
     np.testing.assert_allclose(objective.loss(EXAMPLE).value, EXAMPLE.values["q1"].logp.sum(), rtol=1e-5)
-    assert lift(lambda target_q: 0.0, SEQUENCES).slow == ("q1", "q2")
+    assert lift(lambda target_q: 0.0, SEQUENCES).target_heads == ("q1", "q2")
 
 
 def test_what_names_no_input_is_refused():

@@ -47,11 +47,11 @@ def test_signature_and_docstring_declare_the_options():
 def test_an_objective_of_one_s_own_declares_them_by_its_loss():
     objective = Objective(lambda example, *, gamma=1.0: None, frozenset(), "trajectory")
     assert dict(objective.options) == {"gamma": Option(float, 1.0)}
-    with_heads = objective._replace(slow=("q1",), policy=False, heads={"q1": "q"})
+    with_heads = objective._replace(target_heads=("q1",), policy=False, heads={"q1": "q"})
     assert list(with_heads.options) == ["gamma", "beta", "polyak"]
     bound = with_heads.configure(beta=0.5, polyak=0.2, gamma=0.9)
-    assert (bound.steering, bound.polyak, bound.loss.keywords) == (2.0, 0.2, {"gamma": 0.9})
-    assert objective.steering == 0.0
+    assert (bound.q_guidance, bound.polyak, bound.loss.keywords) == (2.0, 0.2, {"gamma": 0.9})
+    assert objective.q_guidance == 0.0
 
 
 def test_losses_describe_every_option_once():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.objectives import TokenStats, bellman_residuals, dpo_loss, preference, reference_free, unpaired
+from shiq_jax.objectives import TokenStats, bellman_residuals, dpo_loss, kto, preference, reference_free
 
 SMOOTHED = {"label_smoothing": 0.1}
 # Name -> (options, loss of log-ratios that are 0, loss of 0.8 and -0.4); beta is 0.5.
@@ -61,14 +61,14 @@ def test_lengths_and_averages(x64):
 
 def test_single_completions(x64):
     both = np.array([True, False])
-    found = unpaired.kto_loss(np.array([0.8, -0.4]), both, kl=0.1, beta=0.5)
+    found = kto.kto_loss(np.array([0.8, -0.4]), both, kl=0.1, beta=0.5)
     np.testing.assert_allclose(found, (0.413382, 0.437823), atol=2e-6)
-    np.testing.assert_allclose(unpaired.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5), 0.5)
-    weighted = unpaired.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5, desirable_weight=3.0, undesirable_weight=5.0)
+    np.testing.assert_allclose(kto.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5), 0.5)
+    weighted = kto.kto_loss(np.zeros(2), both, kl=0.0, beta=0.5, desirable_weight=3.0, undesirable_weight=5.0)
     np.testing.assert_allclose(weighted, (1.5, 2.5))
-    found = unpaired.apo_zero_unpaired_loss(np.array([0.8, -0.4]), both, beta=0.5)
+    found = kto.apo_zero_unpaired_loss(np.array([0.8, -0.4]), both, beta=0.5)
     np.testing.assert_allclose(found, (0.401312, 0.450166), atol=2e-6)
-    assert jax.grad(lambda kl: unpaired.kto_loss(0.8, True, kl=kl, beta=0.5))(0.1) == 0
+    assert jax.grad(lambda kl: kto.kto_loss(0.8, True, kl=kl, beta=0.5))(0.1) == 0
 
 
 def test_scores_of_other_divergences(x64):
@@ -151,7 +151,7 @@ def test_ipo_and_sppo_are_squared_residuals(x64):
         ),
         (lambda: preference.divergence_score(0.0, kind="kl"), "kind is 'kl' but must be one of 'reverse_kl'"),
         (
-            lambda: unpaired.kto_loss(np.zeros(2), np.ones(3), kl=0.0, beta=0.1),
+            lambda: kto.kto_loss(np.zeros(2), np.ones(3), kl=0.0, beta=0.1),
             r"logratio has shape \(2,\) but desirable",
         ),
         (lambda: reference_free.simpo_loss(0.0, 0.0, 1, 1, beta=0.0), "beta is 0.0"),

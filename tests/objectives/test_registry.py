@@ -21,7 +21,7 @@ def example(seed, sequences, length=6, actions=None, objective=None) -> Example:
         mask = np.arange(length) < np.asarray(actions)[:, None]
     draw = lambda *lead: random.normal(size=(*lead, *shape)).astype(np.float32)  # noqa: E731
     policy, reference, rewards = TokenStats(*draw(2)), TokenStats(*draw(2)), draw()
-    heads, slow = ({}, ()) if objective is None else (objective.heads, objective.slow)
+    heads, slow = ({}, ()) if objective is None else (objective.heads, objective.target_heads)
     values = {name: draw() if kind == "value" else TokenStats(*draw(2)) for name, kind in heads.items()}
     values |= {f"target_{name}": TokenStats(*draw(2)) for name in slow}
     return Example(

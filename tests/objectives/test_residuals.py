@@ -139,8 +139,16 @@ def test_residuals_are_their_definition_under_every_mask(x64, horizon, n):
     def table(mask):
         return [
             bellman_residuals(
-                policy, reference, rewards, mask, beta=0.4, gamma=gamma, horizon=horizon, n=n,
-                value="lse_shift" if shift else "lse", bootstrap=bootstrap,
+                policy,
+                reference,
+                rewards,
+                mask,
+                beta=0.4,
+                gamma=gamma,
+                horizon=horizon,
+                n=n,
+                value="lse_shift" if shift else "lse",
+                bootstrap=bootstrap,
             )
             for gamma, shift, bootstrap in cases
         ]

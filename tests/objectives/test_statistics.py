@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from shiq_jax.objectives import TokenStats, statistics, token_stats, token_stats_from_logits
+from shiq_jax.objectives import TokenStats, token_statistics, token_stats, token_stats_from_logits
 
 ROWS, DEPTH, VOCABULARY, WORDS = 24, 8, 40, 33
 HEADS = {
@@ -265,8 +265,8 @@ def test_memory_does_not_grow_by_logits():
 
 def test_default_chunk_keeps_within_the_budget():
     for rows, columns in ((10, 50), (8192, 128_256), (100_003, 49_152), (5, 2**27)):
-        chunk = statistics._rows_per_chunk(rows, columns, None)
-        assert chunk * columns <= max(statistics.CHUNK_BUDGET, columns)
+        chunk = token_statistics._rows_per_chunk(rows, columns, None)
+        assert chunk * columns <= max(token_statistics.CHUNK_BUDGET, columns)
         chunks = -(-rows // chunk)
         assert chunks * chunk - rows < chunks
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, reference_free, transport
+from shiq_jax.objectives import OBJECTIVES, Example, TokenStats, aot, reference_free
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "goldens" / "trl_preferences.json").read_text())
 MASK = np.array(GOLDEN["mask"], bool)
@@ -129,5 +129,5 @@ def test_metrics_of_labelled_answers_are_those_of_trl(x64):
 def test_partners_have_the_same_rank_among_those_that_count():
     values, others = jnp.array([3.0, 9.0, 1.0, 2.0]), jnp.array([10.0, -50.0, 30.0, 20.0])
     counted = jnp.array([1.0, 0.0, 1.0, 1.0])
-    found = transport.partners(values, others, counted)
+    found = aot.partners(values, others, counted)
     np.testing.assert_array_equal(found[jnp.array([0, 2, 3])], [30.0, 10.0, 20.0])

@@ -8,7 +8,7 @@ import pytest
 
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.replay import Buffer, Record, bundles, pack, plan
+from shiq_jax.replay import Buffer, Record, pack, pack_groups, plan
 from shiq_jax.training.private_gradient import UnitLosses
 
 SIZES = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -80,7 +80,7 @@ def batch_of(buffer, references):
 
     @functools.cache
     def make(unit: str, rows_multiple: int = 1):
-        drawn = bundles(buffer, unit, unit != "trajectory")
+        drawn = pack_groups(buffer, unit, unit != "trajectory")
         shape = plan(buffer, drawn, multiple=8)._replace(slots=1)
         return pack(drawn, buffer, shape, references={"reference": references}, rows_multiple=rows_multiple).batch
 
@@ -106,7 +106,7 @@ def decoder():
 
 
 @pytest.fixture(scope="session")
-def losses_of():
+def example_losses():
     """The unit losses of a model, in the kind of unit that an objective has."""
 
     def make(model, unit: str, frozen=()):

@@ -9,7 +9,7 @@ from jax.interpreters import partial_eval
 from benchmarks.flops import executed
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, clipped_sum, count_groups
+from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, count_groups
 from shiq_jax.replay import full_rows
 from shiq_jax.training.private_gradient import UnitLosses
 
@@ -27,7 +27,7 @@ def count(method: str, remat: str) -> float:
     params = init_params(model, jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, full_rows(np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 8))
     losses = UnitLosses(model, OBJECTIVES["sft"], {}, {})
-    clip = Groupwise(Abadi(1.0), count_groups(params)) if method == "group" else Abadi(1.0)
+    clip = Groupwise(FlatClip(1.0), count_groups(params)) if method == "group" else FlatClip(1.0)
 
     def total(params):
         return clipped_sum(losses, params, batch, clip=clip, method=method)

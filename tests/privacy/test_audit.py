@@ -13,19 +13,19 @@ from jax_privacy.auditing import CanaryScoreAuditor
 
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES, Example
-from shiq_jax.privacy import Abadi, Mechanism
+from shiq_jax.privacy import FlatClip, Mechanism
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
 from shiq_jax.training.private_gradient import UnitLosses
-from shiq_jax.training.state import init_state, split
+from shiq_jax.training.state import init_state, partition
 from shiq_jax.training.update import make_update
 
 CANARIES, SIGNIFICANCE = 4096, 0.01
 MECHANISM = Mechanism(
     dataset_size=CANARIES, expected_batch=CANARIES, steps=1, noise_multiplier=1.0, delta=1e-5, largest_batch=CANARIES,
-    clip=Abadi(0.01),
+    clip=FlatClip(0.01),
 )  # fmt: skip
 THEORY = MECHANISM.epsilon()
 CONFIG = DecoderConfig(
@@ -57,7 +57,7 @@ def setting():
         # Long gradients, so that clipping has something to do.
         return jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 1 else leaf, init_params(model, jax.random.key(0)))
 
-    learns, rests = split(params(), lambda path: path[0] == "embed")
+    learns, rests = partition(params(), lambda path: path[0] == "embed")
     losses = UnitLosses(model, OBJECTIVES["sft"], rests, {})
     # Canaries have nothing in common, so the gradient of the sum of their losses holds them all, one to a line.
     lines = jax.jit(jax.grad(lambda learns: jnp.sum(losses(learns, batch, None))))(learns)["embed"]["table"]
@@ -93,7 +93,7 @@ def test_what_is_measured_lies_below_epsilon_and_above_half_of_it(seed, setting)
 
 
 def test_without_clipping_more_is_measured(setting, monkeypatch):
-    monkeypatch.setattr(Abadi, "__call__", lambda self, norms: jnp.ones_like(norms))
+    monkeypatch.setattr(FlatClip, "__call__", lambda self, norms: jnp.ones_like(norms))
     assert epsilon_of_a_step(setting, 0) > THEORY
 
 
@@ -104,8 +104,8 @@ def test_with_half_the_noise_more_is_measured(setting, monkeypatch):
 
 def test_norms_that_are_too_small_by_a_third_show(setting, monkeypatch):
     """As those of a parameter that is used twice are, when the two parts are not brought together."""
-    clipped = Abadi.__call__
-    monkeypatch.setattr(Abadi, "__call__", lambda self, norms: clipped(self, norms / 1.5))
+    clipped = FlatClip.__call__
+    monkeypatch.setattr(FlatClip, "__call__", lambda self, norms: clipped(self, norms / 1.5))
     assert epsilon_of_a_step(setting, 0) > THEORY
 
 

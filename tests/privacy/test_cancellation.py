@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.models import tracked
-from shiq_jax.privacy import Abadi, AutoS, AutoV, Groupwise, clipped_sum
+from shiq_jax.models import ghost_norms
+from shiq_jax.privacy import AutoS, AutoV, FlatClip, Groupwise, clipped_sum
 
 # (operation, input features, shape of the parameter, output features); long enough for Gram norms, or not.
 OPERATIONS = {
-    "gram": (tracked.product(1), 64, (64, 48), 48),
-    "matrix": (tracked.product(1), 4, (4, 5), 5),
-    "shift": (tracked.SHIFT, 32, (32,), 32),
-    "scale": (tracked.SCALE, 32, (32,), 32),
+    "gram": (ghost_norms.product(1), 64, (64, 48), 48),
+    "matrix": (ghost_norms.product(1), 4, (4, 5), 5),
+    "shift": (ghost_norms.SHIFT, 32, (32,), 32),
+    "scale": (ghost_norms.SCALE, 32, (32,), 32),
 }
-RULES = (AutoV(1.0), AutoS(1.0), Abadi(1e-3))
+RULES = (AutoV(1.0), AutoS(1.0), FlatClip(1e-3))
 
 
 def unit(name: str, seed: int, size: float, left: float):
@@ -39,7 +39,7 @@ def summing(name: str, clip, method: str):
     params = {"w": jnp.zeros(shape, jnp.float32)}
 
     def losses(params, batch, tracker):
-        return jnp.sum(tracked.apply(operation, batch["x"], params["w"], tracker) * batch["s"], axis=(1, 2))
+        return jnp.sum(ghost_norms.apply(operation, batch["x"], params["w"], tracker) * batch["s"], axis=(1, 2))
 
     return jax.jit(lambda batch: clipped_sum(losses, params, batch, clip=clip, method=method)[:2])
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shiq_jax.privacy import Abadi, Groupwise, clipped_sum, per_example
+from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, per_example
 
 
 @pytest.fixture
-def taken(decoder, batch_of, losses_of, monkeypatch):
+def taken(decoder, batch_of, example_losses, monkeypatch):
     """`taken(...) -> name of the function that computes`; the program is traced and never run."""
 
-    def make(losses=None, batch=None, clip=Abadi(1.0), budget=2**26, long=1024):
+    def make(losses=None, batch=None, clip=FlatClip(1.0), budget=2**26, long=1024):
         module = importlib.import_module("shiq_jax.privacy.clipped_sum")
         monkeypatch.setattr(module, "BUDGET", budget)
         monkeypatch.setattr(module, "LONG", {"otherwise": long})
@@ -30,7 +30,7 @@ def taken(decoder, batch_of, losses_of, monkeypatch):
         for name, own in module._BY_OPERATIONS.items():
             monkeypatch.setitem(module._BY_OPERATIONS, name, spy(name, own))
         model, params = decoder("tied")
-        losses, batch = losses or losses_of(model, "pair"), batch or batch_of("pair")
+        losses, batch = losses or example_losses(model, "pair"), batch or batch_of("pair")
         jax.eval_shape(lambda params: clipped_sum(losses, params, batch, clip=clip), params)
         return called[0]
 
@@ -49,11 +49,11 @@ def test_long_units_one_after_the_other(taken):
     assert taken(long=8) == ("instantiated", 1)
 
 
-def test_losses_that_hand_nothing_on_one_after_the_other(taken, decoder, batch_of, losses_of):
-    whole = losses_of(decoder("tied")[0], "pair")
+def test_losses_that_hand_nothing_on_one_after_the_other(taken, decoder, batch_of, example_losses):
+    whole = example_losses(decoder("tied")[0], "pair")
     one = per_example(lambda params, unit: whole(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0])
     assert taken(losses=one, batch=jax.tree.map(jnp.asarray, batch_of("pair")), budget=1000) == ("instantiated", 1)
 
 
 def test_groups_by_each_operation(taken):
-    assert taken(clip=Groupwise(Abadi(1.0), 20)) == ("group", None)
+    assert taken(clip=Groupwise(FlatClip(1.0), 20)) == ("group", None)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.privacy import Abadi, AutoS, AutoV, Global, Groupwise, clipped_sum, count_groups, per_example
+from shiq_jax.privacy import AutoS, AutoV, DropAbove, FlatClip, Groupwise, clipped_sum, count_groups, per_example
 
 TOLERANCE = 1e-5
-NEVER = Abadi(1e9)
+NEVER = FlatClip(1e9)
 
 
 @functools.cache
@@ -38,13 +38,13 @@ def gradients(losses, params, batch):
 
 
 @pytest.fixture(scope="module")
-def expected(decoder, batch_of, losses_of):
+def expected(decoder, batch_of, example_losses):
     """(sum of the gradients, each scaled and added in float64; norms; losses)."""
 
     @functools.cache
     def units(variant, unit):
         model, params = decoder(variant)
-        return gradients(losses_of(model, unit), params, batch_of(unit))
+        return gradients(example_losses(model, unit), params, batch_of(unit))
 
     def make(variant, unit, clip):
         grads, norms, values = zip(*units(variant, unit))
@@ -66,68 +66,68 @@ def expected(decoder, batch_of, losses_of):
     ],
 )  # fmt: skip
 def test_all_methods_give_the_sum_of_clipped_gradients(
-    method, variant, unit, part, decoder, batch_of, losses_of, expected, relative
+    method, variant, unit, part, decoder, batch_of, example_losses, expected, relative
 ):
     """Where all are clipped, half of them, and none."""
     norms = expected(variant, unit, NEVER)[1]
-    clip = NEVER if part is None else Abadi(float(part * np.median(norms)))
+    clip = NEVER if part is None else FlatClip(float(part * np.median(norms)))
     model, params = decoder(variant)
-    total, found, values = run(losses_of(model, unit), params, batch_of(unit), clip=clip, method=method)
+    total, found, values = run(example_losses(model, unit), params, batch_of(unit), clip=clip, method=method)
     wanted, norms, losses = expected(variant, unit, clip)
     np.testing.assert_allclose(found, norms, rtol=TOLERANCE)
     np.testing.assert_allclose(values, losses, rtol=TOLERANCE)
     assert relative(total, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("rule", [AutoS(0.3), AutoS(2.0, 5.0), AutoV(0.3), Global(30.0)], ids=str)
-def test_rules(rule, decoder, batch_of, losses_of, expected, relative):
+@pytest.mark.parametrize("rule", [AutoS(0.3), AutoS(2.0, 5.0), AutoV(0.3), DropAbove(30.0)], ids=str)
+def test_rules(rule, decoder, batch_of, example_losses, expected, relative):
     model, params = decoder("tied")
-    total, *_ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=rule, method="ghost")
+    total, *_ = run(example_losses(model, "pair"), params, batch_of("pair"), clip=rule, method="ghost")
     assert relative(total, expected("tied", "pair", rule)[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["ghost", "bk"])
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_nothing(method, remat, decoder, batch_of, losses_of, expected, relative):
+def test_rematerialisation_changes_nothing(method, remat, decoder, batch_of, example_losses, expected, relative):
     model, params = decoder("biases")
     model = dataclasses.replace(model, remat=remat)
-    total, norms, _ = run(losses_of(model, "pair"), params, batch_of("pair"), clip=Abadi(1.0), method=method)
-    wanted, expected_norms, _ = expected("biases", "pair", Abadi(1.0))
+    total, norms, _ = run(example_losses(model, "pair"), params, batch_of("pair"), clip=FlatClip(1.0), method=method)
+    wanted, expected_norms, _ = expected("biases", "pair", FlatClip(1.0))
     np.testing.assert_allclose(norms, expected_norms, rtol=TOLERANCE)
     assert relative(total, wanted) < TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
-def test_a_bfloat16_forward_pass(method, full_compilation, decoder, batch_of, losses_of, relative):
+def test_a_bfloat16_forward_pass(method, full_compilation, decoder, batch_of, example_losses, relative):
     # Products of bfloat16 that are summed in float32 need the compiler's passes on a CPU.
     model, params = decoder("tied")
     half = dataclasses.replace(model, compute_dtype=jnp.dtype(jnp.bfloat16))
-    losses = losses_of(half, "trajectory")
-    wanted, norms, _ = run(losses, params, batch_of("trajectory"), clip=Abadi(1.0), method="vmap")
-    total, found, _ = run(losses, params, batch_of("trajectory"), clip=Abadi(1.0), method=method)
+    losses = example_losses(half, "trajectory")
+    wanted, norms, _ = run(losses, params, batch_of("trajectory"), clip=FlatClip(1.0), method="vmap")
+    total, found, _ = run(losses, params, batch_of("trajectory"), clip=FlatClip(1.0), method=method)
     np.testing.assert_allclose(found, norms, rtol=2e-2)
     assert relative(total, wanted) < 2e-2
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(total))
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 8])
-def test_a_scan_over_microbatches(microbatch, decoder, batch_of, losses_of, expected, relative):
+def test_a_scan_over_microbatches(microbatch, decoder, batch_of, example_losses, expected, relative):
     model, params = decoder("tied")
     batch = batch_of("trajectory")
     assert len(batch.tokens) == 16
-    losses = losses_of(model, "trajectory")
-    total, *_ = run(losses, params, batch, clip=Abadi(1.0), method="scan", microbatch=microbatch)
-    assert relative(total, expected("tied", "trajectory", Abadi(1.0))[0]) < TOLERANCE
+    losses = example_losses(model, "trajectory")
+    total, *_ = run(losses, params, batch, clip=FlatClip(1.0), method="scan", microbatch=microbatch)
+    assert relative(total, expected("tied", "trajectory", FlatClip(1.0))[0]) < TOLERANCE
     with pytest.raises(ValueError, match="microbatch is 3"):
-        run(losses, params, batch, clip=Abadi(1.0), method="scan", microbatch=3)
+        run(losses, params, batch, clip=FlatClip(1.0), method="scan", microbatch=3)
 
 
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
-def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses_of):
+def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, example_losses):
     model, params = decoder("tied")
-    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
-    clip = Groupwise(Abadi(1.0), count_groups(params)) if method == "group" else Abadi(1.0)
+    batch, losses = batch_of("trajectory"), example_losses(model, "trajectory")
+    clip = Groupwise(FlatClip(1.0), count_groups(params)) if method == "group" else FlatClip(1.0)
     mask = np.arange(16) % 3 > 0
     other = jax.tree.map(lambda leaf: np.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[::-1]), batch)
     assert np.any(other.tokens != batch.tokens)
@@ -139,10 +139,12 @@ def test_units_that_do_not_count_change_no_bit(method, decoder, batch_of, losses
 
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e19, 1e30])
-def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, decoder, batch_of, losses_of, relative):
+def test_a_unit_whose_gradient_is_no_number_contributes_nothing(
+    method, bad, decoder, batch_of, example_losses, relative
+):
     model, params = decoder("tied")
-    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
-    clip = Groupwise(Abadi(1.0), count_groups(params)) if method == "group" else Abadi(1.0)
+    batch, losses = batch_of("trajectory"), example_losses(model, "trajectory")
+    clip = Groupwise(FlatClip(1.0), count_groups(params)) if method == "group" else FlatClip(1.0)
     rewards = np.array(batch.example.rewards)
     rewards[2][rewards[2] != 0] = bad
     poisoned = batch._replace(example=batch.example._replace(rewards=rewards))
@@ -155,10 +157,10 @@ def test_a_unit_whose_gradient_is_no_number_contributes_nothing(method, bad, dec
 
 
 @pytest.mark.parametrize("method", ["vmap", "ghost", "bk", "group"])
-def test_a_unit_moves_the_sum_by_its_clipped_gradient_and_no_further(method, decoder, batch_of, losses_of):
+def test_a_unit_moves_the_sum_by_its_clipped_gradient_and_no_further(method, decoder, batch_of, example_losses):
     model, params = decoder("tied")
-    batch, losses = batch_of("pair"), losses_of(model, "pair")
-    clip = Groupwise(Abadi(0.7), count_groups(params)) if method == "group" else Abadi(0.7)
+    batch, losses = batch_of("pair"), example_losses(model, "pair")
+    clip = Groupwise(FlatClip(0.7), count_groups(params)) if method == "group" else FlatClip(0.7)
     whole, norms, _ = run(losses, params, batch, clip=clip, method=method)
     assert np.median(norms) > 0.7
     for unit in range(len(batch.tokens)):
@@ -169,9 +171,9 @@ def test_a_unit_moves_the_sum_by_its_clipped_gradient_and_no_further(method, dec
             np.testing.assert_allclose(moved, min(0.7, norms[unit]), rtol=1e-3)
 
 
-def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, losses_of, relative):
+def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, example_losses, relative):
     model, params = decoder("biases")
-    batch, losses = batch_of("pair"), losses_of(model, "pair")
+    batch, losses = batch_of("pair"), example_losses(model, "pair")
     clip = Groupwise(AutoS(2.0), count_groups(params))
     # Per layer two norms, and four projections of attention and three of the MLP with kernel and bias; table and norm.
     assert clip.groups == 2 * (2 + 7 * 2) + 2
@@ -179,7 +181,7 @@ def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, losses_
     grads = jax.jit(jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0)))(
         params, jax.tree.map(lambda leaf: leaf[:, None], batch)
     )
-    rule = clip.of_a_group
+    rule = clip.per_group
 
     def clipped(path, leaf):
         """[units, ...] -> the sum; a leaf of the layers is clipped layer by layer."""
@@ -195,9 +197,9 @@ def test_groupwise_clips_each_parameter_of_each_layer(decoder, batch_of, losses_
     assert np.linalg.norm(table) <= len(batch.tokens) * rule.clip_norm
 
 
-def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, losses_of, relative):
+def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, example_losses, relative):
     model, params = decoder("untied")
-    batch, losses = batch_of("pair"), losses_of(model, "pair")
+    batch, losses = batch_of("pair"), example_losses(model, "pair")
     clip = Groupwise(AutoV(1.0), count_groups(params))
     total, *_ = run(losses, params, batch, clip=clip, method="group")
     grads = jax.jit(jax.vmap(jax.grad(lambda params, unit: losses(params, unit, None)[0]), (None, 0)))(
@@ -205,18 +207,18 @@ def test_an_untied_table_and_head_are_groups_like_others(decoder, batch_of, loss
     )
     for name, part in (("embed", "table"), ("head", "kernel")):
         norms = jnp.sqrt(jnp.sum(jnp.square(grads[name][part]), axis=(1, 2), keepdims=True))
-        wanted = jnp.sum(clip.of_a_group(norms) * grads[name][part], axis=0)
+        wanted = jnp.sum(clip.per_group(norms) * grads[name][part], axis=0)
         assert relative(total[name][part], wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["ghost", "bk"])
-def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, relative, losses_of):
+def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, relative, example_losses):
     model, params = decoder("tied")
     frozen = jax.tree.map(jnp.asarray, {"embed": params["embed"], "norm": params["norm"]})
     trainable = {"layers": params["layers"]}
-    losses = losses_of(model, "trajectory", frozen)
-    wanted, norms, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method="vmap")
-    total, found, _ = run(losses, trainable, batch_of("trajectory"), clip=Abadi(1.0), method=method)
+    losses = example_losses(model, "trajectory", frozen)
+    wanted, norms, _ = run(losses, trainable, batch_of("trajectory"), clip=FlatClip(1.0), method="vmap")
+    total, found, _ = run(losses, trainable, batch_of("trajectory"), clip=FlatClip(1.0), method=method)
     np.testing.assert_allclose(found, norms, rtol=TOLERANCE)
     assert relative(total, wanted) < TOLERANCE
 
@@ -224,17 +226,17 @@ def test_frozen_parameters_are_no_part_of_the_norm(method, decoder, batch_of, re
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
 @pytest.mark.parametrize(("variant", "trained"), [("biases", None), ("untied", None), ("tied", ("layers", "norm"))])
-def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of, losses_of, relative):
+def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of, example_losses, relative):
     """In place or not, norms know nothing of it; a unit that is no number and one that does not count add nothing."""
     model, params = decoder(variant)
     trained = set(trained or params)
     frozen = jax.tree.map(jnp.asarray, {name: part for name, part in params.items() if name not in trained})
     params = {name: part for name, part in params.items() if name in trained}
-    losses, batch = losses_of(model, "trajectory", frozen), batch_of("trajectory")
+    losses, batch = example_losses(model, "trajectory", frozen), batch_of("trajectory")
     rewards = np.array(batch.example.rewards)
     rewards[3] = np.inf
     batch = batch._replace(example=batch.example._replace(rewards=rewards))
-    clip = Groupwise(Abadi(0.1), count_groups(params)) if method == "group" else Abadi(0.1)
+    clip = Groupwise(FlatClip(0.1), count_groups(params)) if method == "group" else FlatClip(0.1)
     rng, mask = np.random.default_rng(4), np.arange(len(rewards)) != 1
     before = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), params)
     own, *said = run(losses, params, batch, mask, clip=clip, method=method)
@@ -245,14 +247,14 @@ def test_a_sum_goes_on_from_another(method, variant, trained, decoder, batch_of,
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=TOLERANCE), again, said)
 
 
-def test_book_keeping_goes_back_once(full_compilation, decoder, batch_of, losses_of):
+def test_book_keeping_goes_back_once(full_compilation, decoder, batch_of, example_losses):
     """What it computes less than two backward passes do: the way back through the layers, and through the head."""
     model, params = decoder("untied")
-    losses, batch = losses_of(model, "pair"), batch_of("pair")
+    losses, batch = example_losses(model, "pair"), batch_of("pair")
     work = {}
     for method in ("ghost", "bk"):
         program = jax.jit(
-            lambda params, method=method: clipped_sum(losses, params, batch, clip=Abadi(1.0), method=method)[0]
+            lambda params, method=method: clipped_sum(losses, params, batch, clip=FlatClip(1.0), method=method)[0]
         )
         work[method] = program.lower(params).compile().cost_analysis()["flops"]
     assert work["bk"] < 0.9 * work["ghost"]
@@ -269,17 +271,17 @@ def test_losses_of_anybody(relative):
     grads = (x @ w - y)[:, None] * x
     factors = np.minimum(1, 0.5 / np.linalg.norm(grads, axis=1))
     for method in ("auto", "vmap", "scan"):
-        total, norms, _ = clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=Abadi(0.5), method=method)
+        total, norms, _ = clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=FlatClip(0.5), method=method)
         np.testing.assert_allclose(total, factors @ grads, rtol=1e-4)
         np.testing.assert_allclose(norms, np.linalg.norm(grads, axis=1), rtol=1e-4)
     with pytest.raises(ValueError, match="uses no norm tracker"):
-        clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=Abadi(0.5), method="ghost")
+        clipped_sum(per_example(loss), w, {"x": x, "y": y}, clip=FlatClip(0.5), method="ghost")
 
 
 @pytest.mark.slow
-def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of, monkeypatch):
+def test_what_would_be_miscounted_is_refused(decoder, batch_of, example_losses, monkeypatch):
     model, params = decoder("tied")
-    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    batch, losses = batch_of("trajectory"), example_losses(model, "trajectory")
     more = dict(params) | {"extra": np.ones(3, np.float32)}
 
     def with_another(params, batch, tracker):
@@ -309,44 +311,44 @@ def test_what_would_be_miscounted_is_refused(decoder, batch_of, losses_of, monke
         (used_again, params, "norm/scale"), (behind_a_barrier, params, "norm/scale"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"would miscount {name}"):
-            run(bad, given, batch, clip=Abadi(1.0), method="ghost")
+            run(bad, given, batch, clip=FlatClip(1.0), method="ghost")
         # And what chooses by itself takes the method that cannot miscount, where there is too much for all at once.
         monkeypatch.setattr(importlib.import_module("shiq_jax.privacy.clipped_sum"), "BUDGET", 0)
-        total, *_ = run(bad, given, batch, clip=Abadi(1.0), method="auto")
-        wanted, *_ = run(bad, given, batch, clip=Abadi(1.0), method="vmap")
+        total, *_ = run(bad, given, batch, clip=FlatClip(1.0), method="auto")
+        wanted, *_ = run(bad, given, batch, clip=FlatClip(1.0), method="vmap")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), total, wanted)
 
 
 @pytest.mark.parametrize("variant", ["tied", "untied", "biases", "query and key norms"])
-def test_a_rule_for_fewer_groups_than_there_are_is_refused(variant, decoder, batch_of, losses_of):
+def test_a_rule_for_fewer_groups_than_there_are_is_refused(variant, decoder, batch_of, example_losses):
     """Their clipped gradients would be longer together than the noise was made for."""
     model, params = decoder(variant)
-    batch, losses, groups = batch_of("trajectory"), losses_of(model, "trajectory"), count_groups(params)
-    run(losses, params, batch, clip=Groupwise(Abadi(1.0), groups), method="group")
+    batch, losses, groups = batch_of("trajectory"), example_losses(model, "trajectory"), count_groups(params)
+    run(losses, params, batch, clip=Groupwise(FlatClip(1.0), groups), method="group")
     with pytest.raises(ValueError, match=f"is for {groups - 1} groups, but these losses have {groups}"):
-        run(losses, params, batch, clip=Groupwise(Abadi(1.0), groups - 1), method="group")
+        run(losses, params, batch, clip=Groupwise(FlatClip(1.0), groups - 1), method="group")
 
 
-def test_a_method_never_changes_the_rule(decoder, batch_of, losses_of):
+def test_a_method_never_changes_the_rule(decoder, batch_of, example_losses):
     model, params = decoder("tied")
-    batch, losses = batch_of("trajectory"), losses_of(model, "trajectory")
+    batch, losses = batch_of("trajectory"), example_losses(model, "trajectory")
     for clip, method in (
-        (Abadi(1.0), "group"),
-        (Groupwise(Abadi(1.0), 3), "ghost"),
-        (Groupwise(Abadi(1.0), 3), "vmap"),
+        (FlatClip(1.0), "group"),
+        (Groupwise(FlatClip(1.0), 3), "ghost"),
+        (Groupwise(FlatClip(1.0), 3), "vmap"),
     ):
         with pytest.raises(ValueError, match=f"method '{method}' does not implement the rule {type(clip).__name__}"):
             run(losses, params, batch, clip=clip, method=method)
     with pytest.raises(ValueError, match="method 'spooky' is unknown"):
-        run(losses, params, batch, clip=Abadi(1.0), method="spooky")
+        run(losses, params, batch, clip=FlatClip(1.0), method="spooky")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "group"])
-def test_a_margin_makes_up_for_passes_that_round_to_bfloat16(method, decoder, batch_of, losses_of):
+def test_a_margin_makes_up_for_passes_that_round_to_bfloat16(method, decoder, batch_of, example_losses):
     """One unit at a time, whose clipped gradient is as long as it may be at most."""
     model, params = decoder("untied", compute_dtype=jnp.bfloat16)
-    losses, batch = losses_of(model, "trajectory"), batch_of("trajectory")
+    losses, batch = example_losses(model, "trajectory"), batch_of("trajectory")
     clip = Groupwise(AutoV(0.37), count_groups(params)) if method == "group" else AutoV(0.37)
 
     @functools.partial(jax.jit, static_argnums=1)

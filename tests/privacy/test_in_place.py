@@ -12,7 +12,7 @@ import pytest
 from shiq_jax.models import Lora, is_adapter
 from shiq_jax.models.lora import only_adapters, without_adapters
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, Mechanism, count_groups
+from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, count_groups
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
 from shiq_jax.training.private_gradient import UnitLosses
@@ -20,7 +20,7 @@ from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 MECHANISM = Mechanism(
-    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=0.0, delta=1e-5, largest_batch=16, clip=Abadi(0.5),
+    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=0.0, delta=1e-5, largest_batch=16, clip=FlatClip(0.5),
     unit="pair",
 )  # fmt: skip
 OBJECTIVE = OBJECTIVES["dpo"].configure(beta=0.5)
@@ -44,7 +44,7 @@ def released(decoder, batch_of):
         state = init_state(model, given, RULE, **trainable)
         mechanism = MECHANISM
         if method == "group":
-            mechanism = dataclasses.replace(MECHANISM, clip=Groupwise(Abadi(0.5), count_groups(state.trainable)))
+            mechanism = dataclasses.replace(MECHANISM, clip=Groupwise(FlatClip(0.5), count_groups(state.trainable)))
         update = make_update(model, OBJECTIVE, RULE, privacy=mechanism, microbatches=microbatches, method=method)
         batch = place(batch_of("pair", 8), grid)
         adding, calls = UnitLosses.adding_to, []

@@ -11,7 +11,7 @@ import pytest
 from shiq_jax.models import Lora, is_adapter
 from shiq_jax.models.lora import only_adapters, without_adapters
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, Mechanism, clipped_sum, count_groups
+from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups
 from shiq_jax.privacy.coverage import coverage
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
@@ -44,12 +44,12 @@ def one_by_one(losses, params, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk"])
 @pytest.mark.parametrize("variant, unit", [("tied", "pair"), ("biases", "group"), ("untied", "trajectory")])
-def test_all_methods_give_the_sum_of_clipped_gradients(method, variant, unit, made, batch_of, losses_of, relative):
+def test_all_methods_give_the_sum_of_clipped_gradients(method, variant, unit, made, batch_of, example_losses, relative):
     model, frozen, learned = made(variant)
-    losses, batch = losses_of(model, unit, frozen), batch_of(unit)
+    losses, batch = example_losses(model, unit, frozen), batch_of(unit)
     grads = one_by_one(losses, learned, batch)
     norms = np.sqrt(sum(np.sum(np.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(grads)))
-    clip = Abadi(float(np.median(norms)))
+    clip = FlatClip(float(np.median(norms)))
     total, found, _ = clipped_sum(losses, learned, batch, clip=clip, method=method)
     factors = np.minimum(1, clip.clip_norm / norms)
     assert 0 < (factors < 1).sum() < len(norms)
@@ -58,21 +58,21 @@ def test_all_methods_give_the_sum_of_clipped_gradients(method, variant, unit, ma
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_nothing(remat, made, batch_of, losses_of, relative):
+def test_rematerialisation_changes_nothing(remat, made, batch_of, example_losses, relative):
     totals = []
     for options in ({}, {"remat": remat}):
         model, frozen, learned = made("tied", **options)
-        losses = losses_of(model, "pair", frozen)
-        totals.append(clipped_sum(losses, learned, batch_of("pair"), clip=Abadi(0.5), method="ghost")[0])
+        losses = example_losses(model, "pair", frozen)
+        totals.append(clipped_sum(losses, learned, batch_of("pair"), clip=FlatClip(0.5), method="ghost")[0])
     assert relative(*totals) < 1e-5
 
 
-def test_each_factor_of_each_layer_is_a_group(made, batch_of, losses_of, relative):
+def test_each_factor_of_each_layer_is_a_group(made, batch_of, example_losses, relative):
     model, frozen, learned = made("tied")
-    losses, batch = losses_of(model, "pair", frozen), batch_of("pair")
+    losses, batch = example_losses(model, "pair", frozen), batch_of("pair")
     groups = count_groups(learned)
     assert groups == 2 * 7 * model.config.num_layers
-    total, _, _ = clipped_sum(losses, learned, batch, clip=Groupwise(Abadi(0.3), groups))
+    total, _, _ = clipped_sum(losses, learned, batch, clip=Groupwise(FlatClip(0.3), groups))
     limit = 0.3 / np.sqrt(groups)
 
     def clipped(leaf):
@@ -83,12 +83,12 @@ def test_each_factor_of_each_layer_is_a_group(made, batch_of, losses_of, relativ
     assert relative(total, jax.tree.map(clipped, grads)) < 1e-5
 
 
-def test_a_base_that_learns_as_well_is_counted_with_them(made, batch_of, losses_of, relative):
+def test_a_base_that_learns_as_well_is_counted_with_them(made, batch_of, example_losses, relative):
     model, frozen, learned = made("tied")
     whole = merge(learned, frozen)
-    losses, batch = losses_of(model, "pair"), batch_of("pair")
+    losses, batch = example_losses(model, "pair"), batch_of("pair")
     assert not coverage(losses, whole, batch).missed
-    ghost, vmap = (clipped_sum(losses, whole, batch, clip=Abadi(0.5), method=name)[0] for name in ("ghost", "vmap"))
+    ghost, vmap = (clipped_sum(losses, whole, batch, clip=FlatClip(0.5), method=name)[0] for name in ("ghost", "vmap"))
     assert relative(ghost, vmap) < 1e-5
 
 
@@ -96,7 +96,7 @@ def test_a_base_that_learns_as_well_is_counted_with_them(made, batch_of, losses_
 @pytest.mark.parametrize("mesh", [None, "fsdp=8", "fsdp=2,tensor=2"])
 def test_the_private_update_moves_adapters_alone_and_the_same_on_every_mesh(mesh, decoder, batch_of, relative):
     mechanism = Mechanism(
-        dataset_size=100, expected_batch=8, steps=5, noise_multiplier=1.0, delta=1e-5, largest_batch=8, clip=Abadi(0.5),
+        dataset_size=100, expected_batch=8, steps=5, noise_multiplier=1.0, delta=1e-5, largest_batch=8, clip=FlatClip(0.5),
         unit="pair",
     )  # fmt: skip
     objective, moved = OBJECTIVES["dpo"].configure(beta=0.5), []

@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from shiq_jax.privacy import adam_memory, adam_preconditioner, improvement, landscape
+from shiq_jax.privacy import adam_preconditioner, adam_state, improvement, landscape
 from shiq_jax.privacy.loss_improvement import Landscape
-from shiq_jax.training.state import merge, split
+from shiq_jax.training.state import merge, partition
 
 SIZE, BATCHES, UNITS = 12, 64, 16
 RNG = np.random.default_rng(0)
@@ -55,12 +55,12 @@ def test_a_quadratic_where_all_is_known(preconditioned, point, batches):
 
 
 @pytest.mark.slow
-def test_a_decoder_against_its_whole_hessian(decoder, batch_of, losses_of):
+def test_a_decoder_against_its_whole_hessian(decoder, batch_of, example_losses):
     """Through the model's own backward passes, which are differentiated once more."""
     model, params = decoder("biases")
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * leaf), params)
-    learned, rest = split(params, lambda path: path[-2:] in (("query", "bias"), ("mlp_norm", "scale")))
-    losses, batch = losses_of(model, "trajectory"), batch_of("trajectory")
+    learned, rest = partition(params, lambda path: path[-2:] in (("query", "bias"), ("mlp_norm", "scale")))
+    losses, batch = example_losses(model, "trajectory"), batch_of("trajectory")
     halves = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:16].reshape(2, 8, *leaf.shape[1:]), batch)
 
     def loss(learned, batch):
@@ -144,5 +144,5 @@ def test_the_preconditioner_is_what_adam_multiplies_by(point):
     for number in range(3):
         grads = jax.tree.map(lambda leaf: jnp.cos(leaf + number), point)
         updates, state = rule.update(grads, state, jax.tree.map(jnp.zeros_like, point))
-    scale = adam_preconditioner(adam_memory(state), 0.9)
+    scale = adam_preconditioner(adam_state(state), 0.9)
     jax.tree.map(lambda u, s, g: np.testing.assert_allclose(u, -s * g, rtol=1e-4), updates, scale, grads)

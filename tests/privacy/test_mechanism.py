@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shiq_jax.errors import Refusal
-from shiq_jax.privacy import Abadi, AutoS, Groupwise, Mechanism, Reparametrised, mechanism
+from shiq_jax.errors import UserError
+from shiq_jax.privacy import AutoS, FlatClip, Groupwise, Mechanism, NormalizedClip, mechanism
 from shiq_jax.privacy.mechanism import largest_batch
 
 MNIST = Mechanism(
@@ -115,8 +115,8 @@ def test_what_is_no_part_of_the_event_is_part_of_epsilon(field):
 
 def test_the_clip_rule_sets_the_noise():
     for clip, sensitivity in (
-        (Abadi(0.3), 0.3), (AutoS(2.0), 2.0), (Groupwise(Abadi(0.5), 9), 0.5), (Reparametrised(0.5), 1.0),
-        (Groupwise(Reparametrised(0.5), 9), 1.0),
+        (FlatClip(0.3), 0.3), (AutoS(2.0), 2.0), (Groupwise(FlatClip(0.5), 9), 0.5), (NormalizedClip(0.5), 1.0),
+        (Groupwise(NormalizedClip(0.5), 9), 1.0),
     ):  # fmt: skip
         assert dataclasses.replace(MNIST, clip=clip).noise_stddev == pytest.approx(1.1 * sensitivity)
 
@@ -173,7 +173,7 @@ def test_a_sample_is_a_function_of_the_key_and_the_step():
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
-    with pytest.raises(Refusal, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         dataclasses.replace(MNIST, **wrong)
 
 
@@ -198,7 +198,7 @@ def test_they_are_refused_before_anything_is_computed_of_them(wrong, complaint):
     for make in (
         lambda: Mechanism.sized(noise_multiplier=1.0, **numbers), lambda: Mechanism.calibrated(epsilon=1.0, **numbers),
     ):  # fmt: skip
-        with pytest.raises(Refusal, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             make()
 
 
@@ -216,21 +216,23 @@ def asked(monkeypatch):
 
 
 def test_an_epsilon_that_no_noise_gives_is_refused(asked):
-    with pytest.raises(Refusal, match=r"makes 1000 steps \(1e-09, 1e-30\)-private: ask for a larger epsilon"):
+    with pytest.raises(UserError, match=r"makes 1000 steps \(1e-09, 1e-30\)-private: ask for a larger epsilon"):
         Mechanism.calibrated(epsilon=1e-9, delta=1e-30, dataset_size=10, expected_batch=10, steps=1000)
     # At a first guess and at the most that is tried, by coarse steps and by fine ones.
     assert len(asked) == 4
 
 
 def test_an_epsilon_that_next_to_no_noise_gives_is_refused(asked):
-    with pytest.raises(Refusal, match="a noise_multiplier of 0.05, cost less than the epsilon 100000.0: ask for a sm"):
+    with pytest.raises(
+        UserError, match="a noise_multiplier of 0.05, cost less than the epsilon 100000.0: ask for a sm"
+    ):
         Mechanism.calibrated(epsilon=1e5, delta=1e-5, dataset_size=10, expected_batch=10, steps=1)
     assert len(asked) == 3
 
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, float("nan"), float("inf")])
 def test_an_epsilon_that_is_none_is_refused(epsilon):
-    with pytest.raises(Refusal, match=f"epsilon must be positive and finite, not {epsilon}"):
+    with pytest.raises(UserError, match=f"epsilon must be positive and finite, not {epsilon}"):
         Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=1000, expected_batch=10, steps=10)
 
 

@@ -9,11 +9,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
-from shiq_jax.privacy import Abadi, Mechanism, privatise
+from shiq_jax.privacy import FlatClip, Mechanism, privatize
 from shiq_jax.sharding import make_mesh
 
 MECHANISM = Mechanism(
-    dataset_size=1000, expected_batch=50, steps=10, noise_multiplier=1.3, delta=1e-5, largest_batch=100, clip=Abadi(0.7)
+    dataset_size=1000,
+    expected_batch=50,
+    steps=10,
+    noise_multiplier=1.3,
+    delta=1e-5,
+    largest_batch=100,
+    clip=FlatClip(0.7),
 )
 ROOT = jax.random.key(11)
 
@@ -24,7 +30,7 @@ def noise():
     nothing = {"a": jnp.zeros((500, 1000)), "b": jnp.zeros(500_000), "layers": jnp.zeros((5, 100, 1000))}
 
     def draw(step):
-        return jax.tree.map(lambda leaf: np.asarray(leaf) * 50 / (1.3 * 0.7), privatise(nothing, MECHANISM, ROOT, step))
+        return jax.tree.map(lambda leaf: np.asarray(leaf) * 50 / (1.3 * 0.7), privatize(nothing, MECHANISM, ROOT, step))
 
     return draw(0), draw(1)
 
@@ -54,7 +60,7 @@ def test_no_two_numbers_know_of_each_other(noise):
 
 def test_the_divisor_is_the_expected_batch():
     silent = dataclasses.replace(MECHANISM, noise_multiplier=0.0)
-    np.testing.assert_allclose(privatise({"a": jnp.full(3, 7.0)}, silent, ROOT, 0)["a"], 7 / 50)
+    np.testing.assert_allclose(privatize({"a": jnp.full(3, 7.0)}, silent, ROOT, 0)["a"], 7 / 50)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"), PartitionSpec()])
@@ -62,9 +68,9 @@ def test_the_divisor_is_the_expected_batch():
 def test_it_is_the_same_however_the_parameters_are_cut(spec, shape):
     mesh = make_mesh("fsdp=8")
     total = {"a": jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)}
-    alone = jax.jit(lambda total: privatise(total, MECHANISM, ROOT, 3))(total)
+    alone = jax.jit(lambda total: privatize(total, MECHANISM, ROOT, 3))(total)
     where = {"a": NamedSharding(mesh, spec)}
-    cut = jax.jit(lambda total: privatise(total, MECHANISM, ROOT, 3), in_shardings=(where,), out_shardings=where)(total)
+    cut = jax.jit(lambda total: privatize(total, MECHANISM, ROOT, 3), in_shardings=(where,), out_shardings=where)(total)
     np.testing.assert_array_equal(alone["a"], cut["a"])
     for shard in cut["a"].addressable_shards:
         np.testing.assert_array_equal(shard.data, np.asarray(alone["a"])[shard.index])
@@ -72,5 +78,5 @@ def test_it_is_the_same_however_the_parameters_are_cut(spec, shape):
 
 def test_a_stack_of_matrices_takes_the_memory_of_one():
     total = {"a": jnp.zeros((16, 256, 256)), "b": jnp.zeros((16, 256, 4, 64))}
-    program = jax.jit(lambda total: privatise(total, MECHANISM, ROOT, 0), donate_argnums=0).lower(total).compile()
+    program = jax.jit(lambda total: privatize(total, MECHANISM, ROOT, 0), donate_argnums=0).lower(total).compile()
     assert program.memory_analysis().temp_size_in_bytes < 0.75 * sum(leaf.nbytes for leaf in total.values())

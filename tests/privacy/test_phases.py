@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Mechanism, adam_memory, change_over, mixing_weight
-from shiq_jax.privacy.phases import affordable, stalled
+from shiq_jax.privacy import FlatClip, Mechanism, adam_state, mixing_weight, reset_optimizer
+from shiq_jax.privacy.public_to_private import has_plateaued, noise_is_affordable
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 MECHANISM = Mechanism(
-    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=1.0, delta=1e-5, largest_batch=16, clip=Abadi(0.5),
+    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=1.0, delta=1e-5, largest_batch=16, clip=FlatClip(0.5),
     unit="pair",
 )  # fmt: skip
 RULE = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-2, 0, 10)))
@@ -32,28 +32,28 @@ def memory():
 
 
 def test_the_momentum_is_forgotten_and_nothing_else(memory):
-    before, after = adam_memory(memory), adam_memory(change_over(memory))
+    before, after = adam_state(memory), adam_state(reset_optimizer(memory))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.mu)) and np.any(before.mu["a"])
     jax.tree.map(np.testing.assert_array_equal, (before.nu, before.count), (after.nu, after.count))
     # The schedule's own count is no memory of Adam's: the learning rate goes on.
-    whole, changed = jax.tree.leaves(memory), jax.tree.leaves(change_over(memory))
+    whole, changed = jax.tree.leaves(memory), jax.tree.leaves(reset_optimizer(memory))
     unlike = sum(not np.array_equal(a, b) for a, b in zip(whole, changed, strict=True))
     assert unlike == len(jax.tree.leaves(before.mu))
 
 
 @pytest.mark.parametrize("reset, field", [("squares", "nu"), ("count", "count"), ("momentum", "mu")])
 def test_each_reset_forgets_its_own(memory, reset, field):
-    before, after = adam_memory(memory), adam_memory(change_over(memory, reset))
+    before, after = adam_state(memory), adam_state(reset_optimizer(memory, reset))
     for name in ("mu", "nu", "count"):
         same = all(jax.tree.leaves(jax.tree.map(np.array_equal, getattr(before, name), getattr(after, name))))
         assert same == (name != field)
-    jax.tree.map(np.testing.assert_array_equal, memory, change_over(memory, "none"))
+    jax.tree.map(np.testing.assert_array_equal, memory, reset_optimizer(memory, "none"))
 
 
 def test_an_optimiser_without_adam_is_refused():
     with pytest.raises(ValueError, match="has 0 memories of Adam"):
-        change_over(optax.sgd(1.0, momentum=0.9).init(jnp.ones(2)))
-    assert adam_memory(Optimizer().build(10).init(jnp.ones(2))).count == 0
+        reset_optimizer(optax.sgd(1.0, momentum=0.9).init(jnp.ones(2)))
+    assert adam_state(Optimizer().build(10).init(jnp.ones(2))).count == 0
 
 
 def test_mixing_weights():
@@ -70,8 +70,8 @@ def test_mixing_weights():
 
 def test_public_numbers_alone_say_when():
     falling = [5.0, 4.0, 3.5, 3.3, 3.25, 3.24]
-    assert [stalled(falling[:end], 2, 0.3) for end in range(1, 7)] == [False, False, False, False, True, True]
-    assert not affordable([]) and not affordable([9.0, 2.5]) and affordable([9.0, 1.9])
+    assert [has_plateaued(falling[:end], 2, 0.3) for end in range(1, 7)] == [False, False, False, False, True, True]
+    assert not noise_is_affordable([]) and not noise_is_affordable([9.0, 2.5]) and noise_is_affordable([9.0, 1.9])
 
 
 def test_only_private_steps_are_counted():

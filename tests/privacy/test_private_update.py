@@ -11,7 +11,7 @@ import pytest
 
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, Mechanism, clipped_sum, count_groups, privatise
+from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups, privatize
 from shiq_jax.replay import full_rows
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training.placement import place
@@ -19,7 +19,7 @@ from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 SILENT = Mechanism(
-    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=0.0, delta=1e-5, largest_batch=16, clip=Abadi(0.5),
+    dataset_size=100, expected_batch=16, steps=5, noise_multiplier=0.0, delta=1e-5, largest_batch=16, clip=FlatClip(0.5),
     unit="pair",
 )  # fmt: skip
 OBJECTIVE = OBJECTIVES["dpo"].configure(beta=0.5)
@@ -51,11 +51,13 @@ def released(decoder, batch_of):
 
 
 @pytest.fixture(scope="module")
-def total(decoder, batch_of, losses_of):
+def total(decoder, batch_of, example_losses):
     model, params = decoder("tied")
     batch = batch_of("pair", 8)
     mask = np.asarray(batch.real[:, 0])
-    return clipped_sum(losses_of(model, "pair"), params, batch, clip=SILENT.clip, mask=mask, method="vmap")[0], mask
+    return clipped_sum(example_losses(model, "pair"), params, batch, clip=SILENT.clip, mask=mask, method="vmap")[
+        0
+    ], mask
 
 
 def test_it_is_the_sum_of_clipped_gradients_over_the_expected_batch(released, total, relative):
@@ -80,7 +82,7 @@ def test_devices_change_nothing(mesh, method, released, relative):
 
 @pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
 def test_groupwise_clipping_on_devices(mesh, released, decoder, relative):
-    clip = Groupwise(Abadi(0.5), count_groups(decoder("tied")[1]))
+    clip = Groupwise(FlatClip(0.5), count_groups(decoder("tied")[1]))
     mechanism = dataclasses.replace(SILENT, clip=clip)
     found = released(mechanism, mesh=mesh, method="group")[0]
     assert relative(found, released(mechanism, method="auto")[0]) < 1e-4
@@ -102,12 +104,10 @@ def test_microbatches_add_up_in_one_array_of_gradients(full_compilation):
     batch = full_rows(np.random.default_rng(0).integers(64, size=(8, 8)))
     state = init_state(model, init_params(model, jax.random.key(0)), RULE)
     array = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params()))
-    grouped = dataclasses.replace(SILENT, clip=Groupwise(Abadi(0.5), count_groups(state.params())))
+    grouped = dataclasses.replace(SILENT, clip=Groupwise(FlatClip(0.5), count_groups(state.params())))
 
     def beside(mechanism=None, method="auto", *key):
-        update = make_update(
-            model, OBJECTIVES["sft"], RULE, privacy=mechanism, microbatches=8, method=method
-        )
+        update = make_update(model, OBJECTIVES["sft"], RULE, privacy=mechanism, microbatches=8, method=method)
         return update.lower(state, batch, *key).compile().memory_analysis().temp_size_in_bytes
 
     plain = beside()
@@ -123,14 +123,14 @@ def test_the_noise_is_that_of_the_mechanism_on_every_mesh(mesh, released):
     loud = dataclasses.replace(SILENT, noise_multiplier=1.5)
     noisy, silent = released(loud, mesh=mesh)[0], released(mesh=mesh)[0]
     nothing = jax.tree.map(np.zeros_like, silent)
-    noise = privatise(nothing, loud, ROOT, 0)
+    noise = privatize(nothing, loud, ROOT, 0)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c, atol=2e-6), noisy, silent, noise)
 
 
 def test_a_batch_without_units_still_steps_with_noise_alone(released):
     loud = dataclasses.replace(SILENT, noise_multiplier=1.5)
     found = released(loud, absent=8)[0]
-    noise = privatise(jax.tree.map(np.zeros_like, found), loud, ROOT, 0)
+    noise = privatize(jax.tree.map(np.zeros_like, found), loud, ROOT, 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, noise)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(released(absent=8)[0]))
 

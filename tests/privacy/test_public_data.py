@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import train
-from shiq_jax.privacy import adam_memory
-from shiq_jax.privacy.phases import MIXING
+from shiq_jax.privacy import adam_state
+from shiq_jax.privacy.public_to_private import MIXING
 from shiq_jax.runs import private_run
 from shiq_jax.runs.inspection import inspect
 from shiq_jax.runs.public_options import Public
@@ -138,7 +138,7 @@ def test_the_private_phase_begins_without_momentum(tiny, files, tmp_path, monkey
         update = make(*given, **named)
 
         def looked(state, batch, *more, **others):
-            seen.append(jax.device_get((adam_memory(state.opt_state), state.step)))
+            seen.append(jax.device_get((adam_state(state.opt_state), state.step)))
             return update(state, batch, *more, **others)
 
         return looked

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from shiq_jax.privacy import (
-    Abadi,
     AutoS,
     AutoV,
     ClipRule,
-    Global,
+    DropAbove,
+    FlatClip,
     Groupwise,
-    Reparametrised,
+    NormalizedClip,
     clipped_sum,
     count_groups,
     per_example,
 )
 from shiq_jax.runs.private_options import _RULES, Privacy
 
-RULES = (Abadi, AutoS, AutoV, Global, Reparametrised)
+RULES = (FlatClip, AutoS, AutoV, DropAbove, NormalizedClip)
 NORMS = np.concatenate([[0.0], np.logspace(-30, 30, 241)]).astype(np.float32)
 # Of all groups but the first, in units of the norm from which on rules shorten.
 SHAPES = {"alike": 1.0, "nothing": 0.0, "just below": 0.99, "long": 1e6}
@@ -53,16 +53,16 @@ def test_no_gradient_is_longer_than_the_sensitivity(rule, norm):
 
 @pytest.mark.parametrize("norm", [0.01, 0.5, 7.0])
 def test_the_reparametrised_rule_is_abadis_over_the_clip_norm(norm):
-    np.testing.assert_allclose(Reparametrised(norm)(NORMS), Abadi(norm)(NORMS) / norm, rtol=1e-6)
-    assert Reparametrised(norm).sensitivity == 1
-    assert Reparametrised(norm)(jnp.zeros(1)) == pytest.approx(1 / norm)
+    np.testing.assert_allclose(NormalizedClip(norm)(NORMS), FlatClip(norm)(NORMS) / norm, rtol=1e-6)
+    assert NormalizedClip(norm).sensitivity == 1
+    assert NormalizedClip(norm)(jnp.zeros(1)) == pytest.approx(1 / norm)
 
 
 def test_the_reparametrised_sum_is_abadis_over_the_clip_norm():
     params, units = jnp.zeros(4), np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     losses = per_example(lambda params, unit: params @ unit)
     assert 0 < np.sum(np.linalg.norm(units, axis=1) > 1.5) < 8
-    found, wanted = (clipped_sum(losses, params, units, clip=rule(1.5))[0] for rule in (Reparametrised, Abadi))
+    found, wanted = (clipped_sum(losses, params, units, clip=rule(1.5))[0] for rule in (NormalizedClip, FlatClip))
     np.testing.assert_allclose(found, wanted / 1.5, rtol=1e-5)
 
 
@@ -73,11 +73,11 @@ def test_all_groups_together_are_no_longer_than_the_sensitivity(rule, groups, ot
     clip = Groupwise(rule(0.5), groups)
     norms = np.full(groups, 0.5 / np.sqrt(groups), np.float32)
     norms[1:] *= SHAPES[others]
-    assert np.linalg.norm(clip.of_a_group(norms) * norms) <= clip.sensitivity * (1 + 1e-5)
+    assert np.linalg.norm(clip.per_group(norms) * norms) <= clip.sensitivity * (1 + 1e-5)
     # All groups long at once is the worst, and no better than was said.
-    if rule is not Global:
+    if rule is not DropAbove:
         long = np.full(groups, 1e6, np.float32)
-        assert np.linalg.norm(clip.of_a_group(long) * long) == pytest.approx(clip.sensitivity, rel=1e-5)
+        assert np.linalg.norm(clip.per_group(long) * long) == pytest.approx(clip.sensitivity, rel=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 64])
@@ -90,23 +90,23 @@ def test_groups_leave_the_sensitivity_of_a_rule_as_it_is(groups):
 
 @pytest.mark.parametrize("groups", [1, 3, 64])
 def test_the_reparametrised_rule_of_a_group_is_abadis_over_the_clip_norm(groups):
-    found, wanted = (Groupwise(rule(0.3), groups).of_a_group(NORMS) for rule in (Reparametrised, Abadi))
+    found, wanted = (Groupwise(rule(0.3), groups).per_group(NORMS) for rule in (NormalizedClip, FlatClip))
     np.testing.assert_allclose(found, wanted / 0.3, rtol=1e-6)
 
 
-def test_the_reparametrised_rule_by_operations(decoder, batch_of, losses_of, relative):
+def test_the_reparametrised_rule_by_operations(decoder, batch_of, example_losses, relative):
     """A tied table, whose two uses share a group, and what one unit can do."""
     model, params = decoder("tied")
-    batch, losses, groups = batch_of("pair"), losses_of(model, "pair"), count_groups(params)
+    batch, losses, groups = batch_of("pair"), example_losses(model, "pair"), count_groups(params)
 
     @functools.partial(jax.jit, static_argnums=0)
     def total(rule, mask):
         return clipped_sum(losses, params, batch, clip=Groupwise(rule, groups), mask=mask, method="group")[0]
 
     every = np.ones(len(batch.tokens), bool)
-    found, wanted = total(Reparametrised(0.7), every), total(Abadi(0.7), every)
+    found, wanted = total(NormalizedClip(0.7), every), total(FlatClip(0.7), every)
     assert relative(found, {name: _scaled(part, 1 / 0.7) for name, part in wanted.items()}) < 1e-5
-    alone = total(Reparametrised(0.7), np.arange(len(batch.tokens)) == 1)
+    alone = total(NormalizedClip(0.7), np.arange(len(batch.tokens)) == 1)
     assert 0.5 < _length(alone) <= 1 + 1e-4
 
 
@@ -125,19 +125,19 @@ def test_every_rule_is_an_option():
 
 @pytest.mark.parametrize("groupwise", [False, True])
 def test_the_reparametrised_rule_as_an_option(groupwise):
-    options = Privacy(noise_multiplier=1.5, delta=1e-5, clip="reparametrised", clip_norm=0.2, groupwise=groupwise)
+    options = Privacy(noise_multiplier=1.5, delta=1e-5, clip="normalized", clip_norm=0.2, groupwise=groupwise)
     trainable = {"layers": {"kernel": np.zeros((3, 2, 2))}, "norm": np.zeros(2)}
     mechanism = options.mechanism(
         trainable, dataset_size=100, expected_batch=10, steps=5, multiple=1, example="trajectory"
     )
-    assert mechanism.clip == (Groupwise(Reparametrised(0.2), 4) if groupwise else Reparametrised(0.2))
+    assert mechanism.clip == (Groupwise(NormalizedClip(0.2), 4) if groupwise else NormalizedClip(0.2))
     assert mechanism.noise_stddev == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("wrong", [{"clip_norm": 0.0}, {"longest": 0.0}, {"longest": np.inf}])
 def test_bounds_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be positive and finite"):
-        Reparametrised(**wrong)
+        NormalizedClip(**wrong)
 
 
 def _scaled(tree, by):

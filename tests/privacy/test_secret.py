@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.privacy.secret import Secret
 
 
@@ -36,15 +36,15 @@ def test_it_does_not_show_itself(tmp_path):
 
 def test_what_is_refused(tmp_path):
     path = tmp_path / "secret.key"
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         Secret.read(path)
     Secret.create(path)
-    with pytest.raises(Refusal, match="holds the secret of another run"):
+    with pytest.raises(UserError, match="holds the secret of another run"):
         Secret.create(path)
     os.chmod(path, 0o644)
-    with pytest.raises(Refusal, match=r"can be read by others \(mode 644\)"):
+    with pytest.raises(UserError, match=r"can be read by others \(mode 644\)"):
         Secret.read(path)
     os.chmod(path, 0o600)
     path.write_bytes(b"short")
-    with pytest.raises(Refusal, match="holds 5 bytes instead of 32"):
+    with pytest.raises(UserError, match="holds 5 bytes instead of 32"):
         Secret.read(path)

@@ -13,9 +13,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shiq_jax.models import tracked, tracked_vocabulary
+from shiq_jax.models import ghost_norms, ghost_vocabulary
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Mechanism, clipped_sum, privatise
+from shiq_jax.privacy import FlatClip, Mechanism, clipped_sum, privatize
 from shiq_jax.privacy.coverage import Coverage
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training import private_gradient
@@ -23,7 +23,7 @@ from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
 CLIPPING = importlib.import_module("shiq_jax.privacy.clipped_sum")
-CLIP, SLACK = Abadi(0.2), 1 + 1e-3
+CLIP, SLACK = FlatClip(0.2), 1 + 1e-3
 MECHANISM = Mechanism(
     dataset_size=100, expected_batch=16, steps=5, noise_multiplier=0.0, delta=1e-5, largest_batch=16, clip=CLIP,
     unit="pair",
@@ -35,10 +35,10 @@ def norm(tree) -> float:
 
 
 @pytest.fixture(scope="module")
-def pairs(decoder, batch_of, losses_of):
+def pairs(decoder, batch_of, example_losses):
     """Losses, parameters and a batch of pairs under a tied table, every gradient longer than the clip norm."""
     model, params = decoder("tied")
-    return losses_of(model, "pair"), jax.tree.map(jnp.array, params), jax.tree.map(jnp.asarray, batch_of("pair"))
+    return example_losses(model, "pair"), jax.tree.map(jnp.array, params), jax.tree.map(jnp.asarray, batch_of("pair"))
 
 
 def longest_contribution(losses, params, batch, method) -> float:
@@ -55,7 +55,7 @@ def longest_contribution(losses, params, batch, method) -> float:
 def test_the_cross_term_of_a_tied_table_is_missed(pairs, monkeypatch):
     assert longest_contribution(*pairs, "ghost") < SLACK
     monkeypatch.setattr(
-        tracked_vocabulary._Head, "lines", lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1]))
+        ghost_vocabulary._Head, "lines", lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1]))
     )
     assert longest_contribution(*pairs, "ghost") > 1.01
     assert longest_contribution(*pairs, "vmap") < SLACK
@@ -87,7 +87,7 @@ def test_a_weight_is_used_twice(monkeypatch):
     weight = {"kernel": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32)}
 
     def losses(params, x, tracker):
-        first, second = (tracked.apply(tracked.product(1), x, params["kernel"], tracker) for _ in range(2))
+        first, second = (ghost_norms.apply(ghost_norms.product(1), x, params["kernel"], tracker) for _ in range(2))
         return jnp.sum(first + second, axis=(1, 2))
 
     with pytest.raises(ValueError, match="would miscount kernel"):
@@ -132,7 +132,7 @@ def test_every_device_draws_the_same_noise(monkeypatch):
     def alike() -> float:
         """The largest correlation between two devices' parts."""
         total = jax.device_put(jnp.zeros((64, 1000)), where)
-        noise = jax.jit(lambda total: privatise({"a": total}, loud, jax.random.key(3), 0)["a"], out_shardings=where)(
+        noise = jax.jit(lambda total: privatize({"a": total}, loud, jax.random.key(3), 0)["a"], out_shardings=where)(
             total
         )
         parts = np.stack([np.asarray(shard.data).ravel() for shard in noise.addressable_shards])

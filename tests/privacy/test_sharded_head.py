@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from shiq_jax.models import tracked_vocabulary
-from shiq_jax.privacy import Abadi, Groupwise, clipped_sum, count_groups
+from shiq_jax.models import ghost_vocabulary
+from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, count_groups
 from shiq_jax.sharding import make_mesh, named_sharding
 
-CLIP = Abadi(0.5)
+CLIP = FlatClip(0.5)
 
 
 @pytest.fixture(scope="module")
-def program(decoder, batch_of, losses_of):
+def program(decoder, batch_of, example_losses):
     """`program(variant, method, mesh) -> (compiled clipped sum, its arguments)`, on trajectories."""
 
     def make(variant, method, mesh=None):
@@ -31,7 +31,7 @@ def program(decoder, batch_of, losses_of):
                 batch,
             )
         clip = Groupwise(CLIP, count_groups(params)) if method == "group" else CLIP
-        losses = losses_of(model, "trajectory")
+        losses = example_losses(model, "trajectory")
         summed = jax.jit(lambda params, batch: clipped_sum(losses, params, batch, clip=clip, method=method)[:2])
         return summed.lower(params, batch).compile(), (params, batch)
 
@@ -41,7 +41,7 @@ def program(decoder, batch_of, losses_of):
 @pytest.mark.parametrize("variant", ["many words", "untied"])
 @pytest.mark.parametrize(("method", "mesh"), [("ghost", "fsdp=2,tensor=4"), ("bk", "replica=2,fsdp=2,tensor=2")])
 def test_devices_change_nothing(method, mesh, variant, program, relative, monkeypatch):
-    monkeypatch.setattr(tracked_vocabulary, "BUDGET", 1000)
+    monkeypatch.setattr(ghost_vocabulary, "BUDGET", 1000)
     alone, given = program(variant, method)
     cut, placed = program(variant, method, mesh)
     (total, norms), (found, cut_norms) = alone(*given), cut(*placed)
@@ -59,6 +59,6 @@ def test_groups_change_nothing_either(program, relative):
 def test_no_device_has_the_whole_head(method, program, monkeypatch):
     """Features are gathered, words are not: nothing on a device has a column for each of the 152."""
     # Several parts of the vocabulary, as a real one has.
-    monkeypatch.setattr(tracked_vocabulary, "BUDGET", 1000)
+    monkeypatch.setattr(ghost_vocabulary, "BUDGET", 1000)
     text = program("many words", method, "fsdp=2,tensor=4")[0].as_text()
     assert "[16,38]" in text and ",152]" not in text

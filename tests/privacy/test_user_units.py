@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.privacy import Abadi, Groupwise, Mechanism, clipped_sum, count_groups
+from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Buffer, pack, plan
-from shiq_jax.training.examples import examples_of
+from shiq_jax.training.examples import build_examples
 from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
@@ -51,7 +51,7 @@ def drawn(owned, statistics):
         units = units_of(owned, unit, "user")
         mechanism = Mechanism.sized(
             dataset_size=len(units), expected_batch=len(units), multiple=4, steps=1, noise_multiplier=0.0, delta=1e-2,
-            clip=Abadi(1.0), unit="user",
+            clip=FlatClip(1.0), unit="user",
         )  # fmt: skip
         secret = Secret.insecure(0)
         batches = PrivateBatches(owned, units, mechanism, secret, references={"reference": statistics})
@@ -72,7 +72,7 @@ def gradients(owned, statistics, drawn, decoder):
         objective = OBJECTIVES[KINDS[unit]].configure(beta=0.5)
 
         def loss(params, batch):
-            out = jax.vmap(jax.vmap(objective.loss))(examples_of(model, objective, params, {}, batch))
+            out = jax.vmap(jax.vmap(objective.loss))(build_examples(model, objective, params, {}, batch))
             value, weight = (jnp.sum(jnp.where(batch.real, each, 0)) for each in (out.value, out.weight))
             return value / weight
 
@@ -111,14 +111,14 @@ def length_of(tree) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
 @pytest.mark.parametrize("unit", CASES)
-def test_the_whole_gradient_of_a_user_is_clipped(method, unit, drawn, gradients, decoder, losses_of, relative):
+def test_the_whole_gradient_of_a_user_is_clipped(method, unit, drawn, gradients, decoder, example_losses, relative):
     model, params = decoder(CASES[unit])
     batch, known = drawn(unit)[1], gradients(unit)
     norms = np.array([length_of(grads) for _, grads in known])
-    clip = Abadi(float(np.median(norms)))
+    clip = FlatClip(float(np.median(norms)))
     factors = np.minimum(1, clip.clip_norm / norms)
     assert 0 < (factors < 1).sum() < len(factors)
-    losses, mask = losses_of(model, unit), np.any(batch.real, axis=1)
+    losses, mask = example_losses(model, unit), np.any(batch.real, axis=1)
     total, found, values = jax.jit(
         lambda params: clipped_sum(losses, params, batch, clip=clip, mask=mask, method=method)
     )(params)
@@ -128,20 +128,20 @@ def test_the_whole_gradient_of_a_user_is_clipped(method, unit, drawn, gradients,
     assert relative(total, wanted) < 1e-5
 
 
-def test_groupwise_clipping_of_users(drawn, gradients, decoder, losses_of, relative):
+def test_groupwise_clipping_of_users(drawn, gradients, decoder, example_losses, relative):
     """Each parameter of each layer by itself, of all examples of the user together."""
     model, params = decoder(CASES["pair"])
     batch = drawn("pair")[1]
-    clip = Groupwise(Abadi(1.0), count_groups(params))
+    clip = Groupwise(FlatClip(1.0), count_groups(params))
 
     def clipped(path, *leaves):
         leaf = np.stack(leaves)
         lead = 2 if path[0].key == "layers" else 1
         norms = np.sqrt(np.sum(np.square(leaf), axis=tuple(range(lead, leaf.ndim)), keepdims=True))
-        return np.sum(clip.of_a_group(norms) * leaf, axis=0)
+        return np.sum(clip.per_group(norms) * leaf, axis=0)
 
     wanted = jax.tree_util.tree_map_with_path(clipped, *(grads for _, grads in gradients("pair")))
-    losses, mask = losses_of(model, "pair"), np.any(batch.real, axis=1)
+    losses, mask = example_losses(model, "pair"), np.any(batch.real, axis=1)
     total, *_ = jax.jit(lambda params: clipped_sum(losses, params, batch, clip=clip, mask=mask))(params)
     assert relative(total, wanted) < 1e-5
 
@@ -150,7 +150,7 @@ def test_groupwise_clipping_of_users(drawn, gradients, decoder, losses_of, relat
 def test_an_update_takes_rows_of_users(microbatches, drawn, gradients, decoder, relative):
     model, params = decoder(CASES["pair"])
     mechanism = Mechanism(
-        dataset_size=50, expected_batch=4, steps=1, noise_multiplier=0.0, delta=1e-3, largest_batch=8, clip=Abadi(0.5),
+        dataset_size=50, expected_batch=4, steps=1, noise_multiplier=0.0, delta=1e-3, largest_batch=8, clip=FlatClip(0.5),
         unit="user",
     )  # fmt: skip
     objective, rule = OBJECTIVES["dpo"].configure(beta=0.5), optax.sgd(1.0)

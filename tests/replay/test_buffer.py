@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, Record, storage
 
 
@@ -109,7 +109,7 @@ def test_a_refused_record_adds_nothing_and_leaves_nothing(make_record, make_buff
     before = sorted(file.name for file in buffer.path.iterdir())
     monkeypatch.setattr(storage, "SHARD_ROWS", 1)
     bad = Record(tokens=[1, 90], action_mask=[0, 1], rewards=[1.0], group="bad")
-    with pytest.raises(Refusal, match=r"record 2 of those appended \(group 'bad'\): token id 90"):
+    with pytest.raises(UserError, match=r"record 2 of those appended \(group 'bad'\): token id 90"):
         buffer.append([make_record(rng), make_record(rng), bad], vocab_size=50)
     assert sorted(file.name for file in buffer.path.iterdir()) == before
     assert len(Buffer.open(buffer.path)) == len(buffer) == 1
@@ -120,7 +120,7 @@ def test_two_writers_do_not_overwrite_each_other(make_record, make_buffer):
     first = make_buffer([make_record(rng)])
     second = Buffer.open(first.path)
     second.append([make_record(rng)])
-    with pytest.raises(Refusal, match="changed by another process"):
+    with pytest.raises(UserError, match="changed by another process"):
         first.append([make_record(rng)])
     assert len(first) == 1 and len(Buffer.open(first.path)) == 2
 
@@ -136,17 +136,17 @@ def test_an_open_buffer_stays_a_snapshot(make_record, make_buffer):
 
 def test_creating_refuses_what_is_there_and_harms_nothing(make_record, make_buffer, tmp_path):
     buffer = make_buffer([make_record(np.random.default_rng(6))])
-    with pytest.raises(Refusal, match="is a replay buffer already"):
+    with pytest.raises(UserError, match="is a replay buffer already"):
         Buffer.create(buffer.path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(Refusal, match="holds other files, such as notes.txt"):
+    with pytest.raises(UserError, match="holds other files, such as notes.txt"):
         Buffer.create(tmp_path / "notes")
-    with pytest.raises(Refusal, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         Buffer.create(tmp_path / "notes" / "notes.txt")
     # Shards whose manifest was lost are somebody's data, not leftovers.
     (buffer.path / "manifest.json").unlink()
-    with pytest.raises(Refusal, match="records-00000.arrow"):
+    with pytest.raises(UserError, match="records-00000.arrow"):
         Buffer.create(buffer.path)
     assert (buffer.path / "records-00000.arrow").exists() and (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 
@@ -158,11 +158,11 @@ def test_a_truncated_or_missing_shard_is_named(make_record, make_buffer):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20])
     with pytest.raises(
-        Refusal, match=f"records-00001.arrow has {len(whole) - 20} bytes, the manifest says {len(whole)}"
+        UserError, match=f"records-00001.arrow has {len(whole) - 20} bytes, the manifest says {len(whole)}"
     ):
         Buffer.open(buffer.path)
     shard.unlink()
-    with pytest.raises(Refusal, match="records-00001.arrow is missing"):
+    with pytest.raises(UserError, match="records-00001.arrow is missing"):
         Buffer.open(buffer.path)
 
 
@@ -172,5 +172,5 @@ def test_changed_bytes_are_found_by_verifying(make_record, make_buffer):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(Refusal, match="records-00000.arrow is corrupt"):
+    with pytest.raises(UserError, match="records-00000.arrow is corrupt"):
         Buffer.open(buffer.path).report()

@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, Identity, concatenate
 
 MINE = Identity(weights="ab12")
@@ -63,12 +63,12 @@ def test_a_call_that_died_can_be_made_again(make_groups, make_buffer, tmp_path, 
 
 def test_nothing_that_is_there_is_overwritten(make_groups, make_buffer, tmp_path):
     buffer = make_buffer(make_groups(np.random.default_rng(2)))
-    with pytest.raises(Refusal, match=f"with {len(buffer)} records already"):
+    with pytest.raises(UserError, match=f"with {len(buffer)} records already"):
         concatenate([buffer.path], buffer.path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(Refusal, match="holds other files, such as mine"):
+    with pytest.raises(UserError, match="holds other files, such as mine"):
         concatenate([buffer.path], tmp_path / "full")
-    with pytest.raises(Refusal, match="is not a replay buffer"):
+    with pytest.raises(UserError, match="is not a replay buffer"):
         concatenate([buffer.path, tmp_path / "full"], tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, from_dataset, record_from_json, record_to_json, to_dataset, to_jsonl
 
 
@@ -66,7 +66,7 @@ def test_prompts_of_any_kind_become_rows():
     ],
 )
 def test_each_fault_names_the_field(change, words):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         record_from_json(base(**change))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -90,12 +90,12 @@ def test_datasets_opens_the_shards_and_gives_the_records_back(make_groups, make_
     copy = Buffer.create(tmp_path / "copy")
     copy.append(from_dataset(dataset))
     assert copy.read(range(len(copy))) == records
-    with pytest.raises(Refusal, match="lacks the column 'rewards'"):
+    with pytest.raises(UserError, match="lacks the column 'rewards'"):
         list(from_dataset(dataset.remove_columns("rewards")))
     short = list(from_dataset(dataset.remove_columns(["lse", "user"])))
     assert short[0].lse is None and short[0].tokens.tolist() == records[0].tokens.tolist()
 
 
 def test_an_empty_buffer_makes_no_dataset(make_buffer):
-    with pytest.raises(Refusal, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         to_dataset(make_buffer([]))

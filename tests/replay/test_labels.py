@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Record
 from shiq_jax.replay.labels import given_labels, labelled, labels, mismatches
 
@@ -65,7 +65,7 @@ def test_groups_of_one_size_exchange_all_their_answers(sizes):
 
 def test_one_prompt_is_not_enough(make_buffer):
     buffer = make_buffer(answers((1, 0), (1, 1)))
-    with pytest.raises(Refusal, match="all answers that can be learned from have one prompt.*apo_zero_unpaired"):
+    with pytest.raises(UserError, match="all answers that can be learned from have one prompt.*apo_zero_unpaired"):
         list(labelled(buffer))
     assert len(list(labelled(buffer, mismatched=False))) == 2
 
@@ -102,7 +102,7 @@ def test_what_would_not_fit_is_cut_off(make_buffer):
 
 
 def test_all_ties_are_refused(make_buffer):
-    with pytest.raises(Refusal, match="no answer is better or worse than the mean of its prompt's answers"):
+    with pytest.raises(UserError, match="no answer is better or worse than the mean of its prompt's answers"):
         list(labelled(make_buffer(answers((1, 1), (2, 0)))))
-    with pytest.raises(Refusal, match="than the threshold 1, so none"):
+    with pytest.raises(UserError, match="than the threshold 1, so none"):
         list(labelled(make_buffer(answers((1, 1), (2, 1)), name="other"), 1.0))

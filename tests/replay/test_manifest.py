@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, manifest
 
 
@@ -17,7 +17,7 @@ def edit(buffer, change):
 def test_newer_versions_are_refused_with_the_way_out(make_buffer):
     buffer = make_buffer([])
     edit(buffer, lambda content: content.update(schema_version=manifest.SCHEMA_VERSION + 1))
-    with pytest.raises(Refusal, match=r"manifest.json has schema version 3, .* up to 2; upgrade shiq_jax"):
+    with pytest.raises(UserError, match=r"manifest.json has schema version 3, .* up to 2; upgrade shiq_jax"):
         Buffer.open(buffer.path)
 
 
@@ -31,7 +31,7 @@ def test_older_versions_are_migrated_step_by_step(make_record, make_buffer, monk
         content["files"] = content.pop("shards")
 
     edit(buffer, age)
-    with pytest.raises(Refusal, match=f"version {current - 2}, from which there is no migration"):
+    with pytest.raises(UserError, match=f"version {current - 2}, from which there is no migration"):
         Buffer.open(buffer.path)
     seen = []
 
@@ -65,19 +65,19 @@ def test_older_versions_are_migrated_step_by_step(make_record, make_buffer, monk
 )
 def test_unreadable_manifests_are_refused_by_name(tmp_path, content, words):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(Refusal, match="manifest.json") as caught:
+    with pytest.raises(UserError, match="manifest.json") as caught:
         Buffer.open(tmp_path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_directory_without_manifest_is_no_buffer(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(Refusal, match="is not a replay buffer, for it has no manifest.json"):
+        with pytest.raises(UserError, match="is not a replay buffer, for it has no manifest.json"):
             Buffer.open(path)
 
 
 def test_row_counts_that_disagree_are_refused_by_name(make_record, make_buffer):
     buffer = make_buffer([make_record(np.random.default_rng(1))])
     edit(buffer, lambda content: content["shards"][0].update(rows=2))
-    with pytest.raises(Refusal, match="records-00000.arrow holds 1 rows, but the manifest says 2"):
+    with pytest.raises(UserError, match="records-00000.arrow holds 1 rows, but the manifest says 2"):
         Buffer.open(buffer.path).read([0])

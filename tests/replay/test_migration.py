@@ -13,10 +13,10 @@ from shiq_jax.replay import (
     Buffer,
     Identity,
     Record,
-    bundles,
     concatenate,
     from_dataset,
     pack,
+    pack_groups,
     plan,
     record_from_json,
     record_to_json,
@@ -62,7 +62,7 @@ def test_its_records_are_read_without_what_they_did_not_say():
 def test_batches_are_those_of_the_old_code(unit):
     """Preferences, ranks and labels of version 1 are rewards, and give the same pairs and the same bytes."""
     buffer, expected = Buffer.open(OLD), EXPECTED["units"][unit]
-    drawn = bundles(buffer, unit)
+    drawn = pack_groups(buffer, unit)
     assert json.loads(json.dumps(drawn)) == expected["bundles"] and drawn.left_out == expected["left_out"]
     references = {"reference": buffer.statistics(IDENTITY)}
     packed = pack(drawn, buffer, plan(buffer, drawn, multiple=8), references=references)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
-from shiq_jax.replay import Buffer, Record, Schedule, Shape, bundles, pack, plan, row_count
+from shiq_jax.errors import UserError
+from shiq_jax.replay import BatchShape, Buffer, Record, Schedule, pack, pack_groups, plan, row_count
 
 
 def sees(intervals):
@@ -46,7 +46,7 @@ def check(packed, records, chosen, shape, statistics):
             reference = batch.example.references["reference"]
             np.testing.assert_array_equal(reference.logp[row, slot, k, :count], statistics[number][0])
             np.testing.assert_array_equal(reference.lse[row, slot, k, :count], statistics[number][1])
-    assert sorted(placed) == sorted(example for bundle in chosen for example in bundle)
+    assert sorted(placed) == sorted(example for pack_group in chosen for example in pack_group)
     np.testing.assert_array_equal(batch.example.action_mask, batch.gather >= 0)
     absent = batch.gather < 0
     for values in (
@@ -75,7 +75,7 @@ def test_every_sequence_of_a_batch_is_there_and_sees_only_itself(
     records = make_groups(rng)
     buffer = Buffer.create(tmp_path_factory.mktemp("packing") / "buffer")
     buffer.append(records)
-    everything = bundles(buffer, unit)
+    everything = pack_groups(buffer, unit)
     if not everything:
         assert everything.left_out == len(set(buffer.group_ids()))
         return
@@ -102,7 +102,7 @@ def record(tokens, actions, group="g", reward=0.0):
 
 def test_a_row_worked_by_hand():
     records = [record([9, 1, 2, 3], 2), record([9, 1, 4], 1), record([9, 1, 2, 5], 2), record([7, 8], 1, "h")]
-    packed = pack([((0,), (1,), (2,)), ((3,),)], records, Shape(10, 6, 5, 1, 3))
+    packed = pack([((0,), (1,), (2,)), ((3,),)], records, BatchShape(10, 6, 5, 1, 3))
     batch = packed.batch
     assert batch.tokens.tolist() == [[9, 1, 2, 3, 5, 4, 7, 8, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 3, 2, 0, 1, 0, 0]]
@@ -128,7 +128,7 @@ def test_a_row_worked_by_hand():
 
 def test_padding_sees_only_padding_and_is_seen_by_nobody():
     records = [record([9, 1, 2], 1), record([9, 1], 1)]
-    packed = pack([((0,),), ((1,),)], records, Shape(8, 4, 4, 1, 2), rows_multiple=3)
+    packed = pack([((0,),), ((1,),)], records, BatchShape(8, 4, 4, 1, 2), rows_multiple=3)
     visible = sees(packed.batch.intervals)
     real = np.zeros((3, 8), bool)
     real[0, :5] = True
@@ -140,7 +140,7 @@ def test_equal_sequences_and_mixed_masks_share_their_tokens():
     # The same tokens, once with the second an action, once given by the environment.
     first = Record(tokens=[3, 4, 5], action_mask=[0, 1, 1], rewards=[1, 2], group="g")
     second = Record(tokens=[3, 4, 5], action_mask=[0, 0, 1], rewards=[3], group="g")
-    packed = pack([((0,), (1,), (0,))], [first, second], Shape(4, 3, 3, 1, 2))
+    packed = pack([((0,), (1,), (0,))], [first, second], BatchShape(4, 3, 3, 1, 2))
     assert packed.batch.tokens.tolist() == [[3, 4, 5, 0]]
     assert packed.batch.gather[0, :, 0].tolist() == [[0, 1], [1, -1], [0, 1]]
     assert packed.batch.targets.tolist() == [[4, 5, 0]] and packed.batch.predictors.tolist() == [[0, 1, 0]]
@@ -148,7 +148,10 @@ def test_equal_sequences_and_mixed_masks_share_their_tokens():
 
 def test_batches_are_pytrees_of_arrays():
     packed = pack(
-        [((0,),)], [record([1, 2], 1)], Shape(2, 1, 1, 1, 1), references={"reference": [(np.zeros(1), np.zeros(1))]}
+        [((0,),)],
+        [record([1, 2], 1)],
+        BatchShape(2, 1, 1, 1, 1),
+        references={"reference": [(np.zeros(1), np.zeros(1))]},
     )
     leaves = jax.tree.leaves(packed.batch)
     assert len(leaves) == 12 and {leaf.dtype.name for leaf in leaves} == {"int32", "float32", "bool"}
@@ -157,7 +160,7 @@ def test_batches_are_pytrees_of_arrays():
 
 def test_packing_is_deterministic(make_groups, make_buffer):
     buffer = make_buffer(make_groups(np.random.default_rng(0), groups=12))
-    everything = bundles(buffer, "trajectory")
+    everything = pack_groups(buffer, "trajectory")
     shape = plan(buffer, everything)
     first, second = (pack(everything, buffer, shape) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.batch, second.batch)
@@ -170,7 +173,7 @@ def test_a_shared_prompt_is_stored_once(make_buffer):
         prompt = rng.integers(100, size=60).tolist()
         records += [record([*prompt, *rng.integers(100, size=10)], 10, f"g{group}") for _ in range(8)]
     buffer = make_buffer(records)
-    shared, alone = bundles(buffer, "trajectory"), bundles(buffer, "trajectory", share_prompts=False)
+    shared, alone = pack_groups(buffer, "trajectory"), pack_groups(buffer, "trajectory", share_prompts=False)
     places = {}
     for name, chosen in (("shared", shared), ("alone", alone)):
         packed = pack(chosen, buffer, plan(buffer, chosen, row_length=192))
@@ -195,15 +198,17 @@ def test_row_counts_take_eight_values_per_octave():
 def test_bundles_that_do_not_fit_are_refused_by_record(make_buffer):
     records = [record([1, 2, 3, 4, 5, 6], 2), record([1, 2, 3, 7, 8], 2), record([1, 9], 1, "h")]
     buffer = make_buffer(records)
-    everything = bundles(buffer, "trajectory")
-    with pytest.raises(Refusal, match=r"2 sequences takes 8 tokens and a row holds 7 \(its longest, record 0, has 6\)"):
+    everything = pack_groups(buffer, "trajectory")
+    with pytest.raises(
+        UserError, match=r"2 sequences takes 8 tokens and a row holds 7 \(its longest, record 0, has 6\)"
+    ):
         plan(buffer, everything, row_length=7)
-    shape = plan(buffer, bundles(buffer, "trajectory", row_length=7), row_length=7)
-    with pytest.raises(Refusal, match="a row holds 7"):
+    shape = plan(buffer, pack_groups(buffer, "trajectory", row_length=7), row_length=7)
+    with pytest.raises(UserError, match="a row holds 7"):
         pack(everything, buffer, shape)
     full = plan(buffer, everything)
     for name, least in (("actions", 4), ("slots", 2), ("sequences", 1), ("steps", 2)):
-        with pytest.raises(Refusal, match=rf"record 0 needs {name}={least} and the shape has {name}={least - 1}"):
+        with pytest.raises(UserError, match=rf"record 0 needs {name}={least} and the shape has {name}={least - 1}"):
             pack(everything, buffer, full._replace(**{name: least - 1}))
 
 
@@ -212,7 +217,7 @@ def test_statistics_of_another_record_are_refused():
         pack(
             [((0,),)],
             [record([1, 2, 3], 2)],
-            Shape(4, 2, 1, 1, 2),
+            BatchShape(4, 2, 1, 1, 2),
             references={"reference": {0: (np.zeros(1), np.zeros(1))}},
         )
 
@@ -221,7 +226,7 @@ def test_references_are_filled_by_their_names():
     """Each with its own statistics, which an objective finds under that name."""
     records = [record([9, 1, 2, 3], 2, reward=0.5), record([9, 4], 1, reward=2.0)]
     first, previous = statistics_of(records), [(logp - 7, lse + 3) for logp, lse in statistics_of(records)]
-    drawn, shape = [((0,), (1,))], Shape(8, 4, 2, 1, 2)
+    drawn, shape = [((0,), (1,))], BatchShape(8, 4, 2, 1, 2)
     batch = pack(drawn, records, shape, references={"reference": first, "previous": previous}).batch
     alone = pack(drawn, records, shape, references={"reference": first}).batch
     for number in range(2):
@@ -239,5 +244,5 @@ def test_references_are_filled_by_their_names():
 
 
 def test_nothing_to_pack_is_refused():
-    with pytest.raises(ValueError, match="holds no bundle"):
-        pack([], [], Shape(1, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match="holds no pack_group"):
+        pack([], [], BatchShape(1, 1, 1, 1, 1))

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
-from shiq_jax.replay import Record, Schedule, bundles, pack, plan
+from shiq_jax.errors import UserError
+from shiq_jax.replay import Record, Schedule, pack, pack_groups, plan
 
 
 def records_of(rng, sizes):
@@ -48,7 +48,7 @@ def test_rows_stay_short_when_nothing_is_won():
     rng = np.random.default_rng(4)
     even = records_of(rng, [128] * 64)
     assert plan(even, singles(even), batch_size=16).length == 128
-    # Two bundles in a row would leave half of eight devices' rows empty.
+    # Two pack_groups in a row would leave half of eight devices' rows empty.
     wide = records_of(rng, [200] * 64)
     assert plan(wide, singles(wide), batch_size=8, rows_multiple=8).length == 256
 
@@ -56,7 +56,7 @@ def test_rows_stay_short_when_nothing_is_won():
 def test_whatever_is_drawn_fits_the_plan(make_groups, make_buffer):
     buffer = make_buffer(make_groups(np.random.default_rng(5), groups=20))
     for unit in ("trajectory", "group"):
-        chosen = bundles(buffer, unit)
+        chosen = pack_groups(buffer, unit)
         shape = plan(buffer, chosen, multiple=4, batch_size=7)
         assert shape.length % 4 == 0 and shape.steps % 8 == 0
         assert all(0 < fill <= 1 for fill in fills(buffer, chosen, shape, 7))
@@ -68,11 +68,13 @@ def test_too_long_a_bundle_is_refused_by_record(make_buffer):
         for own in ([2, 3, 4, 5], [2, 3, 7, 8])
     ]
     buffer = make_buffer(records)
-    with pytest.raises(Refusal, match=r"2 sequences takes 7 tokens and a row holds 6 \(its longest, record 0, has 5\)"):
-        plan(buffer, bundles(buffer, "trajectory"), row_length=6)
-    assert plan(buffer, bundles(buffer, "trajectory", row_length=6), row_length=6).length == 6
+    with pytest.raises(
+        UserError, match=r"2 sequences takes 7 tokens and a row holds 6 \(its longest, record 0, has 5\)"
+    ):
+        plan(buffer, pack_groups(buffer, "trajectory"), row_length=6)
+    assert plan(buffer, pack_groups(buffer, "trajectory", row_length=6), row_length=6).length == 6
 
 
 def test_nothing_to_plan_is_refused():
-    with pytest.raises(Refusal, match="no example"):
+    with pytest.raises(UserError, match="no example"):
         plan([], [])

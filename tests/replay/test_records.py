@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Record, validate
 
 
@@ -57,7 +57,7 @@ def test_equality_is_that_of_bits():
     ],
 )
 def test_each_fault_is_told_in_one_sentence(change, words):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         validate(record(**change), vocab_size=10, name="record 7")
     text = str(caught.value)
     assert text.startswith("record 7") and "\n" not in text

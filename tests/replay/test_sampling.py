@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.replay import Buffer, Record, Schedule, bundles
+from shiq_jax.replay import Buffer, Record, Schedule, pack_groups
 from shiq_jax.replay.trie import build
 
 
@@ -71,13 +71,13 @@ def buffer_of(make_buffer, rewards):
 
 def test_units_on_a_buffer_small_enough_to_see(make_buffer):
     buffer = buffer_of(make_buffer, [("a", 1), ("b", 5), ("a", 3), ("a", 3), ("c", 2), ("b", 5), ("a", 1)])
-    assert bundles(buffer, "trajectory") == [((0,), (2,), (3,), (6,)), ((1,), (5,)), ((4,),)]
-    assert bundles(buffer, "trajectory", share_prompts=False) == [((k,),) for k in range(7)]
-    assert bundles(buffer, "trajectory", max_bundle=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
-    assert bundles(buffer, "group") == [((0, 2, 3, 6),), ((1, 5),), ((4,),)]
-    pairs = bundles(buffer, "pair")
+    assert pack_groups(buffer, "trajectory") == [((0,), (2,), (3,), (6,)), ((1,), (5,)), ((4,),)]
+    assert pack_groups(buffer, "trajectory", share_prompts=False) == [((k,),) for k in range(7)]
+    assert pack_groups(buffer, "trajectory", max_pack_group=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
+    assert pack_groups(buffer, "group") == [((0, 2, 3, 6),), ((1, 5),), ((4,),)]
+    pairs = pack_groups(buffer, "pair")
     assert pairs == [((2, 0),)] and pairs.left_out == 2
-    assert bundles(buffer, "group").left_out == 0
+    assert pack_groups(buffer, "group").left_out == 0
 
 
 def test_pairs_are_what_the_data_say_before_what_returns_say(make_buffer):
@@ -95,7 +95,7 @@ def test_pairs_are_what_the_data_say_before_what_returns_say(make_buffer):
         for group, members in said.items()
         for number, (judged, reward) in enumerate(members)
     ]
-    pairs = bundles(make_buffer(records), "pair")
+    pairs = pack_groups(make_buffer(records), "pair")
     assert pairs == [((1, 0),), ((8, 7),), ((13, 12),), ((15, 14),)] and pairs.left_out == 2
 
 
@@ -111,7 +111,7 @@ def test_split_groups_fit_and_lose_nobody(lists, row_length, most, tmp_path_fact
         Record(tokens=[1, *tokens], action_mask=[0] + [1] * len(tokens), rewards=[0.0] * len(tokens), group="g")
         for tokens in lists
     )
-    parts = bundles(buffer, "trajectory", max_bundle=most, row_length=row_length)
+    parts = pack_groups(buffer, "trajectory", max_pack_group=most, row_length=row_length)
     assert sorted(number for part in parts for (number,) in part) == list(range(len(lists)))
     for part in parts:
         assert len(part) <= (most or len(lists))
@@ -125,9 +125,9 @@ def test_split_groups_fit_and_lose_nobody(lists, row_length, most, tmp_path_fact
 def test_arguments_that_mean_nothing_are_refused(make_buffer):
     buffer = buffer_of(make_buffer, [("a", 1)])
     with pytest.raises(ValueError, match="unit is 'triple'; choose one of trajectory, pair, group"):
-        bundles(buffer, "triple")
+        pack_groups(buffer, "triple")
     with pytest.raises(ValueError, match="share_prompts=False"):
-        bundles(buffer, "pair", share_prompts=False)
-    for name in ("max_bundle", "row_length"):
+        pack_groups(buffer, "pair", share_prompts=False)
+    for name in ("max_pack_group", "row_length"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
-            bundles(buffer, "trajectory", **{name: 0})
+            pack_groups(buffer, "trajectory", **{name: 0})

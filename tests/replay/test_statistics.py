@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, Identity
 
 MINE = Identity(weights="ab12", dtype="float32", engine={"name": "xla", "block": 128})
@@ -31,7 +31,7 @@ def test_annotation_goes_on_where_it_was_interrupted(make_groups, make_buffer):
     buffer = make_buffer(make_groups(np.random.default_rng(0)), parts=3)
     assert buffer.missing_statistics(MINE) == [0, 1, 2]
     buffer.write_statistics(MINE, 1, made_up(buffer, 1))
-    with pytest.raises(Refusal, match=r"weights=ab12 for 1 of 3 shards; finish"):
+    with pytest.raises(UserError, match=r"weights=ab12 for 1 of 3 shards; finish"):
         buffer.statistics(MINE)
     opened = Buffer.open(buffer.path)
     for shard in opened.missing_statistics(MINE):
@@ -48,10 +48,10 @@ def test_annotation_goes_on_where_it_was_interrupted(make_groups, make_buffer):
 
 def test_statistics_of_another_model_are_refused_with_both_names(make_groups, make_buffer):
     buffer = make_buffer(make_groups(np.random.default_rng(2)))
-    with pytest.raises(Refusal, match="holds no statistics, wanted are those made by .*weights=ab12"):
+    with pytest.raises(UserError, match="holds no statistics, wanted are those made by .*weights=ab12"):
         buffer.statistics(MINE)
     buffer.write_statistics(OTHER, 0, made_up(buffer, 0))
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         buffer.statistics(MINE)
     assert "weights=cd34" in str(caught.value) and "weights=ab12" in str(caught.value)
 
@@ -85,7 +85,7 @@ def test_adoption_needs_every_record_to_have_them(make_record, make_buffer):
     rng = np.random.default_rng(5)
     records = [make_record(rng), make_record(rng), make_record(rng, statistics=False)]
     buffer = make_buffer(records, parts=2)
-    with pytest.raises(Refusal, match="record 2 carries no lse of its sampler.*annotate"):
+    with pytest.raises(UserError, match="record 2 carries no lse of its sampler.*annotate"):
         buffer.adopt_sampler_statistics(MINE)
     assert Buffer.open(buffer.path).identities() == []
 
@@ -118,16 +118,16 @@ def test_statistics_that_do_not_fit_are_refused(make_record, make_buffer):
     rng = np.random.default_rng(7)
     buffer = make_buffer([make_record(rng, length=5), make_record(rng, length=5)])
     good = made_up(buffer, 0)
-    with pytest.raises(Refusal, match="for 1 records were given, the shard holds 2"):
+    with pytest.raises(UserError, match="for 1 records were given, the shard holds 2"):
         buffer.write_statistics(MINE, 0, good[:1])
-    with pytest.raises(Refusal, match=r"record 1: lse has shape \(1,\)|record 1: lse has shape \(0,\)"):
+    with pytest.raises(UserError, match=r"record 1: lse has shape \(1,\)|record 1: lse has shape \(0,\)"):
         buffer.write_statistics(MINE, 0, [good[0], (good[1][0], good[1][1][:-1][:1])])
-    with pytest.raises(Refusal, match="record 0: logp is not finite"):
+    with pytest.raises(UserError, match="record 0: logp is not finite"):
         buffer.write_statistics(MINE, 0, [(good[0][0] * np.nan, good[0][1]), good[1]])
-    with pytest.raises(Refusal, match="has 1 shards, statistics were given for shard 1"):
+    with pytest.raises(UserError, match="has 1 shards, statistics were given for shard 1"):
         buffer.write_statistics(MINE, 1, good)
     buffer.write_statistics(MINE, 0, good)
-    with pytest.raises(Refusal, match="already"):
+    with pytest.raises(UserError, match="already"):
         buffer.write_statistics(MINE, 0, good)
 
 
@@ -136,5 +136,5 @@ def test_a_truncated_sidecar_is_named(make_groups, make_buffer):
     buffer.write_statistics(MINE, 0, made_up(buffer, 0))
     file = buffer.path / "statistics" / MINE.digest / "00000.arrow"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(Refusal, match="00000.arrow has 100 bytes"):
+    with pytest.raises(UserError, match="00000.arrow has 100 bytes"):
         Buffer.open(buffer.path)

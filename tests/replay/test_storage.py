@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
 from shiq_jax.replay.records import STATISTICS
 
@@ -100,18 +100,18 @@ def test_truncated_shards_are_refused_by_name(tmp_path, keep):
     path = tmp_path / "shard.arrow"
     annotations(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(Refusal, match="shard.arrow is truncated or corrupt"):
+    with pytest.raises(UserError, match="shard.arrow is truncated or corrupt"):
         storage.Shard(path, storage.ANNOTATIONS, 3)
 
 
 def test_other_schemas_row_counts_and_missing_files_are_refused_by_name(tmp_path):
     path = tmp_path / "shard.arrow"
     annotations(path)
-    with pytest.raises(Refusal, match="shard.arrow holds the columns logp, lse, expected are tokens"):
+    with pytest.raises(UserError, match="shard.arrow holds the columns logp, lse, expected are tokens"):
         storage.Shard(path, storage.RECORDS, 3)
-    with pytest.raises(Refusal, match="shard.arrow holds 3 rows, but the manifest says 4"):
+    with pytest.raises(UserError, match="shard.arrow holds 3 rows, but the manifest says 4"):
         storage.Shard(path, storage.ANNOTATIONS, 4)
-    with pytest.raises(Refusal, match="nowhere.arrow is missing"):
+    with pytest.raises(UserError, match="nowhere.arrow is missing"):
         storage.Shard(tmp_path / "nowhere.arrow", storage.ANNOTATIONS, 3)
 
 

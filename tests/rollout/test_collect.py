@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_prompt
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
 from shiq_jax.rollout.collect import collect, decode, in_order
-from shiq_jax.rollout.drawing import Sampling
 from shiq_jax.rollout.generate import Sampler
+from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.tasks.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -154,7 +154,7 @@ def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
     ],
 )
 def test_rows_without_a_usable_prompt_are_refused(row, said, scripted, tokenizer):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         gathered(scripted([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
 
 

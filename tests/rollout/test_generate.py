@@ -8,11 +8,11 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import Model, load_hf
 from shiq_jax.rollout.categorical import categorical
-from shiq_jax.rollout.drawing import Sampling, behaviour_logits
 from shiq_jax.rollout.generate import Sampler, pad_prompts
+from shiq_jax.rollout.sampling import Sampling, behaviour_logits
 from shiq_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -394,7 +394,7 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
     said = (
         "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
     )
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         draw(params, [[1], fits[0] + [3]], KEY, 7)
 
 
@@ -408,12 +408,12 @@ def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
 )
 def test_a_prompt_too_long_is_told_only_what_helps(new, length, said, sampler, params):
     draw = sampler(Sampling(max_tokens=new), samples_per_prompt=1, prompts_in_flight=4)
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         draw(params, [[3] * length], KEY)
 
 
 def test_an_empty_prompt_is_refused_by_its_number(sampler, params):
-    with pytest.raises(Refusal, match="prompt 6 has no tokens"):
+    with pytest.raises(UserError, match="prompt 6 has no tokens"):
         sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, [[1], []], KEY, 5)
 
 

@@ -5,14 +5,23 @@ from tests.training.conftest import (
     host_params,
     make_buffer,
     make_records,
-    mesh_of,
     model,
     on_mesh,
     quickly,
     records,
     relative,
+    requested_mesh,
 )
 
 __all__ = [
-    "dense", "host_params", "make_buffer", "make_records", "mesh_of", "model", "on_mesh", "quickly", "records", "relative",
+    "dense",
+    "host_params",
+    "make_buffer",
+    "make_records",
+    "model",
+    "on_mesh",
+    "quickly",
+    "records",
+    "relative",
+    "requested_mesh",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.formats import preferences, trajectories
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, storage
 from shiq_jax.runs.ingest import import_records
 from shiq_jax.runs.sources import prompts_of
@@ -51,11 +51,11 @@ def test_only_a_shard_is_held_at_a_time(tmp_path, monkeypatch):
 
 def test_a_refused_source_leaves_an_empty_buffer(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "SHARD_ROWS", 2)
-    with pytest.raises(Refusal, match="outside the vocabulary"):
+    with pytest.raises(UserError, match="outside the vocabulary"):
         import_records(tmp_path / "buffer", reader("ultrafeedback"), model(vocabulary=50))
-    with pytest.raises(Refusal, match="line 1: it has 52 tokens and the model's context holds 51"):
+    with pytest.raises(UserError, match="line 1: it has 52 tokens and the model's context holds 51"):
         import_records(tmp_path / "buffer", reader("ultrafeedback"), model(context=51))
-    with pytest.raises(Refusal, match="nothing of the data can be learned from.*19 sequences of more than 3 tokens"):
+    with pytest.raises(UserError, match="nothing of the data can be learned from.*19 sequences of more than 3 tokens"):
         import_records(tmp_path / "buffer", reader("ultrafeedback"), model(), drop_longer_than=3)
     assert len(Buffer.open(tmp_path / "buffer")) == 0 and not list(tmp_path.rglob("records-*"))
 
@@ -93,5 +93,5 @@ def test_prompts_to_evaluate_leave_room_for_an_answer(tmp_path):
     assert [len(row["tokens"]) for row in prompts_of(buffer, 6, max(lengths) - 1)] == [
         n for n in lengths if n < max(lengths)
     ]
-    with pytest.raises(Refusal, match="no prompt of the data has 2 tokens or fewer"):
+    with pytest.raises(UserError, match="no prompt of the data has 2 tokens or fewer"):
         prompts_of(buffer, 6, 2)

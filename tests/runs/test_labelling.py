@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from shiq_jax.objectives import OBJECTIVES, apo_zero_unpaired_loss, kto_loss
-from shiq_jax.replay import Buffer, bundles, pack, plan
+from shiq_jax.replay import Buffer, pack, pack_groups, plan
 from shiq_jax.replay.labels import labelled
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import data_devices, place
@@ -74,14 +74,15 @@ def expected(model, host_params, buffers, references, dense):
      ("apo_zero_unpaired", None, 1), ("apo_zero_unpaired", "fsdp=8", 2)],
 )  # fmt: skip
 def test_loss_and_gradient_do_not_depend_on_the_cut(
-    name, mesh, microbatches, buffers, references, expected, on_mesh, mesh_of, relative
+    name, mesh, microbatches, buffers, references, expected, on_mesh, requested_mesh, relative
 ):
     objective, buffer = OBJECTIVES[name].configure(**OPTIONS), buffers[name]
     model, params = on_mesh(mesh)
-    drawn, rows = bundles(buffer, objective.unit), data_devices(mesh_of(mesh)) * microbatches
+    drawn, rows = pack_groups(buffer, objective.unit), data_devices(requested_mesh(mesh)) * microbatches
     shape = plan(buffer, drawn, multiple=8)
     batch = place(
-        pack(drawn, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch, mesh_of(mesh)
+        pack(drawn, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch,
+        requested_mesh(mesh),
     )
     rule = optax.sgd(1.0, momentum=0.0)
     update = make_update(model, objective, rule, microbatches=microbatches)

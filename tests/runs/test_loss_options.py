@@ -12,15 +12,13 @@ from jaxtyping import Array, ArrayLike, Float
 
 from shiq_jax import objectives
 from shiq_jax.objectives import OBJECTIVES, PAIRS, lift
-from shiq_jax.objectives.inputs import check_positive
+from shiq_jax.objectives.validation import check_positive
 from shiq_jax.runs import commands, loss_options
 from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, family, recorded
 from shiq_jax.runs.train_command import parse
 
 FAMILIES = (RewardLoss, PairLoss, LabelLoss)
-EVERY = [
-    (kind, name, option) for kind in FAMILIES for name, each in kind.objectives.items() for option in each.options
-]
+EVERY = [(kind, name, option) for kind in FAMILIES for name, each in kind.objectives.items() for option in each.options]
 # Options that go together.
 BESIDE = {"n": {"horizon": "n_step"}, "f_alpha": {"f_divergence": "alpha_divergence"}}
 
@@ -143,11 +141,11 @@ def test_options_of_one_name_and_several_types_are_refused_where_losses_are_put_
 def test_settings_hold_what_was_not_given_too_and_make_the_objective_again():
     assert RewardLoss().settings() == RewardLoss(beta=0.1, gamma=1.0).settings()
     loss = RewardLoss(name="ilql", beta=0.05, polyak=0.1)
-    assert loss.steering == recorded(loss.settings()).steering == 20.0
+    assert loss.q_guidance == recorded(loss.settings()).q_guidance == 20.0
     assert recorded(loss.settings()).polyak == 0.1 and recorded({}).name == "sft"
     # As runs recorded them that knew the options of all losses.
     older = {"name": "ilql", "beta": 0.05, "gamma": None, "normalisation": "sum_t", "horizon": "multi"}
-    assert recorded(older).steering == 20.0
+    assert recorded(older).q_guidance == 20.0
     assert commands.Shiq(loss=loss).settings()["loss"] == loss.settings()
     assert set(loss_options.REWARD_LOSSES) == set(RewardLoss.objectives)
 

@@ -25,7 +25,9 @@ def test_files_are_hashed_once_and_weights_are_read_once(more, tiny, tmp_path, m
         "--evaluation.data", str(tmp_path / "held_out.jsonl"), "--evaluation.times", "2", "--evaluation.max-tokens", "2",
         "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", *more,
     ])  # fmt: skip
-    evaluations = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()].count("evaluation")
+    evaluations = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()].count(
+        "evaluation"
+    )
     assert evaluations == 3
     assert hashed == {"pairs.jsonl": 1, "held_out.jsonl": 1}
     assert loaded == {tiny: 1}

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from shiq_jax import stopping
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.runs.callbacks import EvaluatePolicy
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
 from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
@@ -196,7 +196,7 @@ def test_checkpoints_of_other_settings_are_refused(ledger):
     plan = plan_of(Phase("update", adding(1), batch, 2))
     run_phases(plan, start(), ledger(shelf))
     other = ledger(shelf)._replace(settings={"seed": 2})
-    with pytest.raises(Refusal, match="was begun with seed=1, not 2"):
+    with pytest.raises(UserError, match="was begun with seed=1, not 2"):
         run_phases(plan, start(), other)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shiq_jax.data import formats, reading
+from shiq_jax.data import formats, import_context
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, buffer, export, storage, trees
 from shiq_jax.runs.ingest import import_records
@@ -80,7 +80,7 @@ def test_a_trie_is_built_once_over_all_passes(monkeypatch, tmp_path):
     batches = Batches(made, "trajectory", 2, seed=0, row_length=128)
     for step in range(batches.steps(3)):
         batches(step)
-    assert len(built) == len(batches.bundles)
+    assert len(built) == len(batches.pack_groups)
 
 
 def test_a_file_is_read_for_its_checksum_when_it_is_opened_again_and_never_before(checksums, tmp_path):

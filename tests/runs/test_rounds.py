@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import eval as eval_command
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import fingerprint, load_hf
 from shiq_jax.objectives import LossOut, Objective
 from shiq_jax.replay import Buffer
@@ -29,6 +29,7 @@ SMALL = [
     "--evaluation.samples-per-prompt", "2", "--evaluation.max-tokens", "4", "--evaluation.times", "1",
     "--evaluation.no-greedy", "--batch-size", "4", "--epochs", "1", "--optimizer.learning-rate", "3e-3",
 ]  # fmt: skip
+
 
 def train(tiny, out, *more, command="dpo"):
     train_command.main([command, "--model", tiny, "--output-dir", str(out), *SMALL, *more])
@@ -103,7 +104,10 @@ def test_a_round_samples_from_the_policy_of_the_one_before(tiny, previous):
         assert json.loads((here / "round.json").read_text())["probe"]["passed"]
         start = here / "policy"
     tokens = [
-        [record.tokens.tolist() for record in map(Buffer.open(previous / f"rounds/{n:03d}/buffer").__getitem__, range(32))]
+        [
+            record.tokens.tolist()
+            for record in map(Buffer.open(previous / f"rounds/{n:03d}/buffer").__getitem__, range(32))
+        ]
         for n in range(3)
     ]
     assert tokens[0] != tokens[1] != tokens[2]
@@ -215,7 +219,7 @@ def test_a_recipe_names_its_references(tiny, tmp_path):
     updates = rows_of(run, "update")
     assert all(row["apart"] == 0 for row in updates if row["round"] == 0)
     assert all(row["apart"] > 1e-3 for row in updates if row["round"] == 1)
-    with pytest.raises(Refusal, match="was begun with recipe='TwoReferences', not 'Iterative'"):
+    with pytest.raises(UserError, match="was begun with recipe='TwoReferences', not 'Iterative'"):
         job = train_command.parse(["shiq", "--model", tiny, "--output-dir", str(run), *SMALL, "--rounds", "2"])
         pipeline.train(dataclasses.replace(job, resume=True))
 

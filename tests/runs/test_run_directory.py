@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.runs.run_directory import RunDirectory, write_json, write_jsonl
 
 OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3}
@@ -46,7 +46,7 @@ def test_a_run_begins_in_a_missing_or_empty_directory(made_before, path):
 
 def test_a_second_run_is_refused(run, path):
     before = contents(path)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory.begin(path, SETTINGS, resume=False)
     expected = "holds a run already: add --resume to go on with it, or name another --output-dir"
     assert str(refusal.value) == f"{path} {expected}"
@@ -56,7 +56,7 @@ def test_a_second_run_is_refused(run, path):
 def test_files_of_others_are_left_alone(path):
     path.mkdir(parents=True)
     (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory.begin(path, SETTINGS, resume=False)
     assert str(refusal.value) == f"{path} is not empty and holds no run: name another --output-dir"
     assert contents(path) == {Path("thesis.txt"): b"years of work"}
@@ -65,7 +65,7 @@ def test_files_of_others_are_left_alone(path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_file_is_no_directory(resume, tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(Refusal, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         RunDirectory.begin(tmp_path / "file", SETTINGS, resume=resume)
     assert (tmp_path / "file").read_text() == "text"
 
@@ -74,7 +74,7 @@ def test_a_file_is_no_directory(resume, tmp_path):
 def test_nothing_to_resume_is_refused(made_before, path):
     if made_before:
         path.mkdir(parents=True)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory.begin(path, SETTINGS, resume=True)
     expected = "holds no run to resume (it has no config.json): leave --resume out to begin one"
     assert str(refusal.value) == f"{path} {expected}"
@@ -102,7 +102,7 @@ def test_the_same_settings_go_on(run, path):
 )
 def test_other_settings_are_refused_by_name(change, said, run, path):
     before = contents(path)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory.begin(path, SETTINGS | change, resume=True)
     assert str(refusal.value) == f"{path} was begun with {said}: resume it with its own options and data"
     assert contents(path) == before
@@ -111,7 +111,7 @@ def test_other_settings_are_refused_by_name(change, said, run, path):
 @pytest.mark.parametrize("text", ['{"task": "sor', "", "[1, 2]", "3"])
 def test_a_broken_config_is_refused(text, run, path):
     run.config.write_text(text)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory.begin(path, SETTINGS, resume=True)
     assert str(refusal.value).startswith(f"{run.config} is not")
     assert run.config.read_text() == text
@@ -123,7 +123,7 @@ def test_weights_are_those_of_the_first_time(run):
         run.keep_weights("reference", "cd34", run.reference)
     assert json.loads(run.weights.read_text()) == {"model": "ab12", "reference": "cd34"}
     before = contents(run.path)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         RunDirectory(run.path).keep_weights("model", "ef56", "some/model")
     expected = (
         f"some/model holds other weights than those that {run.path} was begun with: restore them, or begin another run"

@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.run_directory import RunDirectory, write_jsonl
 from shiq_jax.runs.trackers import require, trackers
@@ -203,7 +203,7 @@ def test_what_the_server_lacks_is_sent_again(arrived, directory, monkeypatch):
 def test_a_missing_package_is_refused_by_the_name_of_its_extra(name, package, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else find(wanted))
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         require([name])
     assert f"--track {name}" in str(refusal.value) and f"pip install 'shiq_jax[{name}]'" in str(refusal.value)
     require([])
@@ -217,7 +217,7 @@ def test_wandb_without_a_key_is_refused_before_anything_is_written(monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "login", no_key)
-    with pytest.raises(Refusal, match="WANDB_MODE=offline"):
+    with pytest.raises(UserError, match="WANDB_MODE=offline"):
         require(["wandb"])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts, make_mesh
 
 RANDOM = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def test_gather_in_one_process(arrays):
 
 
 def test_alone_nobody_is_waited_for():
-    assert hosts.count() == 1 and hosts.is_writer()
+    assert hosts.process_count() == 1 and hosts.is_writer()
     value = object()
     assert hosts.agree(value, "anything") is value
     assert hosts.on_writer(lambda: value)() is value and hosts.on_writer(lambda: value, wait=False)() is value
@@ -86,7 +86,7 @@ assert not xla_bridge.backends_are_initialized()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts, make_mesh, named_sharding, start_processes
 index = start_processes(timeout=60)
 import jax, jax.numpy as jnp, numpy as np
@@ -110,7 +110,7 @@ out["read"] = Path("file").read_text()
 def fail(error):
     raise error
 
-for name, error in {"refusal": Refusal("no room"), "error": OSError(28, "No space left on device")}.items():
+for name, error in {"refusal": UserError("no room"), "error": OSError(28, "No space left on device")}.items():
     try:
         fail(error)
     except Exception as caught:
@@ -138,7 +138,7 @@ from shiq_jax.runs.run_directory import RunDirectory
 run = RunDirectory.begin(Path("run"), {"seed": 1}, resume=False)
 try:
     RunDirectory.begin(Path("run"), {"seed": 1}, resume=False)
-except Refusal as refusal:
+except UserError as refusal:
     out["second run"] = str(refusal)
 with run.locked():
     buffer = Buffer.create(run.buffer)
@@ -203,7 +203,7 @@ def test_what_the_writer_wrote_and_returned_reaches_both(two):
 
 
 def test_an_error_of_the_writer_reaches_both(two):
-    assert [each["refusal"] for each in two] == [[Refusal.__name__, "no room"]] * 2
+    assert [each["refusal"] for each in two] == [[UserError.__name__, "no room"]] * 2
     text = "[Errno 28] No space left on device"
     assert [each["error"] for each in two] == [["OSError", text], ["RuntimeError", text]]
 

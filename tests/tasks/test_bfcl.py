@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks import bfcl, fetch
 
 AREA = {
@@ -57,17 +57,17 @@ def _marks(rows):
 @settings(max_examples=60, deadline=None)
 def test_no_question_and_no_function_crosses_the_split(numbers, seed, share):
     rows = [_row(f"Question  {question}", *(f"f{name}" for name in names)) for question, names in numbers]
-    train, held_out = bfcl.split(rows, seed=seed, held_out=share)
+    train, held_out = bfcl.split_held_out(rows, seed=seed, held_out=share)
     assert not _marks(train) & _marks(held_out)
     assert sorted(map(id, train + held_out)) == sorted(map(id, rows))
     assert len(held_out) <= round(share * len(rows))
-    assert bfcl.split(rows, seed=seed, held_out=share) == (train, held_out)
+    assert bfcl.split_held_out(rows, seed=seed, held_out=share) == (train, held_out)
 
 
 def test_questions_agree_up_to_case_and_white_space():
     rows = [_row("What  is it?", "f"), _row("what is it?", "g"), _row("Else?", "h"), _row("More?", "h")]
     for seed in range(8):
-        train, held_out = bfcl.split(rows, seed=seed, held_out=0.5)
+        train, held_out = bfcl.split_held_out(rows, seed=seed, held_out=0.5)
         assert {tuple(sorted(row["id"] for row in side)) for side in (train, held_out)} == {
             ("What  is it?", "what is it?"),
             ("Else?", "More?"),
@@ -76,7 +76,7 @@ def test_questions_agree_up_to_case_and_white_space():
 
 def test_unrelated_rows_fill_the_held_out_share_exactly():
     rows = [_row(str(number), f"f{number}") for number in range(50)]
-    splits = [bfcl.split(rows, seed=seed, held_out=0.3) for seed in (0, 1)]
+    splits = [bfcl.split_held_out(rows, seed=seed, held_out=0.3) for seed in (0, 1)]
     assert [len(held_out) for _, held_out in splits] == [15, 15]
     assert splits[0] != splits[1]
 
@@ -84,7 +84,7 @@ def test_unrelated_rows_fill_the_held_out_share_exactly():
 @pytest.mark.parametrize("share", [0.0, 1.0, -1])
 def test_a_share_outside_the_unit_interval_is_refused(share):
     with pytest.raises(ValueError, match="held_out"):
-        bfcl.split([_row("a", "f")], seed=0, held_out=share)
+        bfcl.split_held_out([_row("a", "f")], seed=0, held_out=share)
 
 
 @pytest.fixture
@@ -144,16 +144,16 @@ def test_literals_are_python_and_mean_the_value(value):
 
 
 def test_damage_is_named(leaderboard, tmp_path):
-    with pytest.raises(Refusal, match="the category 'java' is unknown"):
+    with pytest.raises(UserError, match="the category 'java' is unknown"):
         bfcl.load(leaderboard, ["java"])
-    with pytest.raises(Refusal, match="shiq_jax.tasks.fetch"):
+    with pytest.raises(UserError, match="shiq_jax.tasks.fetch"):
         bfcl.load(leaderboard, ["multiple"])
     answers = leaderboard / "bfcl_eval" / "data" / "possible_answer" / "BFCL_v4_parallel.json"
     answers.write_text(answers.read_text().splitlines()[0])
-    with pytest.raises(Refusal, match="asks parallel_1"):
+    with pytest.raises(UserError, match="asks parallel_1"):
         bfcl.load(leaderboard, ["parallel"])
     answers.write_text('{"id": 1')
-    with pytest.raises(Refusal, match="line 1 is not JSON"):
+    with pytest.raises(UserError, match="line 1 is not JSON"):
         bfcl.load(leaderboard, ["parallel"])
 
 
@@ -163,7 +163,7 @@ def test_the_real_leaderboard_is_whole_and_splits_cleanly():
     counts = {category: sum(row["category"] == category for row in rows) for category in bfcl.CATEGORIES}
     assert counts == {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200}
     for seed in range(3):
-        train, held_out = bfcl.split(rows, seed=seed)
+        train, held_out = bfcl.split_held_out(rows, seed=seed)
         assert not _marks(train) & _marks(held_out)
         assert (len(train), len(held_out)) == (800, 200)
         # Every category is measured.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks import bfcl, fetch
 from shiq_jax.tasks.bfcl_checker import bfcl_reward, constant_arithmetic, load_official
 
@@ -59,12 +59,12 @@ def test_everything_else_is_no_arithmetic(expression):
 
 
 def test_a_directory_without_the_package_is_refused(tmp_path):
-    with pytest.raises(Refusal, match="does not hold the package bfcl_eval"):
+    with pytest.raises(UserError, match="does not hold the package bfcl_eval"):
         load_official(tmp_path)
     utilities = tmp_path / "bfcl_eval" / "model_handler" / "utils.py"
     utilities.parent.mkdir(parents=True)
     utilities.write_text("def ast_parse(): pass\n")
-    with pytest.raises(Refusal, match="cannot be imported"):
+    with pytest.raises(UserError, match="cannot be imported"):
         load_official(tmp_path)
     assert not [name for name in sys.modules if name.startswith("bfcl_eval")]
 

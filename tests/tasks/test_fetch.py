@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from shiq_jax import progress
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks import fetch
 
 
@@ -53,7 +53,7 @@ def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
     )
     run = subprocess.run
     monkeypatch.setattr(fetch.subprocess, "run", lambda _, **options: run([sys.executable, "-c", program], **options))
-    with progress.shown(), pytest.raises(Refusal, match="could not download package==1"):
+    with progress.display(), pytest.raises(UserError, match="could not download package==1"):
         fetch._fetch("name", "package==1", "4 MB", lambda *_: None, tmp_path)
     said = re.search(r"downloading package==1: 3/4 MB \(75%\), ([\d.]+) MB/s", capsys.readouterr().err)
     assert 0.4 < float(said[1]) < 1.5
@@ -61,7 +61,7 @@ def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
 
 def test_a_failed_download_leaves_nothing_and_says_why(pip, tmp_path):
     pip.complaint = "WARNING: retrying\nERROR: No matching distribution found for bfcl-eval\n"
-    with pytest.raises(Refusal, match="No matching distribution found for bfcl-eval.*check the network"):
+    with pytest.raises(UserError, match="No matching distribution found for bfcl-eval.*check the network"):
         fetch.bfcl(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -136,7 +136,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_refused(pip, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="SHIQ_JAX_CACHE"):
+    with pytest.raises(UserError, match="SHIQ_JAX_CACHE"):
         fetch.bfcl(tmp_path / "file")
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks.gguf import gguf_to_huggingface
 from shiq_jax.tasks.tiny import tiny_directory, tiny_tokenizer
 
@@ -122,8 +122,8 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(original, tmp_
 
 def test_other_files_are_refused(original, tmp_path):
     file = _write(tmp_path / "other.gguf", {}, tiny_tokenizer(), architecture="gemma")
-    with pytest.raises(Refusal, match="gemma"):
+    with pytest.raises(UserError, match="gemma"):
         gguf_to_huggingface(file, tmp_path)
     file = _write(tmp_path / "odd.gguf", {"blk.0.router.weight": np.ones((2, 2), np.float32)}, tiny_tokenizer())
-    with pytest.raises(Refusal, match="blk.0.router.weight"):
+    with pytest.raises(UserError, match="blk.0.router.weight"):
         gguf_to_huggingface(file, tmp_path)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.tasks import rewards
 from shiq_jax.tasks.sorting import sorting_reward
 
@@ -45,7 +45,7 @@ def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
     ],
 )
 def test_unknown_rewards_are_refused(name, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         rewards.resolve(name)
 
 
@@ -53,11 +53,11 @@ def test_unknown_rewards_are_refused(name, said):
 def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
     monkeypatch.setattr(math, "given_reward", lambda row, completion: value, raising=False)
     reward = rewards.resolve("math:given_reward")
-    with pytest.raises(Refusal, match="the row 'q7'.*finite number"):
+    with pytest.raises(UserError, match="the row 'q7'.*finite number"):
         reward({"id": "q7", "prompt": "a"}, "b")
-    with pytest.raises(Refusal, match='the prompt "a"'):
+    with pytest.raises(UserError, match='the prompt "a"'):
         reward({"prompt": "a"}, "b")
-    with pytest.raises(Refusal, match='the prompt "a"'):
+    with pytest.raises(UserError, match='the prompt "a"'):
         reward({"id": None, "prompt": "a"}, "b")
 
 
@@ -67,7 +67,7 @@ def test_rewards_that_fail_name_the_row_and_the_error(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(math, "given_reward", fail, raising=False)
-    with pytest.raises(Refusal, match="(?s)'math:given_reward' failed with .* the row 'q7' .* 'hello'") as refused:
+    with pytest.raises(UserError, match="(?s)'math:given_reward' failed with .* the row 'q7' .* 'hello'") as refused:
         rewards.resolve("math:given_reward")({"id": "q7"}, "hello")
     assert f"{type(error).__name__}: {error}" in str(refused.value)
     assert refused.value.__cause__ is error
@@ -75,19 +75,19 @@ def test_rewards_that_fail_name_the_row_and_the_error(error, monkeypatch):
 
 def test_what_a_reward_refuses_is_told_as_it_is(monkeypatch):
     def refuse(row, completion):
-        raise Refusal("the judge is away: call again")
+        raise UserError("the judge is away: call again")
 
     monkeypatch.setattr(math, "given_reward", refuse, raising=False)
-    with pytest.raises(Refusal, match="^the judge is away: call again$"):
+    with pytest.raises(UserError, match="^the judge is away: call again$"):
         rewards.resolve("math:given_reward")({}, "b")
 
 
 def test_rows_that_lack_what_a_reward_reads_are_named():
-    with pytest.raises(Refusal, match="'answer'"):
+    with pytest.raises(UserError, match="'answer'"):
         rewards.resolve("exact")({"prompt": "a"}, "b")
     with pytest.raises(
-        Refusal, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""
+        UserError, match="'sorting' failed with KeyError: 'answer' for the row with the prompt \"sort 21:\""
     ):
         rewards.resolve("sorting")({"prompt": "sort 21:"}, "12")
-    with pytest.raises(Refusal, match="'functions'"):
+    with pytest.raises(UserError, match="'functions'"):
         rewards.REWARDS["bfcl"]({"id": 1, "prompt": "a"}, "b")

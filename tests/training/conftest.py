@@ -118,7 +118,7 @@ def host_params(model):
 
 
 @pytest.fixture(scope="session")
-def mesh_of():
+def requested_mesh():
     """The mesh of a text, None for None; equal texts give the same mesh."""
     meshes = {None: None}
 
@@ -129,11 +129,11 @@ def mesh_of():
 
 
 @pytest.fixture(scope="session")
-def on_mesh(model, host_params, mesh_of):
+def on_mesh(model, host_params, requested_mesh):
     """(model, fresh parameters) on the mesh of a text."""
 
     def place(text=None):
-        placed = dataclasses.replace(model, mesh=mesh_of(text))
+        placed = dataclasses.replace(model, mesh=requested_mesh(text))
         if text is None:
             return placed, jax.tree.map(jnp.array, host_params)
         # Made inside a computation, so that no array shares its memory with the host's copy.

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.replay import Record, trees
-from shiq_jax.replay.sampling import trajectory_bundles
+from shiq_jax.replay.schedule import trajectory_groups
 from shiq_jax.training import annotation
 from shiq_jax.training.annotation import PROBE_TOLERANCE, annotate, probe, reference_identity, statistics_of
 
@@ -36,21 +36,21 @@ def sampled(records, expected):
 
 @pytest.fixture
 def passes_made(monkeypatch):
-    """Passes over bundles, as numbers of their records; the one at `stop` fails."""
+    """Passes over pack_groups, as numbers of their records; the one at `stop` fails."""
 
     class Calls(list):
         stop = None
 
     calls = Calls()
 
-    def counted(model, params, built, bundles, *options):
+    def counted(model, params, built, pack_groups, *options):
         if len(calls) == calls.stop:
             raise KeyboardInterrupt
-        calls.append(sum(map(len, bundles)))
-        return compute(model, params, built, bundles, *options)
+        calls.append(sum(map(len, pack_groups)))
+        return compute(model, params, built, pack_groups, *options)
 
-    compute = annotation._bundle_statistics
-    monkeypatch.setattr(annotation, "_bundle_statistics", counted)
+    compute = annotation._pack_group_statistics
+    monkeypatch.setattr(annotation, "_pack_group_statistics", counted)
     return calls
 
 
@@ -136,7 +136,7 @@ def test_an_annotation_that_was_stopped_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         annotate(model, params, buffer, identity)
     assert buffer.missing_statistics(identity) == [2]
-    with pytest.raises(Refusal, match="2 of 3 shards; finish the annotation"):
+    with pytest.raises(UserError, match="2 of 3 shards; finish the annotation"):
         buffer.statistics(identity)
     passes_made.stop = None
     again = type(buffer).open(buffer.path)
@@ -162,7 +162,7 @@ def test_statistics_of_another_model_are_refused_by_name(model, params, records,
     other = {**params, "norm": {"scale": params["norm"]["scale"] * 1.001}}
     wanted = reference_identity(model, other)
     assert wanted["weights"] != identity["weights"]
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         buffer.statistics(wanted)
     assert identity["weights"] in str(refused.value) and wanted["weights"] in str(refused.value)
 
@@ -184,11 +184,11 @@ def test_a_prompt_is_run_once_for_all_answers_that_fit_beside_it():
         for _ in range(16)
     ]  # fmt: skip
 
-    def bundles(row_length):
-        return list(trajectory_bundles([tuple(range(16))], group, [43] * 16, row_length))
+    def pack_groups(row_length):
+        return list(trajectory_groups([tuple(range(16))], group, [43] * 16, row_length))
 
-    assert bundles(128) == [tuple((number,) for number in range(16))]
-    parts = bundles(64)
+    assert pack_groups(128) == [tuple((number,) for number in range(16))]
+    parts = pack_groups(64)
     assert len(parts) == 2 and sorted(number for part in parts for (number,) in part) == list(range(16))
     # A group with a sequence that is too long by itself is not lost, but left to be refused by name.
-    assert len(bundles(20)) == 16
+    assert len(pack_groups(20)) == 16

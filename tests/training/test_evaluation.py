@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shiq_jax.data.chat import encode_prompt
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.tasks.tiny import tiny_tokenizer
 from shiq_jax.training.evaluation import Evaluator
@@ -215,10 +215,10 @@ def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy
 
 
 def test_a_reference_of_another_vocabulary_is_refused(evaluator, policy, model, reference):
-    with pytest.raises(Refusal, match="vocabulary of 264 tokens and the policy one of 99"):
+    with pytest.raises(UserError, match="vocabulary of 264 tokens and the policy one of 99"):
         evaluator(policy, Reference("other", lambda source: (model, reference), 99), KEY)
 
 
 def test_nothing_to_evaluate_on_is_refused(model, tokenizer, policy):
-    with pytest.raises(Refusal, match="no prompt"):
+    with pytest.raises(UserError, match="no prompt"):
         Evaluator(model, tokenizer, STOPS, [], None, 1)(policy, None, KEY)

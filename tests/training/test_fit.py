@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 from shiq_jax.objectives import OBJECTIVES
-from shiq_jax.replay import Buffer, Schedule, bundles
+from shiq_jax.replay import Buffer, Schedule, pack_groups
 from shiq_jax.training.batches import Batches, DeviceBatch, prefetch
-from shiq_jax.training.callbacks import RefuseNonFinite, SaveCheckpoints
+from shiq_jax.training.callbacks import CheckFinite, SaveCheckpoints
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.fit import Callback, fit
 from shiq_jax.training.optimizers import Optimizer
@@ -89,7 +89,7 @@ def numbered(step) -> DeviceBatch:
 def test_the_data_come_in_the_order_of_the_schedule(batches):
     stub = Counting()
     state = fit(counted(), stub, batches, start=0, stop=7)
-    schedule, drawn = Schedule(len(batches.bundles), 3, seed=5), bundles(batches.records, "trajectory")
+    schedule, drawn = Schedule(len(batches.pack_groups), 3, seed=5), pack_groups(batches.records, "trajectory")
     assert len(stub.seen) == 7 and int(state.step) == 7
     for step, batch in enumerate(stub.seen):
         wanted = [member for number in schedule.indices(step) for example in drawn[number] for member in example]
@@ -139,10 +139,10 @@ def test_no_callback_sees_a_state_whose_metrics_another_refuses():
     class Refusing(Callback):
         def on_update(self, done):
             if done.step == 2:
-                raise Refusal("no")
+                raise UserError("no")
 
     events = []
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         fit(counted(), Counting(), numbered, start=0, stop=3, callbacks=[Refusing(), Recorder(events, (1, 2, 3))])
     assert events == [("update", 1, 1.0), ("state", 1, False)]
 
@@ -208,8 +208,8 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_before_it_stays
     members = sorted(int(member) for member in batches(2).members.ravel() if member >= 0)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     shiq = make_update(model, OBJECTIVES["shiq"], RULE)
-    callbacks = [RefuseNonFinite("update", batches.records), SaveCheckpoints(checkpoints, every=1)]
-    with pytest.raises(Refusal) as refused:
+    callbacks = [CheckFinite("update", batches.records), SaveCheckpoints(checkpoints, every=1)]
+    with pytest.raises(UserError) as refused:
         fit(fresh(), shiq, batches, start=0, stop=6, callbacks=callbacks)
     named = f"records {', '.join(map(str, members))} of groups {', '.join(sorted({records[m].group for m in members}))}"
     assert str(refused.value).startswith(f"loss and grad_norm of update step 3 ({named}) are not finite;")
@@ -228,8 +228,8 @@ def test_each_number_that_is_not_finite_is_named(name, bad):
             return state, metrics | ({name: np.float32(bad)} if len(self.seen) == 2 else {})
 
     events = []
-    callbacks = [RefuseNonFinite(), Recorder(events, range(9))]
-    with pytest.raises(Refusal, match=f"^{name} of update step 2 is not finite"):
+    callbacks = [CheckFinite(), Recorder(events, range(9))]
+    with pytest.raises(UserError, match=f"^{name} of update step 2 is not finite"):
         fit(counted(), Bad(), numbered, start=0, stop=4, callbacks=callbacks)
     assert [event[1] for event in events if event[0] == "state"] == [1]
 

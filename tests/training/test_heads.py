@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from shiq_jax.models import Headed
+from shiq_jax.models import ModelWithHeads
 from shiq_jax.models.heads import HEADS
 from shiq_jax.objectives import OBJECTIVES, ilql_loss, oreo_loss, token_stats_from_logits
-from shiq_jax.replay import Buffer, bundles, pack, plan
+from shiq_jax.replay import Buffer, pack, pack_groups, plan
 from shiq_jax.training.placement import place
-from shiq_jax.training.state import follow, init_state
+from shiq_jax.training.state import init_state, polyak_average
 from shiq_jax.training.update import make_update
 
 RULE = optax.sgd(1.0)
@@ -29,23 +29,23 @@ def references(records):
 
 
 @pytest.fixture(scope="module")
-def begin(model, host_params, records, references, mesh_of, tmp_path_factory):
+def begin(model, host_params, records, references, requested_mesh, tmp_path_factory):
     """(model, state, batch) of an objective, on a mesh or on none, every head with something to say."""
     buffer = Buffer.create(tmp_path_factory.mktemp("replay") / "buffer")
     buffer.append(records)
 
     def start(objective, mesh=None):
-        headed = Headed.of(model, objective.heads)
+        headed = ModelWithHeads.of(model, objective.heads)
         params = headed.with_heads(jax.tree.map(jnp.array, host_params), jax.random.key(1))
         keys = iter(jax.random.split(jax.random.key(2), 8))
         params[HEADS] = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params[HEADS])
         if mesh is not None:
-            headed = Headed.of(dataclasses.replace(model, mesh=mesh_of(mesh)), objective.heads)
+            headed = ModelWithHeads.of(dataclasses.replace(model, mesh=requested_mesh(mesh)), objective.heads)
             params = jax.tree.map(
                 lambda leaf, like: jax.device_put(leaf, like.sharding), params, headed.abstract_params()
             )
-        slow = {name: jax.tree.map(lambda leaf: leaf * 0.9 - 0.1, params[HEADS][name]) for name in objective.slow}
-        drawn = bundles(buffer, objective.unit)
+        slow = {name: jax.tree.map(lambda leaf: leaf * 0.9 - 0.1, params[HEADS][name]) for name in objective.target_heads}
+        drawn = pack_groups(buffer, objective.unit)
         known = {"reference": references} if "references" in objective.needs else {}
         shape = plan(buffer, drawn, multiple=8)
         batch = place(pack(drawn, buffer, shape, references=known, rows_multiple=8).batch, headed.mesh)
@@ -136,7 +136,7 @@ def test_microbatches_and_devices_change_nothing(begin, objective, relative):
 
 def test_followers_go_part_of_the_way():
     slow = {"a": {"b": jnp.array([0.0, 2.0])}}
-    found = follow(slow, {"a": {"b": jnp.array([1.0, 4.0]), "c": jnp.ones(3)}, "d": jnp.ones(2)}, 0.1)
+    found = polyak_average(slow, {"a": {"b": jnp.array([1.0, 4.0]), "c": jnp.ones(3)}, "d": jnp.ones(2)}, 0.1)
     assert list(found) == ["a"] and list(found["a"]) == ["b"]
     np.testing.assert_allclose(found["a"]["b"], [0.1, 2.2])
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiq_jax.training.optimizers import Optimizer
-from shiq_jax.training.state import init_state, merge, split
+from shiq_jax.training.state import init_state, merge, partition
 
 TREES = st.recursive(
     st.dictionaries(st.text("ab", min_size=1, max_size=2), st.integers(), min_size=1, max_size=3),
@@ -28,7 +28,7 @@ def test_split_and_merge_are_inverse(tree, salt):
     def keep(path):
         return hash((path, salt)) % 3 == 0
 
-    kept, rest = split(tree, keep)
+    kept, rest = partition(tree, keep)
     assert merge(kept, rest) == tree == merge(rest, kept)
     assert paths(kept) == {path for path in paths(tree) if keep(path)}
     assert paths(kept) | paths(rest) == paths(tree) and not paths(kept) & paths(rest)

@@ -8,7 +8,7 @@ import pytest
 
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES, Couple, LossOut, Objective, TokenStats, dpo_loss, sft_loss, shiq_loss
-from shiq_jax.replay import Buffer, Record, bundles, pack, plan
+from shiq_jax.replay import Buffer, Record, pack, pack_groups, plan
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.placement import data_devices, place
 from shiq_jax.training.state import init_state
@@ -134,7 +134,7 @@ def packed(buffer, references):
     """All examples of the buffer in one batch."""
 
     def make(objective, mesh=None, *, rows_multiple=8, share_prompts=True, **sizes):
-        drawn = bundles(buffer, objective.unit, share_prompts)
+        drawn = pack_groups(buffer, objective.unit, share_prompts)
         shape = plan(buffer, drawn, multiple=8, **sizes)
         known = {"reference": references} if "references" in objective.needs else {}
         return place(pack(drawn, buffer, shape, references=known, rows_multiple=rows_multiple).batch, mesh)
@@ -198,7 +198,7 @@ def test_the_weight_counts_the_whole_batch(name, weight, packed, descend, record
     counts = {
         "records": len(records),
         "actions": sum(len(record.rewards) for record in records),
-        "pairs": len(bundles(buffer, "pair")),
+        "pairs": len(pack_groups(buffer, "pair")),
     }
     batch = packed(OURS[name])
     assert batch.real.shape[0] * batch.real.shape[1] > batch.real.sum(), "no padding: the test would show nothing"
@@ -240,27 +240,29 @@ def test_packing_changes_nothing(packing, packed, descend, expected, relative):
         ("coupled", "replica=2,fsdp=2", 2),
     ],
 )
-def test_a_mesh_changes_nothing(name, mesh, microbatches, packed, descend, expected, mesh_of, relative):
-    rows = data_devices(mesh_of(mesh)) * microbatches
-    batch = packed(OURS[name], mesh_of(mesh), rows_multiple=rows)
-    assert len(batch.tokens.sharding.device_set) == mesh_of(mesh).size
-    assert batch.tokens.sharding.shard_shape(batch.tokens.shape)[0] * data_devices(mesh_of(mesh)) == len(batch.tokens)
+def test_a_mesh_changes_nothing(name, mesh, microbatches, packed, descend, expected, requested_mesh, relative):
+    rows = data_devices(requested_mesh(mesh)) * microbatches
+    batch = packed(OURS[name], requested_mesh(mesh), rows_multiple=rows)
+    assert len(batch.tokens.sharding.device_set) == requested_mesh(mesh).size
+    assert batch.tokens.sharding.shard_shape(batch.tokens.shape)[0] * data_devices(requested_mesh(mesh)) == len(
+        batch.tokens
+    )
     metrics, gradient, state = descend(name, batch, mesh, microbatches)
     loss, grads = expected(name)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
     assert relative(gradient, grads) < TOLERANCE
-    _check_born_where_they_belong(state.params(), mesh_of(mesh))
+    _check_born_where_they_belong(state.params(), requested_mesh(mesh))
 
 
 @pytest.fixture(scope="module", params=[None, "replica=2,fsdp=2,tensor=2"], ids=["one device", "mesh"])
-def trained(request, on_mesh, packed, mesh_of):
+def trained(request, on_mesh, packed, requested_mesh):
     """An update by adamw of a model with frozen embeddings and slow copies; it leaves the gradient in the state, too.
 
     (update, a maker of fresh states, batch, programs compiled so far after each of three updates)
     """
     model, _ = on_mesh(request.param)
     rule = optax.chain(optax.trace(decay=0.0), Optimizer("adamw", learning_rate=1e-2).build(10))
-    update, batch = make_update(model, OURS["shiq"], rule), packed(OURS["shiq"], mesh_of(request.param))
+    update, batch = make_update(model, OURS["shiq"], rule), packed(OURS["shiq"], requested_mesh(request.param))
 
     def fresh():
         return init_state(
@@ -400,7 +402,7 @@ def test_microbatches_add_up_in_one_array_of_gradients(full_compilation, tmp_pat
             for number in range(8)
         ]
     )
-    drawn = bundles(buffer, "trajectory")
+    drawn = pack_groups(buffer, "trajectory")
     batch = pack(drawn, buffer, plan(buffer, drawn, multiple=8)._replace(slots=1), rows_multiple=8).batch
     state = init_state(model, init_params(model, jax.random.key(0)), rule)
 

@@ -21,22 +21,22 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from shiq_jax.models.statistics import sharded_token_stats
-from shiq_jax.models.tracked import (
+from shiq_jax.models.ghost_norms import (
     HEAD,
     LOOKUP,
     ROUNDING,
     NormTracker,
     Tie,
     accumulated,
-    at_least,
-    finite,
-    instantiated,
+    bounded_square,
+    finite_rows,
+    instantiate,
     norms,
-    only,
-    product_square,
-    scaled,
+    scale_rows,
+    squared_norm_of_product,
+    zero_other_rows,
 )
+from shiq_jax.models.sharded_statistics import sharded_token_stats
 from shiq_jax.objectives import TokenStats, token_stats
 from shiq_jax.sharding import partition_spec
 
@@ -66,7 +66,7 @@ def _tied_backward(kind, kept, cotangents):
     squares, tokens = kept
     if all(isinstance(each, SymbolicZero) for each in cotangents):
         return None, None
-    s, lines = map(instantiated, cotangents)
+    s, lines = map(instantiate, cotangents)
     square = _square_of_lookup(tokens, s)
     # The cross term may be below 0, and is rounded up as well.
     square += 2 * jnp.sum(s * lines, axis=(1, 2))
@@ -99,10 +99,10 @@ def _lookup_backward(rule, kept, cotangent):
     table, tokens, squares, tie, learns = kept
     if learns is None:
         return None, None, None, None
-    s = instantiated(cotangent)
+    s = instantiate(cotangent)
     joint = tie is not None and _has_one_norm(rule)
     square = None if joint else _square_of_lookup(tokens, s).astype(squares.dtype)
-    scaled_s = scaled(only(finite(s), s), rule, square, squares, uses=1 if tie is None else 2)
+    scaled_s = scale_rows(zero_other_rows(finite_rows(s), s), rule, square, squares, uses=1 if tie is None else 2)
     precise = jnp.promote_types(s.dtype, jnp.float32)
     gradient = jnp.zeros(table.shape, precise).at[tokens].add(scaled_s.astype(precise))
     return gradient.astype(table.dtype), None, square, s if joint else None
@@ -115,7 +115,7 @@ def _square_of_lookup(tokens: Int[Array, "rows length"], s: Float[Array, "rows l
     """Squared norm of each row's gradient of the table, given the cotangents of the vectors."""
     same = tokens[:, :, None] == tokens[:, None, :]
     gram = accumulated("btd,bud->btu", s, s)
-    return at_least(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)), jnp.sum(norms(s), axis=1))
+    return bounded_square(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2)), jnp.sum(norms(s), axis=1))
 
 
 def _has_one_norm(rule: Callable | str | None) -> bool:
@@ -156,10 +156,10 @@ def _statistics_forward(rule, mesh, hidden, unembedding, tokens, squares, tie):
 
 def _statistics_backward(rule, mesh, kept, cotangents):
     hidden, unembedding, tokens, squares, looked_up, lse, learns = kept
-    own, total = instantiated(cotangents.logp), instantiated(cotangents.lse)
+    own, total = instantiate(cotangents.logp), instantiate(cotangents.lse)
     # Rows that are not finite are taken out of all sums, and their norm says so.
-    fine = finite(hidden, own, total, lse)
-    hidden, own, total, lse = (only(fine, each) for each in (hidden, own, total, lse))
+    fine = finite_rows(hidden, own, total, lse)
+    hidden, own, total, lse = (zero_other_rows(fine, each) for each in (hidden, own, total, lse))
     head = _Head(hidden, unembedding.astype(hidden.dtype), tokens, lse, own, total - own)
     if learns is None:
         return _gradients(mesh, head, squares=False, weights=False)[0], None, None, None, None
@@ -171,7 +171,7 @@ def _statistics_backward(rule, mesh, kept, cotangents):
         # Slopes are made again rather than kept: there are as many as rows times words.
         @jax.checkpoint
         def sum_of_scaled(head, square, given):
-            own, shared = (scaled(each, rule, square, given, uses) for each in (head.own, head.shared))
+            own, shared = (scale_rows(each, rule, square, given, uses) for each in (head.own, head.shared))
             return _gradients(mesh, head._replace(own=own, shared=shared), squares=False)[2]
 
         to_weights = sum_of_scaled(head, square, squares)
@@ -216,7 +216,7 @@ class _Head(NamedTuple):
             to_hidden, square, size_of_slopes, to_weights = sums
             to_hidden = to_hidden + accumulated("bav,dv->bad", slopes, columns)
             if squares:
-                square = square + product_square(self.hidden, slopes)
+                square = square + squared_norm_of_product(self.hidden, slopes)
                 size_of_slopes = size_of_slopes + jnp.square(norms(slopes))
             if weights:
                 place = (jnp.zeros_like(start), start)
@@ -233,7 +233,7 @@ class _Head(NamedTuple):
         )
         (to_hidden, square, size_of_slopes, to_weights), _ = jax.lax.scan(add, sums, jnp.arange(parts))
         if squares:
-            square = at_least(square, jnp.sum(norms(self.hidden) * jnp.sqrt(size_of_slopes), axis=1))
+            square = bounded_square(square, jnp.sum(norms(self.hidden) * jnp.sqrt(size_of_slopes), axis=1))
         return to_hidden.astype(self.hidden.dtype), square, to_weights
 
     def lines(self, tokens: Int[Array, "rows length"]) -> Float[Array, "rows length features"]:

@@ -1,4 +1,4 @@
-"""Checks of shapes and options while a loss is traced; masked entries are replaced and floats widened here."""
+"""Checks of shapes and options while a loss is traced; masked entries are replaced and floats as_float32 here."""
 
 import math
 from numbers import Real
@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from shiq_jax.objectives.types import TokenStats
 
 
-def widened(x: ArrayLike) -> Float[Array, "..."]:
+def as_float32(x: ArrayLike) -> Float[Array, "..."]:
     """x as a float array of at least 32 bits; float64 stays float64."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -22,12 +22,12 @@ def as_mask(action_mask: ArrayLike) -> Bool[Array, "..."]:
 
 
 def masked(x: ArrayLike, mask: Bool[Array, "..."]) -> Float[Array, "..."]:
-    """x, widened, with zeros off the mask.
+    """x, as_float32, with zeros off the mask.
 
     Selecting on the *inputs* of a formula keeps infinities and NaNs of masked positions out of its gradient as well
     as out of its value; multiplying by the mask, or selecting on the result, would not.
     """
-    return jnp.where(mask, widened(x), 0)
+    return jnp.where(mask, as_float32(x), 0)
 
 
 def logratios(policy: TokenStats, reference: TokenStats | None, mask: Bool[Array, "..."]) -> Float[Array, "..."]:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from shiq_jax.objectives.inputs import check_positive
 from shiq_jax.objectives.types import Example, Objective, TokenStats
+from shiq_jax.objectives.validation import check_positive
 
 
 def check_options(objective: Objective) -> None:
@@ -32,7 +32,7 @@ def abstract_example(objective: Objective, tokens: int = 2) -> Example:
     number = jax.ShapeDtypeStruct((sequences, tokens), jnp.float32)
     stats = TokenStats(number, number, number)
     values = {name: number if kind == "value" else stats for name, kind in objective.heads.items()}
-    values |= {f"target_{name}": stats for name in objective.slow}
+    values |= {f"target_{name}": stats for name in objective.target_heads}
     return Example(
         policy=stats, references={"reference": stats}, action_mask=jax.ShapeDtypeStruct((sequences, tokens), jnp.bool_),
         rewards=number, values=values or None, labels=jax.ShapeDtypeStruct((sequences,), jnp.bool_),

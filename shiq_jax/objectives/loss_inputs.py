@@ -6,27 +6,27 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from shiq_jax.objectives.inputs import as_mask
 from shiq_jax.objectives.types import Example, TokenStats
+from shiq_jax.objectives.validation import as_mask
 
 
-class Input(NamedTuple):
+class LossInput(NamedTuple):
     """An input of losses.
 
     Fields:
       read: Reading -> its value.
       needs: the Example fields that it is made of, beside `action_mask`; not those that may be None.
       heads: the heads that it needs, name -> kind as in `Objective`.
-      slow: the heads whose slow copies it needs.
+      target_heads: the heads of which it reads a Polyak-averaged copy.
     """
 
-    read: Callable[["Reading"], Any]
+    read: Callable[["LossInputs"], Any]
     needs: tuple[str, ...] = ()
     heads: Mapping[str, str] = MappingProxyType({})
-    slow: tuple[str, ...] = ()
+    target_heads: tuple[str, ...] = ()
 
 
-class Reading:
+class LossInputs:
     """The inputs of one example; each is computed when it is first read.
 
     Attributes:
@@ -36,7 +36,7 @@ class Reading:
     """
 
     def __init__(
-        self, example: Example, inputs: Mapping[str, Input], *, name: str, needs: frozenset[str] = frozenset(),
+        self, example: Example, inputs: Mapping[str, LossInput], *, name: str, needs: frozenset[str] = frozenset(),
         options: Mapping[str, Any] = MappingProxyType({}),
     ):  # fmt: skip
         fields(example, name, "action_mask", *sorted(needs))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
-from shiq_jax.errors import Refusal
+from shiq_jax.errors import UserError
 
 if TYPE_CHECKING:
     from shiq_jax.replay.buffer import Buffer
@@ -35,7 +35,7 @@ class Identity(dict):
         return ", ".join(f"{key}={value}" for key, value in sorted(self.items())) or "(empty)"
 
 
-class Statistics:
+class StoredStatistics:
     """(logp, lse) of every record of a buffer under one identity, readable by record index.
 
     `statistics[i]` is a pair of float32[A] views, `statistics.read(indices)` a list of them.
@@ -58,32 +58,32 @@ class Statistics:
 
 
 def check_annotations(values: Sequence[tuple[np.ndarray, np.ndarray]], actions: np.ndarray, first: int) -> None:
-    """Raises Refusal unless each record of a shard, whose number one is `first`, has a finite (logp, lse) per
+    """Raises UserError unless each record of a shard, whose number one is `first`, has a finite (logp, lse) per
     action.
     """
     if len(values) != len(actions):
-        raise Refusal(
+        raise UserError(
             f"statistics for {len(values)} records were given, the shard holds {len(actions)}; give one pair per "
             "record."
         )
     for row, (pair, count) in enumerate(zip(values, actions, strict=True)):
         for name, column in zip(("logp", "lse"), pair, strict=True):
             if np.shape(column) != (count,):
-                raise Refusal(
+                raise UserError(
                     f"record {first + row}: {name} has shape {np.shape(column)} for {count} actions; give one "
                     "number per action."
                 )
             if not np.isfinite(np.asarray(column, np.float32)).all():
-                raise Refusal(
+                raise UserError(
                     f"record {first + row}: {name} is not finite; a model whose statistics overflow cannot serve as "
                     "reference."
                 )
 
 
-def absent(buffer: "Buffer", identity: Identity, known: Mapping[str, Mapping]) -> Refusal:
+def absent(buffer: "Buffer", identity: Identity, known: Mapping[str, Mapping]) -> UserError:
     """The sentence for statistics that were asked for but never made."""
     others = "; ".join(str(Identity(entry["identity"])) for entry in known.values())
     found = f"statistics made by {others}" if others else "no statistics"
-    return Refusal(
+    return UserError(
         f"{buffer.path} holds {found}, wanted are those made by {identity}; annotate the buffer with that model."
     )

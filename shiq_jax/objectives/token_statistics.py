@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from shiq_jax.objectives.inputs import check_positive, widened
 from shiq_jax.objectives.types import TokenStats
+from shiq_jax.objectives.validation import as_float32, check_positive
 
 # 2^26 logits are 256 MiB in fp32, and 512 rows of a vocabulary of 128k. The backward pass reads and writes the [D, V]
 # gradient once per chunk: 6DV flops per row against some 12DV bytes per chunk need about 400 rows before arithmetic and
@@ -130,7 +130,7 @@ def token_stats_from_logits(logits: Float[Array, "... V"], tokens: Int[Array, ".
     logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(f"logits have shape {logits.shape} but tokens {tokens.shape}; expected [..., V] and [...].")
-    logits = widened(logits)
+    logits = as_float32(logits)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return TokenStats(picked - lse, lse)

@@ -15,35 +15,35 @@ UNITS = ("trajectory", "pair", "group")
 # Record numbers of one example: one for a trajectory, (chosen, rejected) for a pair, all of a group.
 Members = tuple[int, ...]
 # The examples that share one tree of tokens and therefore one row.
-Bundle = tuple[Members, ...]
+PackGroup = tuple[Members, ...]
 
 
-class Bundles(list[Bundle]):
-    """A list of bundles that also counts the groups that gave none (`left_out`)."""
+class PackGroups(list[PackGroup]):
+    """A list of pack_groups that also counts the groups that gave none (`left_out`)."""
 
-    def __init__(self, bundles: Iterable[Bundle] = (), left_out: int = 0):
-        super().__init__(bundles)
+    def __init__(self, pack_groups: Iterable[PackGroup] = (), left_out: int = 0):
+        super().__init__(pack_groups)
         self.left_out = left_out
 
 
-def bundles(
+def pack_groups(
     buffer: Buffer,
     unit: str,
     share_prompts: bool = True,
     *,
-    max_bundle: int | None = None,
+    max_pack_group: int | None = None,
     row_length: int | None = None,
-) -> Bundles:
-    """The bundles of a buffer, in order of first appearance of their groups.
+) -> PackGroups:
+    """The pack_groups of a buffer, in order of first appearance of their groups.
 
     Args:
         buffer: whose records are bundled.
-        unit: "trajectory": every record is an example, and those of one group form a bundle. "pair": the
+        unit: "trajectory": every record is an example, and those of one group form a pack_group. "pair": the
             (chosen, rejected) records of each group, see `chosen_and_rejected`; a group without two such records gives
             none and is counted in `left_out`. "group": each group is one example.
-        share_prompts: False puts every trajectory into a bundle of its own. A pair or group always shares its prompt.
-        max_bundle: examples per bundle at most; larger groups of trajectories are split.
-        row_length: tokens per bundle at most, shared ones counted once; larger groups of trajectories are split
+        share_prompts: False puts every trajectory into a pack_group of its own. A pair or group always shares its prompt.
+        max_pack_group: examples per pack_group at most; larger groups of trajectories are split.
+        row_length: tokens per pack_group at most, shared ones counted once; larger groups of trajectories are split
             between the sequences that share least. What cannot be split is left to `plan` to refuse.
     """
     if unit not in UNITS:
@@ -52,30 +52,30 @@ def bundles(
         raise ValueError(
             f"share_prompts=False goes with unit 'trajectory' only, found {unit!r}; one example is always one tree."
         )
-    for name, value in (("max_bundle", max_bundle), ("row_length", row_length)):
+    for name, value in (("max_pack_group", max_pack_group), ("row_length", row_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a positive number.")
     groups = group_members(buffer.group_ids())
     if unit == "group":
-        return Bundles((members,) for members in groups)
+        return PackGroups((members,) for members in groups)
     if unit == "pair":
         return _pairs(groups, buffer)
     if not share_prompts:
-        return Bundles(((number,),) for number in range(len(buffer)))
+        return PackGroups(((number,),) for number in range(len(buffer)))
 
-    return Bundles(trajectory_bundles(groups, buffer, buffer.lengths(), row_length, max_bundle))
+    return PackGroups(trajectory_groups(groups, buffer, buffer.lengths(), row_length, max_pack_group))
 
 
-def trajectory_bundles(
+def trajectory_groups(
     groups: Iterable[Members], records, lengths: Sequence[int], row_length: int | None, most: int | None = None
-) -> Iterator[Bundle]:
-    """Bundles of trajectories: a group's, or several where it exceeds a row or `most` sequences; see `bundles`.
+) -> Iterator[PackGroup]:
+    """PackGroups of trajectories: a group's, or several where it exceeds a row or `most` sequences; see `pack_groups`.
 
     Args:
         groups: record numbers of each group.
         records: gives the Record of a number; asked only for groups that may exceed a row.
         lengths: tokens of each record, by number.
-        row_length, most: bounds of a bundle, or None.
+        row_length, most: bounds of a pack_group, or None.
     """
     for members in groups:
         limit = most or len(members)
@@ -85,7 +85,7 @@ def trajectory_bundles(
             # It fits even if its sequences share nothing, so there is nothing to compare.
             parts = [range(len(members))]
         else:
-            parts = split([records[number].tokens for number in members], row_length, limit)
+            parts = split_group([records[number].tokens for number in members], row_length, limit)
         yield from (tuple((members[place],) for place in part) for part in parts)
 
 
@@ -140,7 +140,7 @@ def group_members(names: Sequence[str]) -> list[Members]:
     return [tuple(members) for members in groups.values()]
 
 
-def _pairs(groups: list[Members], buffer: Buffer) -> Bundles:
+def _pairs(groups: list[Members], buffer: Buffer) -> PackGroups:
     judged, returns = [buffer.column(name) for name in ("chosen", "rank", "score")], buffer.returns()
     pairs = []
     for members in groups:
@@ -148,10 +148,10 @@ def _pairs(groups: list[Members], buffer: Buffer) -> Bundles:
         found = chosen_and_rejected(*said, returns[list(members)])
         if found is not None:
             pairs.append((tuple(members[place] for place in found),))
-    return Bundles(pairs, left_out=len(groups) - len(pairs))
+    return PackGroups(pairs, left_out=len(groups) - len(pairs))
 
 
-def split(
+def split_group(
     sequences: Sequence[Int32[np.ndarray, " length"]], row_length: int, most: int | None = None
 ) -> list[list[int]]:
     """Parts of a group of sequences, as places in it: of so many tokens at most, shared ones counted once.

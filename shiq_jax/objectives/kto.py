@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.inputs import as_mask, check_not_negative, check_positive, same_shape, widened
-from shiq_jax.objectives.lift import View, read_example
-from shiq_jax.objectives.reading import Input, Reading
+from shiq_jax.objectives.lift import ExampleView, read_example
+from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
 from shiq_jax.objectives.sequences import DESIRABLE, LOGRATIO
 from shiq_jax.objectives.types import Couple, Example
+from shiq_jax.objectives.validation import as_float32, as_mask, check_not_negative, check_positive, same_shape
 
 
 def kto_loss(
@@ -59,11 +59,11 @@ def apo_zero_unpaired_loss(
     return kto_loss(logratio, desirable, kl=0.0, beta=beta, **weights)
 
 
-def _first(kind: str, reading: Reading) -> Array:
+def _first(kind: str, reading: LossInputs) -> Array:
     return reading[kind][0]
 
 
-def kto_metrics(reading: Reading) -> dict[str, Array]:
+def kto_metrics(reading: LossInputs) -> dict[str, Array]:
     """Per answer, in TRL's names: `rewards/chosen` and `rewards/rejected`, beta times the log-ratio, of the batch's
     desirable and undesirable answers, 0 in a batch without any; `rewards/margins`, their difference; `kl`, in nats;
     `desirable`, the share of such answers."""
@@ -82,16 +82,16 @@ def kto_metrics(reading: Reading) -> dict[str, Array]:
 
 
 INPUTS = {
-    "logratio": Input(partial(_first, "logratios"), LOGRATIO.needs),
-    "desirable": Input(partial(_first, "labels"), DESIRABLE.needs),
-    "kl": Input(lambda reading: reading["coupled"]["kl"]),
+    "logratio": LossInput(partial(_first, "logratios"), LOGRATIO.needs),
+    "desirable": LossInput(partial(_first, "labels"), DESIRABLE.needs),
+    "kl": LossInput(lambda reading: reading["coupled"]["kl"]),
     "logratios": LOGRATIO,
     "labels": DESIRABLE,
-    "real": Input(lambda reading: jnp.any(reading.mask, axis=-1)),
-    "coupled": Input(lambda reading: reading.field("coupled")),
+    "real": LossInput(lambda reading: jnp.any(reading.mask, axis=-1)),
+    "coupled": LossInput(lambda reading: reading.field("coupled")),
 }
 
-ANSWERS = View(
+ANSWERS = ExampleView(
     "group", MappingProxyType(INPUTS), partial(_first, "real"), metrics=kto_metrics,
     two_sequences="an answer and a mismatched one",
 )  # fmt: skip
@@ -135,5 +135,5 @@ def _signed(logratio, desirable, beta, shift) -> tuple[Array, Array]:
     same_shape(logratio=logratio, desirable=desirable)
     check_positive("beta", beta)
     wanted = as_mask(desirable)
-    value = beta * (widened(logratio) - shift)
+    value = beta * (as_float32(logratio) - shift)
     return jnp.where(wanted, value, -value), wanted

@@ -43,17 +43,17 @@ def mixing_weight(rule: str, step: int, steps: int, share: float) -> float:
     return MIXING[rule](step, steps, share)
 
 
-def stalled(losses: Sequence[float], window: int, tolerance: float) -> bool:
+def has_plateaued(losses: Sequence[float], window: int, tolerance: float) -> bool:
     """Whether public held-out losses have fallen by less than `tolerance` over the last `window` of them."""
     return len(losses) > window and losses[-1 - window] - losses[-1] < tolerance
 
 
-def affordable(slowdowns: Sequence[float], most: float = 2.0) -> bool:
+def noise_is_affordable(slowdowns: Sequence[float], most: float = 2.0) -> bool:
     """Whether noise would by now slow a private step by at most this factor, see `loss_improvement.Improvement`."""
     return bool(slowdowns) and slowdowns[-1] <= most
 
 
-def adam_memory(opt_state: optax.OptState) -> optax.ScaleByAdamState:
+def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
     """Adam's memory inside that of an optax chain; ValueError when there is none, or more than one."""
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
     if len(found) != 1:
@@ -61,7 +61,7 @@ def adam_memory(opt_state: optax.OptState) -> optax.ScaleByAdamState:
     return found[0]
 
 
-def change_over(opt_state: optax.OptState, reset: Reset = "momentum") -> optax.OptState:
+def reset_optimizer(opt_state: optax.OptState, reset: Reset = "momentum") -> optax.OptState:
     """The optimiser's memory as the private phase begins with it.
 
     The momentum points where public gradients pointed and is forgotten; squares and count, by which steps are scaled,
@@ -72,7 +72,7 @@ def change_over(opt_state: optax.OptState, reset: Reset = "momentum") -> optax.O
         reset: what becomes 0: nothing, the first moment, the second one, or the count of steps.
     """
     field = {"momentum": "mu", "squares": "nu", "count": "count"}.get(reset)
-    adam_memory(opt_state)
+    adam_state(opt_state)
     if field is None:
         return opt_state
 

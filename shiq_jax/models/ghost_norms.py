@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from shiq_jax.models.contraction import contract, to_input, to_kernel
+from shiq_jax.models.linear import contract, to_input, to_kernel
 
 # By these names a traced program shows which parameters are owned by such operations.
 OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lookup", "owned by a tracked head"
@@ -46,7 +46,7 @@ class NormTracker:
 
     Attributes:
         squares: its cotangent is each row's squared gradient norm; its value is read by the rule `GIVEN` alone.
-        tie: connects the two uses of a tied table, see `tracked_vocabulary.tied`; None where the table is not tied.
+        tie: connects the two uses of a tied table, see `ghost_vocabulary.tied`; None where the table is not tied.
         rule: norms [rows] -> factors [rows], by which every operation scales the rows' gradients of its own parameter;
             None for 1; `GIVEN` for the value of `squares`.
     """
@@ -102,19 +102,19 @@ def _forward(operation, rule, x, weights, squares):
 
 def _backward(operation, rule, kept, cotangent):
     x, weights, squares, learns = kept
-    s = jax.lax.optimization_barrier(instantiated(cotangent))
+    s = jax.lax.optimization_barrier(instantiate(cotangent))
     before = operation.to_input(x, weights, s).astype(x.dtype)
     if learns is None:
         return before, None, None
     if callable(rule) and (rows := operation.of_rows(x, s)):
         grads, square = rows
-        factors = _over(factor(rule, square), grads)
+        factors = _over(row_factor(rule, square), grads)
         total = jnp.sum(jnp.where(factors > 0, factors * grads, 0), axis=0).reshape(weights.shape)
         return before, total.astype(weights.dtype), square.astype(squares.dtype)
     square = operation.squared_norm(x, s).astype(squares.dtype)
     # A row of which either is not finite has no norm that is, and no part in the sum.
-    x, s = only(finite(x), x), only(finite(s), s)
-    s = scaled(checkpoint_name(s, BOOKED) if rule is GIVEN else s, rule, square, squares)
+    x, s = zero_other_rows(finite_rows(x), x), zero_other_rows(finite_rows(s), s)
+    s = scale_rows(checkpoint_name(s, BOOKED) if rule is GIVEN else s, rule, square, squares)
     return before, operation.to_weights(x, s, weights.shape).astype(weights.dtype), square
 
 
@@ -126,35 +126,35 @@ def _learns(weights) -> tuple | None:
     return () if weights.perturbed else None
 
 
-def instantiated(cotangent) -> Array:
+def instantiate(cotangent) -> Array:
     """A cotangent as an array."""
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
 
 
-def finite(*arrays: Array) -> Bool[Array, " rows"]:
+def finite_rows(*arrays: Array) -> Bool[Array, " rows"]:
     """Which rows hold nothing but numbers."""
     fine = [jnp.all(jnp.isfinite(each), axis=tuple(range(1, each.ndim))) for each in arrays]
     return functools.reduce(jnp.logical_and, fine)
 
 
-def only(rows: Bool[Array, " rows"], x: Array) -> Array:
+def zero_other_rows(rows: Bool[Array, " rows"], x: Array) -> Array:
     """The array with zeros in the other rows: in a sum over rows, 0 times infinity would poison all."""
     return jnp.where(_over(rows, x), x, 0)
 
 
-def scaled(
+def scale_rows(
     s: Array, rule: Callable | str | None, square: Float[Array, " rows"], given: Float[Array, " rows"], uses: int = 1
 ) -> Array:
     """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
     if rule is None:
         return s
-    factors = given if rule is GIVEN else factor(rule, square, uses)
+    factors = given if rule is GIVEN else row_factor(rule, square, uses)
     return (_over(factors, s) * s).astype(s.dtype)
 
 
-def factor(rule: Callable, square: Float[Array, " rows"], uses: int = 1) -> Float[Array, " rows"]:
+def row_factor(rule: Callable, square: Float[Array, " rows"], uses: int = 1) -> Float[Array, " rows"]:
     """What the rule scales rows by, given their squared norm and one of `uses` of a parameter; 0 if it is no number."""
     norm = jnp.sqrt(jnp.maximum(square, 0))
     # Twice as long as it is, it is clipped to half as much.
@@ -179,14 +179,14 @@ def product(contracted: int) -> Operation:
 
     def squared_norm(x, s):
         inputs, outputs, total = flat(x, s)
-        return at_least(product_square(inputs, outputs), total)
+        return bounded_square(squared_norm_of_product(inputs, outputs), total)
 
     def of_rows(x, s):
         inputs, outputs, total = flat(x, s)
-        if by_places(inputs, outputs) or len(x) * inputs.shape[2] * outputs.shape[2] > BUDGET:
+        if gram_is_cheaper(inputs, outputs) or len(x) * inputs.shape[2] * outputs.shape[2] > BUDGET:
             return None
         grads = accumulated("bti,bto->bio", inputs, outputs)
-        square = at_least(jnp.sum(jnp.square(grads), axis=(1, 2)), total)
+        square = bounded_square(jnp.sum(jnp.square(grads), axis=(1, 2)), total)
         return grads.reshape(len(x), *x.shape[x.ndim - contracted :], *s.shape[x.ndim - contracted :]), square
 
     return Operation(
@@ -198,19 +198,21 @@ def product(contracted: int) -> Operation:
     )
 
 
-def by_places(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> bool:
+def gram_is_cheaper(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> bool:
     """Whether a row's x^T s takes more operations than the products of all pairs of places of x, and of s."""
     length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
     return length * (inputs + outputs) <= inputs * outputs
 
 
-def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> Float[Array, " rows"]:
+def squared_norm_of_product(
+    x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]
+) -> Float[Array, " rows"]:
     """Squared norm of each row's x^T s, by whichever way takes fewer operations.
 
     Either sum_tu (x_t . x_u) (s_t . s_u), in time T^2 (inputs + outputs), or the matrix itself, in time
     T * inputs * outputs, a part of its lines at a time.
     """
-    if by_places(x, s):
+    if gram_is_cheaper(x, s):
         return jnp.sum(accumulated("bti,bui->btu", x, x) * accumulated("bto,buo->btu", s, s), axis=(1, 2))
     inputs, outputs = x.shape[2], s.shape[2]
     parts = -(-len(x) * inputs * outputs // BUDGET)
@@ -224,7 +226,7 @@ def product_square(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T out
     return jax.lax.scan(add, jnp.zeros(len(s), _precise(s)), x)[0]
 
 
-def at_least(square: Float[Array, " rows"], total: Float[Array, " rows"]) -> Float[Array, " rows"]:
+def bounded_square(square: Float[Array, " rows"], total: Float[Array, " rows"]) -> Float[Array, " rows"]:
     """A squared norm, rounded up, of a sum of parts whose norms add up to `total`; safe where they cancel."""
     return (1 + ROUNDING) * jnp.maximum(square, jnp.square(CANCELLED * total))
 
@@ -249,7 +251,7 @@ def _square_of_scale(x, s):
 
 def _square_of_sum(parts: Float[Array, "rows places features"]) -> Float[Array, " rows"]:
     summed = jnp.sum(parts, axis=1, dtype=_precise(parts))
-    return at_least(jnp.sum(jnp.square(summed), axis=-1), jnp.sum(norms(parts), axis=1))
+    return bounded_square(jnp.sum(jnp.square(summed), axis=-1), jnp.sum(norms(parts), axis=1))
 
 
 SHIFT = Operation(

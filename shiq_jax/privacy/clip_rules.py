@@ -34,7 +34,7 @@ class ClipRule:
         """How far one unit moves the sum, in L2 norm."""
         return self.clip_norm
 
-    def of_a_group(self, groups: int) -> ClipRule:
+    def per_group(self, groups: int) -> ClipRule:
         """The rule for one of so many groups of parameters: with this rule's sensitivity over sqrt(groups)."""
         return dataclasses.replace(self, clip_norm=self.clip_norm / math.sqrt(groups))
 
@@ -44,7 +44,7 @@ class ClipRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Abadi(ClipRule):
+class FlatClip(ClipRule):
     """min(1, C / norm): longer gradients are shortened, others left. Source: arXiv 1607.00133."""
 
     def __call__(self, norms):
@@ -52,7 +52,7 @@ class Abadi(ClipRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reparametrised(ClipRule):
+class NormalizedClip(ClipRule):
     """min(1 / C, 1 / norm): Abadi's factor over C, so that steps stay as long when C changes. Source: arXiv 2204.13650.
 
     Attributes:
@@ -73,7 +73,7 @@ class Reparametrised(ClipRule):
         """How far one unit moves the sum, in L2 norm."""
         return self.longest
 
-    def of_a_group(self, groups: int) -> Reparametrised:
+    def per_group(self, groups: int) -> NormalizedClip:
         """The rule for one of so many groups of parameters; gradients within C / sqrt(groups) keep the factor 1 / C."""
         return dataclasses.replace(self, longest=self.longest / math.sqrt(groups))
 
@@ -109,7 +109,7 @@ class AutoS(ClipRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Global(ClipRule):
+class DropAbove(ClipRule):
     """1 where norm <= C and 0 elsewhere: longer gradients are dropped. Source: arXiv 2206.07136, section 2."""
 
     def __call__(self, norms):
@@ -139,12 +139,12 @@ class Groupwise:
     @property
     def sensitivity(self) -> float:
         """How far one unit moves the sum, in L2 norm: as far as all groups together."""
-        return math.sqrt(self.groups) * self.of_a_group.sensitivity
+        return math.sqrt(self.groups) * self.per_group.sensitivity
 
     @property
-    def of_a_group(self) -> ClipRule:
+    def per_group(self) -> ClipRule:
         """The rule by which each group is clipped."""
-        return self.rule.of_a_group(self.groups)
+        return self.rule.per_group(self.groups)
 
 
 def count_groups(params, stacked: str = "layers") -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 NEVER = np.iinfo(np.int32).max  # as `key_enter`: a key that no query sees
 
 
-class Visibility(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys a query sees, without a [Q, K] array: index and interval of either side.
 
     Key k is visible to query q iff `key_index[k] <= query_index[q]` and `key_enter[k] <= query_enter[q] < key_exit[k]`.
@@ -25,30 +25,30 @@ class Visibility(NamedTuple):
     aligned: bool = False
 
 
-def forest(intervals: Int[Array, "rows length 2"] | None, length: int) -> Visibility:
-    """The visibility of packed rows; plain causal attention over the row when `intervals` is None."""
+def forest_mask(intervals: Int[Array, "rows length 2"] | None, length: int) -> AttentionMask:
+    """The mask of packed rows; plain causal attention over the row when `intervals` is None."""
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if intervals is None:
         zeros = jnp.zeros_like(index)
-        return Visibility(index, zeros, index, zeros, zeros + 1, aligned=True)
+        return AttentionMask(index, zeros, index, zeros, zeros + 1, aligned=True)
     enter, exit_ = intervals[..., 0], intervals[..., 1]
-    return Visibility(index, enter, index, enter, exit_, aligned=True)
+    return AttentionMask(index, enter, index, enter, exit_, aligned=True)
 
 
-def cached(
+def cache_mask(
     enter: Int[Array, "rows slots"],
     exit: Int[Array, "rows slots"],
     query_enter: Int[Array, "rows queries"],
     start: Int[Array, ""] | int,
-) -> Visibility:
-    """The visibility of tokens at cache slots start, start + 1, ... over all slots up to their own."""
+) -> AttentionMask:
+    """The mask of tokens at cache slots start, start + 1, ... over all slots up to their own."""
     slots = jnp.arange(enter.shape[-1], dtype=jnp.int32)[None]
     own = jnp.arange(query_enter.shape[-1], dtype=jnp.int32)[None] + start
-    return Visibility(own, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
+    return AttentionMask(own, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
 
 
-def visible(visibility: Visibility) -> Bool[Array, "rows queries keys"]:
+def dense_mask(mask: AttentionMask) -> Bool[Array, "rows queries keys"]:
     """The rule of `Visibility` spelled out as a mask."""
-    query_index, query_enter = visibility.query_index[..., :, None], visibility.query_enter[..., :, None]
-    key_index, key_enter, key_exit = (keys[..., None, :] for keys in visibility[2:5])
+    query_index, query_enter = mask.query_index[..., :, None], mask.query_enter[..., :, None]
+    key_index, key_enter, key_exit = (keys[..., None, :] for keys in mask[2:5])
     return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)

@@ -37,7 +37,7 @@ class Sampling:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """One token for each sequence, with its statistics."""
 
     tokens: Int[Array, " B"]
@@ -46,13 +46,13 @@ class Drawn(NamedTuple):
     behaviour_logp: Float[Array, " B"]  # of the distribution that was sampled
 
 
-def draw(
+def sample_tokens(
     logits: Float[Array, "B V"],
     keys: jax.Array,
     counts: Int[Array, " B"],
     sampling: Sampling,
     greedy: Bool[Array, " B"] | None = None,
-) -> Drawn:
+) -> SampledTokens:
     """The next token of every sequence: token t of a sequence is drawn with `fold_in(key, t)` and nothing else.
 
     Where `greedy` holds, it is the most likely one, whatever `sampling` says.
@@ -69,7 +69,7 @@ def draw(
         tokens = jnp.where(greedy, jnp.argmax(raw, axis=-1).astype(jnp.int32), tokens)
         behaviour_logp = jnp.where(greedy, 0.0, behaviour_logp)
     stats = token_stats_from_logits(raw, tokens)
-    return Drawn(tokens, stats.logp, stats.lse, behaviour_logp)
+    return SampledTokens(tokens, stats.logp, stats.lse, behaviour_logp)
 
 
 def behaviour_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
