@@ -81,7 +81,7 @@ def test_objectives_train_on_the_buffer_of_another_run(command, tiny, sampled, t
         (["shiq", "--prompts", "PROMPTS", "--reward", "sorting"], ["--prompts", "--model"]),
         (["shiq", "--model", "TINY", "--prompts", "PROMPTS"], ["--prompts", "--reward"]),
         (["sft", "--model", "TINY", "--prompts", "PROMPTS", "--reward", "sorting"], ["--prompts"]),
-        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], ["--prompts", "--data"]),
+        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], ["prompts", "data"]),
     ],
 )
 def test_incompatible_options_are_refused_before_writing(arguments, facts, tiny, prompts, tmp_path, capsys):
