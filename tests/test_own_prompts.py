@@ -30,12 +30,12 @@ def prompts(tmp_path_factory):
 def reward(tmp_path_factory):
     """MODULE:FUNCTION of a reward that varies between the completions of a random model."""
     path = tmp_path_factory.mktemp("modules")
-    (path / "custom_rewards.py").write_text(
+    (path / "letter_rewards.py").write_text(
         "def letter_sum(row, completion):\n    return sum(map(ord, completion)) % 7 + len(row['prompt'])\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(path))
-        yield "custom_rewards:letter_sum"
+        yield "letter_rewards:letter_sum"
 
 
 @pytest.fixture(scope="module")

@@ -268,14 +268,14 @@ def test_invalid_option_is_refused(case, root, capsys):
 
 
 def test_nan_reward_is_refused(root, capsys, monkeypatch):
-    (root / "custom_rewards.py").write_text("def score(row, completion):\n    return float('nan')\n")
+    (root / "bad_rewards.py").write_text("def score(row, completion):\n    return float('nan')\n")
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     command = [
-        "shiq", "--model", str(root / "model"), "--output-dir", str(root / "run"), "--reward", "custom_rewards:score",
+        "shiq", "--model", str(root / "model"), "--output-dir", str(root / "run"), "--reward", "bad_rewards:score",
         "--warm-start.steps", "0", "--collection.prompts", "2", "--collection.sampling.max-tokens", "2",
     ]  # fmt: skip
-    check_error(train_script, root, command, capsys, ["custom_rewards:score", "nan", "sort"])
+    check_error(train_script, root, command, capsys, ["bad_rewards:score", "nan", "sort"])
 
 
 # ---- resuming a damaged run ----

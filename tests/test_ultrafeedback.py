@@ -35,11 +35,11 @@ def trained(tiny, tmp_path_factory):
 @pytest.fixture
 def nan_reward(tmp_path, monkeypatch):
     """MODULE:FUNCTION of a reward that is NaN for one completion."""
-    (tmp_path / "custom_rewards.py").write_text(
+    (tmp_path / "nan_rewards.py").write_text(
         "def score(row, completion):\n    return float('nan') if completion == 'kat' else 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return "custom_rewards:score"
+    return "nan_rewards:score"
 
 
 def error_message(arguments, capsys) -> str:
