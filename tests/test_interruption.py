@@ -62,16 +62,16 @@ def train(arguments, output_dir, *options):
 
 @pytest.fixture(scope="module")
 def uninterrupted(jobs, tmp_path_factory):
-    """Function from a job to its run directory and snapshots of it as a kill would have left it; trains once a job."""
+    """Return a function that trains a job once and returns its run directory and snapshots taken during the run."""
 
     @functools.cache
-    def run_and_snapshots(job):
+    def train_with_snapshots(job):
         run, snapshots = tmp_path_factory.mktemp("uninterrupted") / job, tmp_path_factory.mktemp("snapshots")
         with interruption.watching(run, SnapshotTaker(run, snapshots)):
             train(jobs[job], run)
         return run, sorted(snapshots.iterdir())
 
-    return run_and_snapshots
+    return train_with_snapshots
 
 
 class SnapshotTaker:
@@ -154,8 +154,8 @@ def at_update(stage, step):
     return lambda callback, done: (callback.name, done.step) == (stage, step)
 
 
-# Where SIGTERM arrives, in the order of a run: owner, function, condition; then the progress in the message and the
-# step of the checkpoint that the stop saves.
+# When SIGTERM arrives (owner, function, condition), in the order of a run; the progress that the message reports; and
+# the step of the checkpoint that the run saves before it stops.
 STOPS = {
     "sampled": [
         (CheckFinite, "on_update", at_update("warm start", 2), "warm start 2 of 3", None),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Function from a loss and its options to the directory of a run with them, trained once."""
+    """Return a function that trains with a loss and its options once and returns the run directory."""
 
     @functools.cache
     def train(*loss):
