@@ -20,7 +20,8 @@ SMALL = [
     "--warm-start.steps", "3", "--warm-start.batch-size", "8", "--warm-start.demonstrations", "32",
     "--collection.prompts", "12", "--collection.prompts-per-batch", "4", "--collection.samples-per-prompt", "3",
     "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4", "--evaluation.samples-per-prompt", "2",
-    "--evaluation.max-tokens", "8", "--evaluation.times", "2", "--batch-size", "4", "--epochs", "2", "--save-every", "2",
+    "--evaluation.max-tokens", "8", "--evaluation.times", "2", "--batch-size", "4", "--epochs", "2",
+    "--save-every", "2",
 ]  # fmt: skip
 
 
@@ -134,7 +135,8 @@ def test_documented_python_examples_run_on_a_buffer(finished):
 
 
 OFFLINE = [
-    "--batch-size", "2", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--optimizer.learning-rate", "1e-3",
+    "--batch-size", "2", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4",
+    "--optimizer.learning-rate", "1e-3",
 ]  # fmt: skip
 TOKENS = {"tokens": [1, 20, 30, 40], "action_mask": [0, 0, 1, 1], "rewards": [0, 0, 0.5, 1], "group_id": "a"}
 FORMATS = {
