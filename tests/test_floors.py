@@ -1,9 +1,9 @@
-"""The architecture: who may import whom, what a file may weigh, and that public names explain themselves."""
+"""Architecture rules: import layers, module size and docstrings."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,37 +12,39 @@ import shiq_jax
 
 ROOT = Path(shiq_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LINES = 400
-FLOORS = (
+MAX_LINES = 400
+# From the lowest layer to the highest; a package may import only from the layers below its own.
+LAYERS = (
     {"objectives", "sharding"},
     {"models", "privacy", "replay", "data"},
     {"training", "rollout", "federated"},
     {"runs", "tasks"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-EXCEPTIONS = {
+LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
+ALLOWED_WITHIN_LAYER = {
     ("training", "rollout"),
     ("federated", "training"),
     ("privacy", "models"),
     ("data", "replay"),
     ("runs", "tasks"),
 }
-# UserErrors, progress and stop requests stand under the whole house, but the losses do not lean even on those.
-GROUND = {"errors", "progress", "stopping"}
-OF_OBJECTIVES = {"jax", "numpy", "chex", "jaxtyping"}
+# Modules that every package but `objectives` may import.
+BASE = {"errors", "progress", "stopping"}
+OBJECTIVES_DEPENDENCIES = {"jax", "numpy", "chex", "jaxtyping"}
 
 
-def package_of(file: Path) -> tuple[str, ...]:
+def parent_package(file: Path) -> tuple[str, ...]:
     return ("shiq_jax", *file.relative_to(ROOT).parent.parts)
 
 
-def room_of(file: Path) -> str:
+def top_level_name(file: Path) -> str:
+    """Name of the subpackage or module directly under `shiq_jax` that holds the file; empty for `__init__.py`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 
 
-def imported(source: str, package: tuple[str, ...] = ("shiq_jax",)) -> Iterator[str]:
-    """Absolute names of everything that a source imports, wherever in it; `package` resolves relative imports."""
+def imported_names(source: str, package: tuple[str, ...] = ("shiq_jax",)) -> Iterator[str]:
+    """Yield the absolute name of every import, local ones included; `package` resolves relative imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,38 +58,38 @@ def imported(source: str, package: tuple[str, ...] = ("shiq_jax",)) -> Iterator[
                 yield str(node.args[0].value)
 
 
-def foreign(names: Iterator[str]) -> set[str]:
-    """Top-level packages that are neither ours nor in the standard library."""
+def third_party(names: Iterable[str]) -> set[str]:
+    """Top-level packages outside `shiq_jax` and the standard library."""
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"shiq_jax"}
 
 
-def rooms(names: Iterator[str]) -> set[str]:
-    """The rooms of ours among imported names."""
+def subpackages(names: Iterable[str]) -> set[str]:
+    """Names directly under `shiq_jax` among the imported names."""
     return {name.split(".")[1] for name in names if name.startswith("shiq_jax.")}
 
 
-def forbidden(importer: str, found: set[str]) -> set[str]:
-    """Those of the imported rooms that a room may not know."""
+def forbidden(importer: str, imported: set[str]) -> set[str]:
+    """Imported subpackages that `importer` may not depend on."""
 
-    def allowed(other: str) -> bool:
-        if importer == other:
+    def allowed(target: str) -> bool:
+        if importer == target:
             return True
-        if importer in {"", *GROUND}:
+        if importer in {"", *BASE}:
             return False
-        if other in GROUND:
+        if target in BASE:
             return importer != "objectives"
-        return FLOOR.get(other, len(FLOORS)) < FLOOR[importer] or (importer, other) in EXCEPTIONS
+        return LAYER.get(target, len(LAYERS)) < LAYER[importer] or (importer, target) in ALLOWED_WITHIN_LAYER
 
-    return {other for other in found if not allowed(other)}
+    return {target for target in imported if not allowed(target)}
 
 
 def undocumented(source: str) -> list[str]:
-    """Public functions and classes of a module, and public methods of such classes, that lack a docstring."""
+    """Public functions, classes and methods of a module that lack a docstring."""
 
     def missing(body, prefix=""):
         for node in body:
-            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            if not named or node.name.startswith("_"):
+            definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if not definition or node.name.startswith("_"):
                 continue
             if ast.get_docstring(node) is None:
                 yield prefix + node.name
@@ -97,39 +99,39 @@ def undocumented(source: str) -> list[str]:
     return list(missing(ast.parse(source).body))
 
 
-def test_every_room_has_a_floor():
-    found = {room_of(file) for file in FILES} - {"", *GROUND}
-    assert found <= set(FLOOR)
-    assert {"objectives", "sharding", "models", "replay", "data", "rollout", "training", "runs", "tasks"} <= found
+def test_every_package_has_a_layer():
+    packages = {top_level_name(file) for file in FILES} - {"", *BASE}
+    assert packages <= set(LAYER)
+    assert {"objectives", "sharding", "models", "replay", "data", "rollout", "training", "runs", "tasks"} <= packages
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_go_down(file):
-    names = set(imported(file.read_text(), package_of(file)))
-    assert forbidden(room_of(file), rooms(names)) == set()
-    assert foreign(names).isdisjoint({"train", "eval", "tests", "benchmarks", "experiments"})
+def test_imports_respect_layers(file):
+    names = set(imported_names(file.read_text(), parent_package(file)))
+    assert forbidden(top_level_name(file), subpackages(names)) == set()
+    assert third_party(names).isdisjoint({"train", "eval", "tests", "benchmarks", "experiments"})
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "objectives").glob("*.py")), ids=lambda file: file.name)
-def test_losses_need_little(file):
-    names = set(imported(file.read_text(), package_of(file)))
-    assert foreign(names) <= OF_OBJECTIVES
-    assert rooms(names) <= {"objectives"}
+def test_objectives_import_only_allowed_dependencies(file):
+    names = set(imported_names(file.read_text(), parent_package(file)))
+    assert third_party(names) <= OBJECTIVES_DEPENDENCIES
+    assert subpackages(names) <= {"objectives"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_file_is_one_idea_that_explains_itself(file):
+def test_module_size_and_docstrings(file):
     source = file.read_text()
-    assert source.count("\n") <= LINES
+    assert source.count("\n") <= MAX_LINES
     assert undocumented(source) == []
     assert ast.get_docstring(ast.parse(source)) or not source.strip()
 
 
-def test_losses_import_where_little_is_installed():
-    absent = ("transformers", "flax", "optax", "pyarrow", "orbax", "datasets", "safetensors", "torch", "rich", "tyro")
+def test_objectives_import_without_optional_packages():
+    blocked = ("transformers", "flax", "optax", "pyarrow", "orbax", "datasets", "safetensors", "torch", "rich", "tyro")
     program = f"""
 import sys
-for name in {absent}:
+for name in {blocked}:
     sys.modules[name] = None
 try:
     import flax
@@ -138,20 +140,20 @@ except ImportError:
 else:
     raise SystemExit("nothing is blocked")
 import shiq_jax
-ours = sorted(name for name in sys.modules if name.startswith("shiq_jax."))
-assert "jax" not in sys.modules and not ours, ours
+loaded = sorted(name for name in sys.modules if name.startswith("shiq_jax."))
+assert "jax" not in sys.modules and not loaded, loaded
 import shiq_jax.objectives
-ours = {{name.split(".")[1] for name in sys.modules if name.startswith("shiq_jax.")}}
-assert ours == {{"objectives"}}, ours
+loaded = {{name.split(".")[1] for name in sys.modules if name.startswith("shiq_jax.")}}
+assert loaded == {{"objectives"}}, loaded
 print(sorted(shiq_jax.objectives.OBJECTIVES))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "'shiq'" in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "'shiq'" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("importer", "source", "found"),
+    ("importer", "source", "expected"),
     [
         ("objectives", "import shiq_jax.sharding", {"sharding"}),
         ("objectives", "from shiq_jax.errors import UserError", {"errors"}),
@@ -159,7 +161,7 @@ print(sorted(shiq_jax.objectives.OBJECTIVES))
         ("models", "from shiq_jax.progress import track", set()),
         ("objectives", "from shiq_jax.progress import track", {"progress"}),
         ("errors", "from shiq_jax.progress import track", {"progress"}),
-        ("models", "def late():\n    from shiq_jax.replay import Record", {"replay"}),
+        ("models", "def lazy():\n    from shiq_jax.replay import Record", {"replay"}),
         ("replay", "from shiq_jax import data", {"data"}),
         ("replay", "from ..training import metrics", {"training"}),
         ("replay", "import importlib\nimportlib.import_module('shiq_jax.rollout.collect')", {"rollout"}),
@@ -177,13 +179,16 @@ print(sorted(shiq_jax.objectives.OBJECTIVES))
         ("errors", "import shiq_jax.objectives", {"objectives"}),
     ],
 )
-def test_a_wrong_import_is_seen(importer, source, found):
-    package = ("shiq_jax", importer) if importer not in {"", *GROUND} else ("shiq_jax",)
-    assert forbidden(importer, rooms(imported(source, package))) == found
+def test_forbidden_imports_are_detected(importer, source, expected):
+    package = ("shiq_jax", importer) if importer not in {"", *BASE} else ("shiq_jax",)
+    assert forbidden(importer, subpackages(imported_names(source, package))) == expected
 
 
-def test_a_missing_docstring_is_seen():
+def test_missing_docstrings_are_detected():
     methods = 'class D:\n    "D"\n    def e(self): pass\n    def _f(self): pass\n'
     source = 'def _a(): pass\ndef b(): "b"\ndef c(): pass\n' + methods
     assert undocumented(source) == ["c", "D.e"]
-    assert foreign(imported("import json, jax.numpy as jnp\nfrom optax import adam")) == {"jax", "optax"}
+
+
+def test_third_party_imports_are_detected():
+    assert third_party(imported_names("import json, jax.numpy as jnp\nfrom optax import adam")) == {"jax", "optax"}

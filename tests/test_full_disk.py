@@ -1,4 +1,4 @@
-"""A disk that takes nothing more, wherever a run writes: one sentence, and room again is all that it needs to go on."""
+"""A full disk stops a run with a one-line error wherever the run writes, and --resume continues once there is space."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-import train as training_door
+import train as train_script
 from shiq_jax.models import huggingface
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import pipeline
@@ -25,8 +25,8 @@ OPTIONS = [
 
 
 @contextlib.contextmanager
-def full():
-    """No file of this process can grow: what the kernel then answers is not made up, only its reason is another one."""
+def full_disk():
+    """Let no file of this process grow, so that the kernel refuses every write (EFBIG rather than ENOSPC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
@@ -35,23 +35,35 @@ def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def arguments(root, name, *more):
-    return ["shiq", "--model", str(root / "model"), "--output-dir", str(root / name), *OPTIONS, *more]
+def arguments(root, name, *options):
+    return ["shiq", "--model", str(root / "model"), "--output-dir", str(root / name), *OPTIONS, *options]
 
 
-def fill_up(monkeypatch, owner, name, call=1):
-    """The disk fills up right before that call of a function."""
-    calls, function = [], getattr(owner, name)
+def fill_disk_before(monkeypatch, owner, name, call=1):
+    """Fill the disk right before the given call of a function; leaving the returned context frees it again."""
+    calls, function = 0, getattr(owner, name)
 
-    def full_now(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == call:
-            stack.enter_context(full())
+    def wrapper(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            stack.enter_context(full_disk())
         return function(*args, **kwargs)
 
     stack = contextlib.ExitStack()
-    monkeypatch.setattr(owner, name, full_now)
+    monkeypatch.setattr(owner, name, wrapper)
     return stack
+
+
+def error_message(root, name, options, capsys):
+    """The last line of standard error of a run that exits with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train_script.main(arguments(root, name, *options))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    message = error.splitlines()[-1]
+    assert message.startswith("train.py: ") and "File too large" in message
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -61,52 +73,43 @@ def root(tmp_path_factory):
     return root
 
 
-def test_a_run_that_finds_no_room_at_all_leaves_nothing(root, capsys):
-    for place in ("fresh", "made/by/us"):
-        with full(), pytest.raises(SystemExit) as stop:
-            training_door.main(arguments(root, place))
-        said = capsys.readouterr().err
-        assert (
-            stop.value.code == 2
-            and said.startswith("train.py: ")
-            and "cannot be written (File too large): make room" in said
-        )
+def test_full_disk_at_start_leaves_no_run_directory(root, capsys):
+    for name in ("run", "nested/run/directory"):
+        with full_disk():
+            error_message(root, name, [], capsys)
     assert [path.name for path in root.iterdir()] == ["model"]
 
 
-# Where the disk fills up: owner, function, which call of it, and what the sentence names.
-PLACES = {
-    "second samples": (Buffer, "append", 2, "records-00001.arrow"),
+# Where the disk fills up: owner, function, number of the call, and the path in the error message.
+FAILURES = {
+    "second shard of samples": (Buffer, "append", 2, "records-00001.arrow"),
     "statistics": (Buffer, "adopt_sampler_statistics", 1, "manifest.json"),
-    "first line of the log": (MetricsLog, "write", 1, "run"),
+    "first metrics row": (MetricsLog, "write", 1, "run"),
     "second checkpoint": (Checkpoints, "save", 2, "run"),
-    "weights of the export": (huggingface, "save_file", 1, ""),
-    "settings of the export": (huggingface, "_write_json", 1, ""),
-    "curve": (pipeline.report, "draw_learning_curve", 1, ""),
+    "exported weights": (huggingface, "save_file", 1, ""),
+    "exported config": (huggingface, "_write_json", 1, ""),
+    "learning curve": (pipeline.report, "draw_learning_curve", 1, ""),
     "summary": (pipeline, "write_json", 1, "summary.json"),
 }
 
 
 @pytest.mark.slow
-def test_the_disk_fills_up_again_and_again(root, capsys, monkeypatch):
-    """Each start goes on from the one before it, and the end is that of a run that always had room."""
-    training_door.main(arguments(root, "undisturbed"))
-    run, whole, known, resume = root / "run", root / "undisturbed", set(), []
-    for name, (owner, function, call, file) in PLACES.items():
-        with monkeypatch.context() as patch, fill_up(patch, owner, function, call):
-            with pytest.raises(SystemExit) as stop:
-                training_door.main(arguments(root, "run", *resume))
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert stop.value.code == 2 and said.startswith("train.py: "), name
-        assert f"{file} cannot be written (File too large): make room" in said, (name, said)
+def test_resume_after_repeated_full_disks_is_bitwise(root, capsys, monkeypatch):
+    """Fail once at each entry of FAILURES, resume every time, and compare with an uninterrupted run."""
+    train_script.main(arguments(root, "uninterrupted"))
+    run, expected, earlier_files, resume = root / "run", root / "uninterrupted", set(), []
+    for case, (owner, function, call, file) in FAILURES.items():
+        with monkeypatch.context() as patch, fill_disk_before(patch, owner, function, call):
+            message = error_message(root, "run", resume, capsys)
+        assert file in message, (case, message)
         files = {path for pattern in ("*.arrow", "*.json", "export/*") for path in run.rglob(pattern)}
-        assert known <= files and not list(run.rglob("*.tmp")), name
-        known, resume = files, ["--resume"]
-    training_door.main(arguments(root, "run", "--resume"))
+        assert earlier_files <= files and not list(run.rglob("*.tmp")), case
+        earlier_files, resume = files, ["--resume"]
+    train_script.main(arguments(root, "run", "--resume"))
     for name in ("export/model.safetensors", "export/config.json", "buffer/manifest.json", "weights.json"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
     losses = [
-        [(row["step"], row["loss"]) for row in map(json.loads, (where / "metrics.jsonl").open()) if "loss" in row]
-        for where in (run, whole)
+        [(row["step"], row["loss"]) for row in map(json.loads, (path / "metrics.jsonl").open()) if "loss" in row]
+        for path in (run, expected)
     ]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4]

@@ -1,30 +1,37 @@
-"""`train.py kto` and the evaluation of what it reads, as a user runs them."""
+"""`train.py kto` and `eval.py` on labeled data, end to end."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import eval as evaluation_door
-import train as training_door
+import eval as eval_script
+import train as train_script
 from shiq_jax.replay import Buffer
 from shiq_jax.training import reference
 from shiq_jax.training.callbacks import CheckFinite
 
-DATA = [
+OFFLINE = [
     "--mesh", "fsdp=1", "--evaluation.prompts", "2", "--evaluation.max-tokens", "4", "--batch-size", "2",
     "--precision.remat", "none", "--optimizer.learning-rate", "1e-3",
 ]  # fmt: skip
-TOY = [
+SAMPLED = [
     "--mesh", "fsdp=1", "--warm-start.steps", "3", "--warm-start.batch-size", "8", "--warm-start.demonstrations", "16",
     "--collection.prompts", "8", "--collection.prompts-per-batch", "4", "--collection.samples-per-prompt", "4",
     "--collection.sampling.max-tokens", "6", "--evaluation.prompts", "4", "--evaluation.samples-per-prompt", "1",
     "--evaluation.max-tokens", "6", "--evaluation.times", "1", "--batch-size", "4", "--epochs", "1",
 ]  # fmt: skip
 ROWS = [
-    {"prompt": f"say {letter}", "completion": said, "label": good}
-    for letter, said, good in (("a", "A", True), ("b", "B", True), ("b", "x", False), ("c", "C", 1), ("d", "y", 0))
+    {"prompt": f"say {letter}", "completion": completion, "label": label}
+    for letter, completion, label in (
+        ("a", "A", True),
+        ("b", "B", True),
+        ("b", "x", False),
+        ("c", "C", 1),
+        ("d", "y", 0),
+    )
 ]
 
 
@@ -36,147 +43,156 @@ def jsonl(path, rows) -> str:
     return str(path)
 
 
-def arguments_of(tiny, data, out, *more):
-    return ["kto", "--model", tiny, "--data", data, "--output-dir", str(out), *DATA, *more]
+def arguments(tiny, data, output_dir, *options):
+    return ["kto", "--model", tiny, "--data", data, "--output-dir", str(output_dir), *OFFLINE, *options]
 
 
-def refusal(arguments, capsys) -> str:
+def error_message(command, capsys) -> str:
+    """Standard error, on one line, of a command that exits with code 2 and without a traceback."""
     with pytest.raises(SystemExit) as stop:
-        training_door.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+        train_script.main(command)
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and "Traceback" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("kto")
-    training_door.main(arguments_of(tiny, jsonl(root / "data.jsonl", ROWS), root / "run"))
+    train_script.main(arguments(tiny, jsonl(root / "data.jsonl", ROWS), root / "run"))
     return root
 
 
-def updates(run):
+def update_metrics(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["stage"] == "update"]
 
 
-def test_labelled_rows_are_enough(finished, tiny):
-    answers, pairs = (Buffer.open(finished / "run" / name) for name in ("buffer", "labelled"))
+def test_each_labeled_record_is_stored_with_a_mismatched_completion(finished):
+    records, pairs = (Buffer.open(finished / "run" / name) for name in ("buffer", "labelled"))
     labels = [True, True, False, True, False]
-    assert answers.column("label") == labels and answers.returns().tolist() == labels and not answers.identities()
-    assert (
-        len(pairs) == 10
-        and pairs.column("label") == [each for label in labels for each in (label, None)]
-        and len(pairs.identities()) == 1
-    )
-    for number in range(5):
-        answer, other = pairs[2 * number], pairs[2 * number + 1]
-        assert answer.tokens.tolist() == answers[number].tokens.tolist()
-        prompt = int(np.argmax(answer.action_mask))
-        assert other.tokens[:prompt].tolist() == answer.tokens[:prompt].tolist()
-        theirs = [a.tokens[a.action_mask].tolist() for a in answers.read(range(5)) if a.group != answers[number].group]
-        assert other.tokens[other.action_mask].tolist() in theirs
-    done = updates(finished / "run")
-    assert [row["weight"] for row in done] == [2, 2, 2]
-    assert {"kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "desirable"} < set(done[0])
-    # Policy and reference agree at first.
-    assert done[0]["loss"] == pytest.approx(0.5, abs=1e-6) and done[-1]["loss"] != pytest.approx(0.5, abs=1e-6)
+    assert records.column("label") == labels and records.returns().tolist() == labels and not records.identities()
+    assert len(pairs) == 10 and len(pairs.identities()) == 1
+    assert pairs.column("label") == [value for label in labels for value in (label, None)]
+    for index in range(5):
+        record, mismatched = pairs[2 * index], pairs[2 * index + 1]
+        assert record.tokens.tolist() == records[index].tokens.tolist()
+        prompt_length = int(np.argmax(record.action_mask))
+        assert mismatched.tokens[:prompt_length].tolist() == record.tokens[:prompt_length].tolist()
+        completions_of_other_prompts = [
+            other.tokens[other.action_mask].tolist()
+            for other in records.read(range(5))
+            if other.group != records[index].group
+        ]
+        assert mismatched.tokens[mismatched.action_mask].tolist() in completions_of_other_prompts
+
+
+def test_training_on_labeled_rows(finished, tiny):
+    metrics = update_metrics(finished / "run")
+    assert [row["weight"] for row in metrics] == [2, 2, 2]
+    assert {"kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "desirable"} < set(metrics[0])
+    # The policy starts at the reference, where the loss is 0.5.
+    assert metrics[0]["loss"] == pytest.approx(0.5, abs=1e-6) and metrics[-1]["loss"] != pytest.approx(0.5, abs=1e-6)
     summary = json.loads((finished / "run" / "summary.json").read_text())
     assert summary["records"] == 5 and np.isfinite(summary["kl"])
-    before, after = (load_file(f"{place}/model.safetensors") for place in (tiny, finished / "run" / "export"))
+    before, after = (load_file(f"{path}/model.safetensors") for path in (tiny, finished / "run" / "export"))
     assert any(np.any(before[name] != after[name]) for name in before)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["labels", "update"])
-def test_an_interrupted_run_resumes_bit_for_bit(stage, finished, tiny, tmp_path, monkeypatch):
-    arguments = arguments_of(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")
+def test_resume_is_bitwise(stage, finished, tiny, tmp_path, monkeypatch):
+    command = arguments(tiny, str(finished / "data.jsonl"), tmp_path / "run", "--save-every", "1")
+    on_update = CheckFinite.on_update
 
-    def die(*args):
+    def interrupt(*args, **_):
         if stage == "labels" or args[1].step == 2:
             raise KeyboardInterrupt
-        return check(*args)
+        return on_update(*args)
 
-    check = CheckFinite.on_update
     with monkeypatch.context() as patch:
-        place = (reference, "annotate") if stage == "labels" else (CheckFinite, "on_update")
-        patch.setattr(*place, lambda *a, **_: die(*a))
+        target = (reference, "annotate") if stage == "labels" else (CheckFinite, "on_update")
+        patch.setattr(*target, interrupt)
         with pytest.raises(SystemExit) as stop:
-            training_door.main(arguments)
+            train_script.main(command)
     assert stop.value.code == 130
-    training_door.main([*arguments, "--resume"])
+    train_script.main([*command, "--resume"])
     for name in ("export/model.safetensors", "labelled/manifest.json"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 
 
-def test_an_evaluation_couples_all_rows(finished, tmp_path):
+def test_evaluation_computes_kl_over_all_rows(finished, tmp_path):
     out = tmp_path / "eval"
-    evaluation_door.main([
+    eval_script.main([
         "--model", str(finished / "run"), "--data", str(finished / "data.jsonl"), "--max-tokens", "4",
         "--output-dir", str(out), "--mesh", "fsdp=1",
     ])  # fmt: skip
-    found = json.loads((out / "evaluation.json").read_text())
-    assert found["objective"] == "kto" and found["objective_metrics"]["desirable"] == pytest.approx(3 / 5)
-    assert 0 < found["objective_metrics"]["loss"] < 1 and found["objective_metrics"]["kl"] >= 0
+    result = json.loads((out / "evaluation.json").read_text())
+    metrics = result["objective_metrics"]
+    assert result["objective"] == "kto" and metrics["desirable"] == pytest.approx(3 / 5)
+    assert 0 < metrics["loss"] < 1 and metrics["kl"] >= 0
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
-def test_own_samples_are_labelled_by_the_mean_of_their_prompt(loss, tiny, tmp_path, monkeypatch, capsys):
+def test_samples_are_labeled_by_the_mean_reward_of_their_prompt(loss, tiny, tmp_path, monkeypatch, capsys):
     from shiq_jax.runs import sources
 
-    run, kept = tmp_path / "run", sources.rewards.resolve
-    # A model of three updates answers nothing right, but unlike.
-    letters = lambda row, completion: float(sum(map(ord, completion)) % 5)  # noqa: E731
-    monkeypatch.setattr(sources.rewards, "resolve", lambda name: letters if name == "sorting" else kept(name))
+    run, resolve = tmp_path / "run", sources.rewards.resolve
+    # The sorting reward is zero for every sample of a barely trained model; this one varies.
+    reward = lambda row, completion: float(sum(map(ord, completion)) % 5)  # noqa: E731
+    monkeypatch.setattr(sources.rewards, "resolve", lambda name: reward if name == "sorting" else resolve(name))
     options = ["--loss.name", loss, "--loss.undesirable-weight", "0.5", "--model", tiny, "--output-dir", str(run)]
-    training_door.main(["kto", *TOY, *options])
-    answers, examples = Buffer.open(run / "buffer"), Buffer.open(run / "labelled")
-    returns = answers.returns().reshape(8, 4)
-    wanted = np.sign(np.round(returns - returns.mean(1, keepdims=True), 6)).ravel()
+    train_script.main(["kto", *SAMPLED, *options])
+    samples, examples = Buffer.open(run / "buffer"), Buffer.open(run / "labelled")
+    returns = samples.returns().reshape(8, 4)
+    signs = np.sign(np.round(returns - returns.mean(1, keepdims=True), 6)).ravel()
     step = 2 if loss == "kto" else 1
-    assert examples.column("label")[::step] == (wanted[wanted != 0] > 0).tolist()
-    said = capsys.readouterr().err
-    assert f"{np.sum(wanted > 0)} answers are desirable, {np.sum(wanted < 0)} undesirable" in said
-    assert f"{np.sum(wanted == 0)} tie and are left out" in said or np.all(wanted)
-    assert {"kl" if loss == "kto" else "rewards/signed", "desirable"} < set(updates(run)[0])
+    assert examples.column("label")[::step] == (signs[signs != 0] > 0).tolist()
+    report = next(line for line in capsys.readouterr().err.splitlines() if "undesirable" in line)
+    assert {str(np.sum(signs > 0)), str(np.sum(signs < 0))} <= set(re.findall(r"\d+", report))
+    assert {"kl" if loss == "kto" else "rewards/signed", "desirable"} < set(update_metrics(run)[0])
 
 
-def test_a_buffer_keeps_its_labels(finished, tiny, tmp_path, capsys):
+def test_training_on_a_buffer_keeps_its_labels(finished, tiny, tmp_path, capsys):
     data = str(finished / "run" / "buffer")
-    assert "has labels" in refusal(arguments_of(tiny, data, tmp_path / "run", "--threshold", "0.5"), capsys)
-    training_door.main(arguments_of(tiny, data, tmp_path / "run"))
-    ours, theirs = Buffer.open(tmp_path / "run" / "labelled"), Buffer.open(finished / "run" / "labelled")
-    assert ours.read(range(10)) == theirs.read(range(10))
+    message = error_message(arguments(tiny, data, tmp_path / "run", "--threshold", "0.5"), capsys)
+    assert "threshold" in message and "label" in message
+    train_script.main(arguments(tiny, data, tmp_path / "run"))
+    labeled, expected = (Buffer.open(path / "run" / "labelled").read(range(10)) for path in (tmp_path, finished))
+    assert labeled == expected
 
 
-MISTAKES = {
-    "one prompt": ([row | {"prompt": "say"} for row in ROWS], [], "have one prompt: give more prompts"),
-    "no labels": ([ROWS[0], {"prompt": "a", "completion": "b"}], [], "line 2: field 'label' is missing"),
-    "ties": ([{"prompt": p, "completion": "b", "reward": 1} for p in "ab"], [], "no answer is better or worse"),
-    "a threshold for labels": (ROWS, ["--threshold", "1"], "has labels: leave it out"),
+INVALID = {
+    "one prompt": ([row | {"prompt": "say"} for row in ROWS], [], ["prompt"]),
+    "missing label": ([ROWS[0], {"prompt": "a", "completion": "b"}], [], ["line 2", "'label'"]),
+    "ties": ([{"prompt": p, "completion": "b", "reward": 1} for p in "ab"], [], ["desirable"]),
+    "threshold for labels": (ROWS, ["--threshold", "1"], ["threshold", "label"]),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(name, tiny, tmp_path, capsys):
-    rows, options, said = MISTAKES[name]
-    data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
-    assert said in refusal(arguments_of(tiny, data, out, *options), capsys) and not out.exists()
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_input_is_refused_before_writing(case, tiny, tmp_path, capsys):
+    rows, options, facts = INVALID[case]
+    data, output_dir = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
+    message = error_message(arguments(tiny, data, output_dir, *options), capsys)
+    assert all(fact in message for fact in facts), message
+    assert not output_dir.exists()
 
 
-def test_one_prompt_suffices_where_nothing_is_coupled(tiny, tmp_path):
-    data, out = jsonl(tmp_path / "data.jsonl", MISTAKES["one prompt"][0]), tmp_path / "run"
-    training_door.main(arguments_of(tiny, data, out, "--loss.name", "apo_zero_unpaired"))
-    assert len(Buffer.open(out / "labelled")) == 5 and updates(out)[-1]["rewards/signed"] != 0
+def test_loss_without_kl_accepts_a_single_prompt(tiny, tmp_path):
+    data, output_dir = jsonl(tmp_path / "data.jsonl", INVALID["one prompt"][0]), tmp_path / "run"
+    train_script.main(arguments(tiny, data, output_dir, "--loss.name", "apo_zero_unpaired"))
+    assert len(Buffer.open(output_dir / "labelled")) == 5 and update_metrics(output_dir)[-1]["rewards/signed"] != 0
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "facts"),
     [
-        (["--loss.desirable-weight", "-1"], "desirable_weight is -1.0 but must be finite and not negative"),
-        (["--threshold", "nan"], "threshold must be finite"),
-        (["--loss.name", "dpo"], "--loss.name"),
+        (["--loss.desirable-weight", "-1"], ["desirable_weight", "-1.0", "finite"]),
+        (["--threshold", "nan"], ["threshold", "finite"]),
+        (["--loss.name", "dpo"], ["--loss.name"]),
     ],
 )
-def test_options_out_of_range_are_refused(options, said, capsys):
-    error = refusal(["kto", *options], capsys)
-    assert said in " ".join(error.replace("│", " ").split())
+def test_out_of_range_options_are_refused(options, facts, capsys):
+    message = error_message(["kto", *options], capsys)
+    assert all(fact in message for fact in facts), message

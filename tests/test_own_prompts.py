@@ -1,11 +1,11 @@
-"""Somebody's prompts, answered and scored here, and one replay buffer that every objective learns from."""
+"""`--prompts` with `--reward`, and replay buffers of earlier runs as training data."""
 
 import json
 
-import numpy as np
+import chex
 import pytest
 
-import train as training_door
+import train as train_script
 from shiq_jax.data.chat import load_tokenizer
 from shiq_jax.replay import Buffer, is_buffer
 from shiq_jax.tasks.rewards import resolve
@@ -28,88 +28,90 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """Somebody's own module with a function that scores: a random model's answers are all wrong, but unlike."""
+    """MODULE:FUNCTION of a reward that varies between the completions of a random model."""
     path = tmp_path_factory.mktemp("modules")
-    (path / "somebody.py").write_text(
-        "def letters(row, completion):\n    return sum(map(ord, completion)) % 7 + len(row['prompt'])\n"
+    (path / "letter_rewards.py").write_text(
+        "def letter_sum(row, completion):\n    return sum(map(ord, completion)) % 7 + len(row['prompt'])\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(path))
-        yield "somebody:letters"
+        yield "letter_rewards:letter_sum"
 
 
 @pytest.fixture(scope="module")
 def sampled(tiny, prompts, reward, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "sampled"
-    training_door.main(
+    train_script.main(
         ["shiq", "--model", tiny, "--prompts", str(prompts), "--reward", reward, "--output-dir", str(out), *SMALL,
          "--collection.prompts", "6", "--collection.samples-per-prompt", "3", "--collection.sampling.max-tokens", "6"]
     )  # fmt: skip
     return out
 
 
-def test_the_first_prompts_are_answered_and_scored_by_the_reward(sampled, prompts, reward):
+def test_first_prompts_are_sampled_and_scored_by_the_reward(sampled, prompts, reward):
     buffer, rows = Buffer.open(sampled / "buffer"), [json.loads(line) for line in prompts.read_text().splitlines()]
     assert len(buffer) == 18 and not is_buffer(sampled)
-    asked = [json.loads(buffer[number].prompt)["prompt"] for number in range(18)]
-    assert asked == [row["prompt"] for row in rows[:6] for _ in range(3)]
+    sampled_prompts = [json.loads(record.prompt)["prompt"] for record in buffer.read(range(18))]
+    assert sampled_prompts == [row["prompt"] for row in rows[:6] for _ in range(3)]
     assert len(set(buffer.group_ids())) == 6
     tokenizer, score = load_tokenizer(str(sampled / "export")), resolve(reward)
-    for number in range(len(buffer)):
-        record = buffer[number]
+    for record in buffer.read(range(18)):
         completion = tokenizer.decode(record.tokens[record.action_mask].tolist(), skip_special_tokens=True)
         assert float(record.rewards.sum()) == pytest.approx(score(json.loads(record.prompt), completion))
 
 
 @pytest.mark.parametrize("command", ["shiq", "dpo", "sft"])
-def test_every_objective_learns_from_the_buffer_of_another_run(command, tiny, sampled, tmp_path):
-    out = tmp_path / command
-    training_door.main([command, "--model", tiny, "--data", str(sampled / "buffer"), "--output-dir", str(out), *SMALL])
-    theirs, ours = Buffer.open(sampled / "buffer"), Buffer.open(out / "buffer")
-    assert len(ours) == len(theirs)
-    for number in range(len(ours)):
+def test_objectives_train_on_the_buffer_of_another_run(command, tiny, sampled, tmp_path):
+    run, data = tmp_path / command, str(sampled / "buffer")
+    train_script.main([command, "--model", tiny, "--data", data, "--output-dir", str(run), *SMALL])
+    original, copy = Buffer.open(sampled / "buffer"), Buffer.open(run / "buffer")
+    assert len(copy) == len(original)
+    for index in range(len(copy)):
         for name in ("tokens", "action_mask", "rewards", "logp", "lse"):
-            np.testing.assert_array_equal(getattr(ours[number], name), getattr(theirs[number], name))
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["updates"] == {"shiq": 2, "dpo": 2, "sft": 2}[command]  # of six prompts, three each
+            chex.assert_trees_all_equal(getattr(copy[index], name), getattr(original[index], name))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 2
     if command != "sft":
         assert summary["probe"]["passed"]
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, facts",
     [
-        (["shiq", "--prompts", "PROMPTS", "--reward", "sorting"], "--prompts needs --model"),
-        (["shiq", "--model", "TINY", "--prompts", "PROMPTS"], "--prompts needs --reward"),
-        (["sft", "--model", "TINY", "--prompts", "PROMPTS", "--reward", "sorting"], "nothing to imitate"),
-        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], "give one of them"),
+        (["shiq", "--prompts", "PROMPTS", "--reward", "sorting"], ["--prompts", "--model"]),
+        (["shiq", "--model", "TINY", "--prompts", "PROMPTS"], ["--prompts", "--reward"]),
+        (["sft", "--model", "TINY", "--prompts", "PROMPTS", "--reward", "sorting"], ["--prompts"]),
+        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], ["prompts", "data"]),
     ],
 )
-def test_what_prompts_need_is_said_before_anything_is_written(arguments, words, tiny, prompts, tmp_path, capsys):
-    given = [{"TINY": tiny, "PROMPTS": str(prompts)}.get(word, word) for word in arguments]
+def test_incompatible_options_are_refused_before_writing(arguments, facts, tiny, prompts, tmp_path, capsys):
+    paths = {"TINY": tiny, "PROMPTS": str(prompts)}
+    command = [paths.get(argument, argument) for argument in arguments]
     with pytest.raises(SystemExit) as stop:
-        training_door.main([*given, "--output-dir", str(tmp_path / "run")])
-    assert stop.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
+        train_script.main([*command, "--output-dir", str(tmp_path / "run")])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in message
+    assert all(fact in message for fact in facts), message
     assert not (tmp_path / "run").exists()
 
 
-def test_another_buffer_at_the_same_place_is_no_data_to_resume_with(tiny, sampled, tmp_path, capsys):
+def test_resume_with_a_changed_buffer_is_refused(tiny, sampled, tmp_path, capsys):
     copy = tmp_path / "buffer"
     original = Buffer.open(sampled / "buffer")
     Buffer.create(copy).append(original.read(range(12)))
     command = ["shiq", "--model", tiny, "--data", str(copy), "--output-dir", str(tmp_path / "run"), *SMALL]
-    training_door.main(command)
+    train_script.main(command)
     Buffer.open(copy).append(original.read(range(12, 18)))
     with pytest.raises(SystemExit) as stop:
-        training_door.main([*command, "--resume"])
-    assert stop.value.code == 2 and "data" in capsys.readouterr().err
+        train_script.main([*command, "--resume"])
+    assert stop.value.code == 2 and "--data" in capsys.readouterr().err
 
 
-def test_what_a_buffer_cannot_be_is_refused(tiny, sampled, tmp_path, capsys):
+def test_options_that_do_not_apply_to_a_buffer_are_refused(tiny, sampled, tmp_path, capsys):
     command = ["shiq", "--model", tiny, "--data", str(sampled / "buffer"), "--output-dir", str(tmp_path / "run")]
-    cases = ((["--score", "overall_score"], "leave --score out"), (["--drop-longer-than", "2"], "all was left out"))
-    for options, words in cases:
+    for options, fact in ((["--score", "overall_score"], "--score"), (["--drop-longer-than", "2"], "2")):
         with pytest.raises(SystemExit) as stop:
-            training_door.main([*command, *options, *SMALL])
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+            train_script.main([*command, *options, *SMALL])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and "Traceback" not in message and fact in message.splitlines()[-1]
         assert not (tmp_path / "run").exists()

@@ -1,14 +1,13 @@
-"""Writes what the leaderboard's own evaluation says of many answers: `bfcl_verdicts.jsonl` beside this script.
+"""Generate `bfcl_verdicts.jsonl`: verdicts of the official BFCL evaluation on many answers.
 
     python tests/goldens/make_bfcl_verdicts.py
 
-wants bfcl-eval==2026.3.23 with all its dependencies, in an environment of its own; the tests read the file and need
-none of them. Every answer goes through `eval_runner._evaluate_single_ast_entry` with the handler of a registered model
-that answers in text, and with questions and ground truth as the leaderboard's own functions load them.
+Run it in a separate environment with bfcl-eval==2026.3.23 and its dependencies; the tests only read the file. Every
+answer is judged by `eval_runner._evaluate_single_ast_entry` with the handler of a registered model that answers in
+text. Questions and ground truth come from the loaders of bfcl-eval.
 
-A line is `{"id", "source", "text", "valid"}`. Lines of source "sampled", answers of a small language model, stay in the
-file as they are; all others are written here out of the ground truth. `valid` is null where the evaluation itself stops
-with an exception.
+Each line is `{"id", "source", "text", "valid"}`. Answers with source "sampled" come from a small language model and are
+kept; all others are derived from the ground truth. `valid` is null if the evaluation raises an exception.
 """
 
 import json
@@ -32,7 +31,7 @@ QUESTIONS_PER_CATEGORY = 8
 
 Calls = list[tuple[str, dict[str, Any]]]
 
-# What stands in the place of a value: the evaluation runs Python on some of these.
+# Argument values written as Python expressions, some of which the official evaluation executes.
 EXPRESSIONS = (
     "2 * 5", "-(3)", "-7", "+7", "10 ** 1", "9 ** 0.5", "100 // 7", "'a' + 'b'", "'ab' * 2", "[1] + [2]",
     "1 + unknown", "abs(-3) + 2", "len('ab') - 1", "abs(-3)", "name", "items[0]", "{}", "()", "(1, 2)",
@@ -42,35 +41,36 @@ EXPRESSIONS = (
 )  # fmt: skip
 
 
-def text_of(calls: Calls) -> str:
-    """Calls as the leaderboard asks for them."""
-    written = (f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in calls)
-    return f"[{', '.join(written)}]"
+def format_calls(calls: Calls) -> str:
+    """Format calls as the BFCL prompt requests."""
+    formatted = (f"{name}({', '.join(f'{key}={value!r}' for key, value in args.items())})" for name, args in calls)
+    return f"[{', '.join(formatted)}]"
 
 
-def accepted(truth: list[dict], draw: random.Random) -> Calls:
-    """Calls with one accepted value per parameter; what may be left out is, half the time."""
+def accepted_calls(ground_truth: list[dict], rng: random.Random) -> Calls:
+    """Draw one accepted value per parameter; omit each optional parameter with probability one half."""
     calls = []
-    for call in truth:
+    for call in ground_truth:
         ((name, parameters),) = call.items()
-        given = {}
+        args = {}
         for key, values in parameters.items():
-            real = [value for value in values if value != ""]
-            if real and not ("" in values and draw.random() < 0.5):
-                given[key] = unwrapped(draw.choice(real))
-        calls.append((name, given))
+            # The empty string marks an optional parameter.
+            candidates = [value for value in values if value != ""]
+            if candidates and not ("" in values and rng.random() < 0.5):
+                args[key] = first_accepted(rng.choice(candidates))
+        calls.append((name, args))
     return calls
 
 
-def unwrapped(value: Any) -> Any:
-    """Inside dictionaries the ground truth lists what it accepts for each key."""
+def first_accepted(value: Any) -> Any:
+    """Replace each list of accepted dictionary values in the ground truth by its first entry."""
     if isinstance(value, dict):
-        return {key: unwrapped(options[0]) for key, options in value.items() if isinstance(options, list) and options}
-    return [unwrapped(each) for each in value] if isinstance(value, list) else value
+        return {key: first_accepted(values[0]) for key, values in value.items() if isinstance(values, list) and values}
+    return [first_accepted(item) for item in value] if isinstance(value, list) else value
 
 
-def other(value: Any) -> Any:
-    """A value of the same type that is not the same."""
+def different_value(value: Any) -> Any:
+    """Return a different value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -80,106 +80,107 @@ def other(value: Any) -> Any:
     return value + value[:1] if isinstance(value, list) and value else [0]
 
 
-def written(truth: list[dict], draw: random.Random) -> Iterator[tuple[str, str]]:
-    """(what was done, answer) for one question."""
-    calls = accepted(truth, draw)
-    text = text_of(calls)
+def answers(ground_truth: list[dict], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield (source, text) of accepted and modified answers to one question."""
+    calls = accepted_calls(ground_truth, rng)
+    text = format_calls(calls)
     yield "accepted", text
-    yield "accepted again", text_of(accepted(truth, draw))
-    yield "calls reversed", text_of(calls[::-1])
-    yield "parameters reversed", text_of([(name, dict(reversed(given.items()))) for name, given in calls])
-    yield "a call twice", text_of([*calls, calls[0]])
-    yield "a call less", text_of(calls[1:])
-    yield "another name", text_of([(name + "_of", given) for name, given in calls])
-    yield "dots as underscores", text_of([(name.replace(".", "_"), given) for name, given in calls])
-    yield "a parameter more", text_of([(name, given | {"no_such_parameter": 1}) for name, given in calls])
-    rules = {
-        "upper case": lambda value: value.upper() if type(value) is str else value,
+    yield "accepted again", format_calls(accepted_calls(ground_truth, rng))
+    yield "reversed calls", format_calls(calls[::-1])
+    yield "reversed parameters", format_calls([(name, dict(reversed(args.items()))) for name, args in calls])
+    yield "duplicate call", format_calls([*calls, calls[0]])
+    yield "missing call", format_calls(calls[1:])
+    yield "wrong name", format_calls([(name + "_of", args) for name, args in calls])
+    yield "dots as underscores", format_calls([(name.replace(".", "_"), args) for name, args in calls])
+    yield "extra parameter", format_calls([(name, args | {"no_such_parameter": 1}) for name, args in calls])
+    transforms = {
+        "uppercase": lambda value: value.upper() if type(value) is str else value,
         "other punctuation": lambda value: value.replace(" ", "-").replace(",", ".") if type(value) is str else value,
-        "numbers as floats": lambda value: float(value) if type(value) is int else value,
+        "integers as floats": lambda value: float(value) if type(value) is int else value,
         "lists as tuples": lambda value: tuple(value) if type(value) is list else value,
     }
-    for what, rule in rules.items():
-        yield what, text_of([(name, {key: rule(value) for key, value in given.items()}) for name, given in calls])
-    place = draw.randrange(len(calls))
-    name, given = calls[place]
-    for key in [draw.choice(list(given))] if given else []:
+    for source, transform in transforms.items():
+        changed = [(name, {key: transform(value) for key, value in args.items()}) for name, args in calls]
+        yield source, format_calls(changed)
+    index = rng.randrange(len(calls))
+    name, args = calls[index]
+    if args:
+        key = rng.choice(list(args))
         variants = {
-            "another value": given | {key: other(given[key])},
-            "value as text": given | {key: str(given[key])},
-            "a parameter less": {each: value for each, value in given.items() if each != key},
+            "wrong value": args | {key: different_value(args[key])},
+            "value as string": args | {key: str(args[key])},
+            "missing parameter": {other: value for other, value in args.items() if other != key},
         }
-        for what, changed in variants.items():
-            yield what, text_of([*calls[:place], (name, changed), *calls[place + 1 :]])
-    yield from malformed(text, draw)
+        for source, changed in variants.items():
+            yield source, format_calls([*calls[:index], (name, changed), *calls[index + 1 :]])
+    yield from malformed(text, rng)
 
 
-def malformed(text: str, draw: random.Random) -> Iterator[tuple[str, str]]:
-    """Three of many ways to spell an answer in another way."""
-    forms = {
-        "fenced": f"```{text}```",
-        "fenced with a language": f"```python\n{text}\n```",
+def malformed(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield three of the unusual or invalid formats."""
+    formats = {
+        "code fence": f"```{text}```",
+        "code fence with language": f"```python\n{text}\n```",
         "no brackets": text[1:-1],
         "quoted": f"'{text}'",
-        "talk before": f"Sure: {text}",
-        "talk behind": f"{text} is the call.",
-        "cut": text[: len(text) // 2],
-        "no end": text[:-1],
-        "a line break": text.replace(", ", ",\n "),
+        "leading prose": f"Sure: {text}",
+        "trailing prose": f"{text} is the call.",
+        "truncated": text[: len(text) // 2],
+        "missing bracket": text[:-1],
+        "line break": text.replace(", ", ",\n "),
         "semicolons": text.replace("), ", "); "),
-        "positional": text.replace("(", "(1, ", 1),
-        "a name without a call": text.split("(")[0] + "]",
-        "nothing": "",
-        "no calls": "[]",
+        "positional argument": text.replace("(", "(1, ", 1),
+        "name without call": text.split("(")[0] + "]",
+        "empty": "",
+        "empty list": "[]",
         "prose": "I cannot answer that.",
-        "json": json.dumps([{"name": "f", "arguments": {}}]),
-        "nested": f"[{text}]",
+        "JSON": json.dumps([{"name": "f", "arguments": {}}]),
+        "nested list": f"[{text}]",
     }
-    for what in draw.sample(list(forms), 3):
-        yield what, forms[what]
+    for source in rng.sample(list(formats), 3):
+        yield source, formats[source]
 
 
-def expressions(truth: list[dict], draw: random.Random) -> Iterator[tuple[str, str]]:
-    """Answers with expressions in the place of the first value."""
-    ((name, given), *rest) = accepted(truth, draw)
-    for expression in EXPRESSIONS if given else ():
-        key = next(iter(given))
-        others = "".join(f", {each}={value!r}" for each, value in given.items() if each != key)
-        yield f"expression {expression}", f"[{name}({key}={expression}{others})]"
+def expression_answers(ground_truth: list[dict], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield answers whose first argument is one of EXPRESSIONS."""
+    (name, args), *_ = accepted_calls(ground_truth, rng)
+    for expression in EXPRESSIONS if args else ():
+        key = next(iter(args))
+        rest = "".join(f", {other}={value!r}" for other, value in args.items() if other != key)
+        yield f"expression {expression}", f"[{name}({key}={expression}{rest})]"
 
 
 def main() -> None:
-    """Judges the sampled answers again, writes the others anew and judges them."""
-    questions, truths, categories = {}, {}, {}
+    """Judge the sampled answers of the existing file and newly derived ones, and rewrite the file."""
+    questions, ground_truths, categories = {}, {}, {}
     for category in CATEGORIES:
         for entry in load_dataset_entry(category):
             questions[entry["id"]], categories[entry["id"]] = entry, category
-        truths |= {entry["id"]: entry["ground_truth"] for entry in load_ground_truth_entry(category)}
+        ground_truths |= {entry["id"]: entry["ground_truth"] for entry in load_ground_truth_entry(category)}
     handler = get_handler(MODEL)
 
-    def judged(line: dict[str, Any]) -> dict[str, Any]:
+    def judge(line: dict[str, Any]) -> dict[str, Any]:
         try:
-            found = _evaluate_single_ast_entry(
-                handler, line["id"], line["text"], truths[line["id"]], questions[line["id"]], MODEL,
+            valid = _evaluate_single_ast_entry(
+                handler, line["id"], line["text"], ground_truths[line["id"]], questions[line["id"]], MODEL,
                 categories[line["id"]], language=Language.PYTHON, return_format=ReturnFormat.PYTHON,
             )["valid"]  # fmt: skip
         except Exception:
-            found = None
-        return {name: line[name] for name in ("id", "source", "text")} | {"valid": found}
+            valid = None
+        return {name: line[name] for name in ("id", "source", "text")} | {"valid": valid}
 
-    kept = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in kept if line["source"] == "sampled"]
-    draw = random.Random(0)
+    existing = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in existing if line["source"] == "sampled"]
+    rng = random.Random(0)
     for category in CATEGORIES:
-        for identity in draw.sample(
-            [each for each in questions if categories[each] == category], QUESTIONS_PER_CATEGORY
-        ):
-            answers = written(truths[identity], draw)
-            lines += [{"id": identity, "source": what, "text": text} for what, text in answers]
-    for identity in ("simple_python_0", "multiple_3"):
-        answers = expressions(truths[identity], draw)
-        lines += [{"id": identity, "source": what, "text": text} for what, text in answers]
-    verdicts = [judged(line) for line in lines]
+        ids = [question_id for question_id in questions if categories[question_id] == category]
+        for question_id in rng.sample(ids, QUESTIONS_PER_CATEGORY):
+            for source, text in answers(ground_truths[question_id], rng):
+                lines.append({"id": question_id, "source": source, "text": text})
+    for question_id in ("simple_python_0", "multiple_3"):
+        for source, text in expression_answers(ground_truths[question_id], rng):
+            lines.append({"id": question_id, "source": source, "text": text})
+    verdicts = [judge(line) for line in lines]
     FILE.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts), encoding="utf-8")
     print({value: sum(line["valid"] is value for line in verdicts) for value in (True, False, None)})
 

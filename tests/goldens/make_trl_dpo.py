@@ -1,15 +1,14 @@
-"""Writes what TRL's DPOTrainer says of a small batch: `trl_dpo.json` and `trl_dpo.safetensors` beside this script.
+"""Generate `trl_dpo.json` and `trl_dpo.safetensors`: DPO losses and gradients of TRL's DPOTrainer on a small batch.
 
     python tests/goldens/make_trl_dpo.py
 
-wants trl==1.16.0, transformers==5.23.0 and torch==2.13.0, in an environment of its own; the tests read the two files
-and need none of them. A random Llama is the policy, another the reference. Loss and gradient come out of the trainer's
-own `compute_loss` on a batch of its own collator. The weights are float32 numbers in float64 arithmetic, so that what a
-comparison finds is the other side's rounding (where transformers and TRL insist on float32, it stays).
+Run it in a separate environment with trl==1.16.0, transformers==5.23.0 and torch==2.13.0; the tests only read the two
+files. Policy and reference are random Llamas. Losses and gradients come from the trainer's `compute_loss` on a batch of
+its own collator. The float32 weights are promoted to float64 (transformers and TRL cast some operations to
+float32), so that a comparison shows the rounding errors of shiq_jax.
 
-TRL of today ignores `label_smoothing` when the loss is "sigmoid". Its loss for one pair with smoothing is in its
-"aot_unpaired", which sorts log-ratios over the batch and then takes the smoothed form: in a batch of one pair there is
-nothing to sort. So with smoothing the pairs go through the trainer one by one, and loss and gradient are the means.
+TRL 1.16 ignores `label_smoothing` for the loss "sigmoid". Its "aot_unpaired" equals the smoothed DPO loss on a batch of
+one pair, where sorting has no effect. The smoothed variant therefore averages loss and gradient over single pairs.
 """
 
 import json
@@ -29,23 +28,23 @@ VARIANTS = {
     "beta 0.7": {"beta": 0.7, "label_smoothing": 0.0},
     "smoothed": {"beta": 0.4, "label_smoothing": 0.15},
 }
-# prompt, chosen, rejected: of several lengths, and one prompt occurs twice.
+# Lengths of (prompt, chosen, rejected); two pairs share a prompt.
 LENGTHS = [(3, 5, 2), (7, 1, 9), (1, 4, 4), (7, 6, 3), (12, 8, 10)]
 VOCABULARY = 40
 
 
 def make_pairs() -> list[dict[str, list[int]]]:
-    """Token ids of every pair."""
+    """Random token ids of every pair."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda length: torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()  # noqa: E731
+    random_ids = lambda length: torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()  # noqa: E731
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    pairs = [dict(zip(names, map(draw, lengths), strict=True)) for lengths in LENGTHS]
+    pairs = [dict(zip(names, map(random_ids, lengths), strict=True)) for lengths in LENGTHS]
     pairs[3]["prompt_ids"] = pairs[1]["prompt_ids"]
     return pairs
 
 
 def make_model(seed: int) -> transformers.LlamaForCausalLM:
-    """A random Llama whose biases and norms count, too."""
+    """A random Llama with nonzero biases and non-unit norm scales."""
     sizes = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, max_position_embeddings=64)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, attn_implementation="eager"))
@@ -58,27 +57,27 @@ def make_model(seed: int) -> transformers.LlamaForCausalLM:
 
 
 def make_trainer(directory: str, **options) -> trl.DPOTrainer:
-    """A trainer of the policy; it is never asked to train."""
+    """A DPOTrainer, used only for its loss and collator."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0")),
         pad_token="0",
         eos_token="1",
     )
-    settings = trl.DPOConfig(
+    config = trl.DPOConfig(
         output_dir=directory, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], **options
     )
-    nothing = Dataset.from_list([{"prompt": "2 ", "chosen": "3", "rejected": "4"}])
+    placeholder = Dataset.from_list([{"prompt": "2 ", "chosen": "3", "rejected": "4"}])
     return trl.DPOTrainer(
         model=make_model(1).double(),
         ref_model=make_model(2).double(),
-        args=settings,
-        train_dataset=nothing,
+        args=config,
+        train_dataset=placeholder,
         processing_class=tokenizer,
     )
 
 
 def measure(beta: float, label_smoothing: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of the pairs by TRL."""
+    """TRL's loss on all pairs and its gradient."""
     pairs = make_pairs()
     batches = [[pair] for pair in pairs] if label_smoothing else [pairs]
     loss_type = "aot_unpaired" if label_smoothing else "sigmoid"
@@ -95,7 +94,7 @@ def measure(beta: float, label_smoothing: float) -> tuple[float, dict[str, torch
 
 
 def main() -> None:
-    """Writes both files."""
+    """Write both files."""
     tensors = {
         f"{role}/{name}": tensor.clone()
         for role, seed in (("policy", 1), ("reference", 2))
