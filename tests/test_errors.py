@@ -63,7 +63,7 @@ def test_it_decorates_as_well():
 def test_a_pointer_is_not_the_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(UserError, match="model.safetensors: is a pointer of Git LFS"):
+    with pytest.raises(UserError, match="model.safetensors: is a Git LFS pointer"):
         check_not_lfs_pointer(file)
     file.write_text("version 2")
     check_not_lfs_pointer(file)

@@ -79,7 +79,7 @@ def test_with_a_learned_value_the_decoder_learns_too(run, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["cql", "mc_returns"])
+@pytest.mark.parametrize("loss", ["cql", "mc_returns", "soft_q"])
 def test_the_other_baselines_run(run, loss):
     assert (run(loss) / "export" / "heads.safetensors").exists()
 

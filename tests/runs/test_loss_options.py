@@ -106,10 +106,10 @@ def test_help_shows_every_option_once_with_its_losses_and_defaults(kind):
         assert len(re.findall(rf" --{option.replace('_', '-')}[ ,]", text)) == 1, option
     assert "None" not in text
     if kind is PairLoss:
-        assert "(default: 0.0; exo: 0.001)" in text and "dpop: cost of a chosen completion" in text
+        assert "(default: 0.0; exo: 0.001)" in text and "dpop: weight of a decrease" in text
         assert "all but cpo and orpo: weight, at least 0, of the chosen" in text
     if kind is RewardLoss:
-        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns: Q / beta is added" in text
+        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns, soft_q: Q / beta is added" in text
 
 
 def test_a_new_loss_is_one_function_and_one_line():
