@@ -120,7 +120,7 @@ def test_a_new_loss_is_one_function_and_one_line():
     known |= {"ArrayLike": ArrayLike, "Array": Array, "Float": Float}
     exec(function, known)
     kind = family("Toy", "Pairs and a toy.", PairLoss.objectives | eval(f"{{{line}}}", known))
-    assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(kind)
+    assert "--target FLOAT margin: target margin of a pair, > 0. (default: 1.0)" in help_of(kind)
     assert parsed(kind, name="margin", target=2.0).configured().loss.keywords == {"target": 2.0}
     assert "target is -1.0 but must be a positive finite number" in refused(kind, name="margin", target=-1.0)
     assert "target is no option of the loss dpo" in refused(kind, name="dpo", target=1.0)
