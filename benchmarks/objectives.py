@@ -82,12 +82,12 @@ def example(objective: Objective, members: int, length: int) -> Example:
     values = {
         name: stats() if kind == "q" else jax.random.normal(next(keys), shape) for name, kind in objective.heads.items()
     }
-    values |= {f"target_{name}": stats() for name in objective.slow}
+    values |= {f"target_{name}": stats() for name in objective.target_heads}
     reference = stats()
     # Near the reference, where no loss is flat.
     policy = TokenStats(reference.logp + 1e-4 * jax.random.normal(next(keys), shape), reference.lse)
     return Example(
-        policy=policy if objective.policy else None, references={"reference": reference},
+        policy=policy if objective.trains_policy else None, references={"reference": reference},
         action_mask=jnp.ones(shape, bool), rewards=jax.random.normal(next(keys), shape), values=values or None,
         labels=jnp.arange(members) == 0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a sentence, and what any room may find wrong with a disk."""
+"""`UserError`, which the commands print without a traceback, and helpers that raise it for file and disk errors."""
 
 import contextlib
 import errno
@@ -6,40 +6,38 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a disk answers when it is full, over quota, read-only, broken, or not ours to write on.
-_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "ENAMETOOLONG")
-_POINTER = b"version https://git-lfs"
-_NUMBERS = {getattr(errno, name) for name in _DISK}
+# Errors of full, read-only, failing or inaccessible disks.
+_DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "ENAMETOOLONG")
+_DISK_ERRNOS = {getattr(errno, name) for name in _DISK_ERRORS}
+_LFS_HEADER = b"version https://git-lfs"
 
 
 class UserError(ValueError):
-    """Input that cannot be used, told in one sentence: what was found, where, what is expected and how to mend it.
+    """Invalid user input; the message states what was found and where, what is expected and how to fix it.
 
-    The commands print the sentence and exit with code 2; library callers catch it as the `ValueError` it is.
+    The commands print the message and exit with code 2; library callers can catch it as a `ValueError`.
     """
 
 
 def check_not_lfs_pointer(path: Path) -> None:
-    """UserError when a file is only what Git LFS leaves in the place of a large file that it has not fetched."""
+    """Raise UserError if the file is a Git LFS pointer whose content has not been fetched."""
     try:
         with open(path, "rb") as file:
-            start = file.read(len(_POINTER))
+            start = file.read(len(_LFS_HEADER))
     except OSError:
         return
-    if start == _POINTER:
-        raise UserError(
-            f"{path}: is a pointer of Git LFS and not the file itself; run `git lfs pull` where it was cloned"
-        )
+    if start == _LFS_HEADER:
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path | None = None) -> Iterator[None]:
-    """Inside, also as a decorator, what a full or unwritable disk raises becomes a UserError.
+def disk_errors(directory: Path | None = None) -> Iterator[None]:
+    """Context manager and decorator that turns errors of a full or unwritable disk into UserErrors.
 
-    The libraries that write checkpoints, weights and tokenizers have exceptions of their own for it, which hold the
-    system's words; so the whole chain of causes is looked through.
+    Libraries that write checkpoints, weights and tokenizers wrap the system's error in exceptions of their own, so the
+    whole chain of causes is searched.
 
-    place: the directory that is written to, for what is raised without the name of a file.
+    directory: the directory that is written to, for errors that do not name a file.
     """
     try:
         yield
@@ -48,20 +46,20 @@ def disk_errors(place: Path | None = None) -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if reason := _reason(cause, place):
+            if reason := _disk_error_message(cause, directory):
                 raise UserError(
-                    f"{reason}: make room or name a place that can be written; what was complete before is as it was, "
-                    "and a run that has begun goes on with --resume"
+                    f"{reason}: make room or choose a writable path; completed files are intact, and --resume "
+                    "continues an interrupted run"
                 ) from error
             cause = cause.__cause__ or cause.__context__
         raise
 
 
-def _reason(error: BaseException, place: Path | None) -> str | None:
-    """What the system said and of which file, if the error is a disk's."""
-    file, words = f"a file in {place}" if place else "a file", None
-    if isinstance(error, OSError) and error.errno in _NUMBERS:
-        file, words = error.filename or file, error.strerror
+def _disk_error_message(error: BaseException, directory: Path | None) -> str | None:
+    """The file and the system's message if this is a disk error, else None."""
+    file, message = f"a file in {directory}" if directory else "a file", None
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        file, message = error.filename or file, error.strerror
     else:
-        words = next((os.strerror(number) for number in _NUMBERS if os.strerror(number) in str(error)), None)
-    return f"{file} cannot be written ({words})" if words else None
+        message = next((os.strerror(number) for number in _DISK_ERRNOS if os.strerror(number) in str(error)), None)
+    return f"{file} cannot be written ({message})" if message else None

@@ -79,7 +79,7 @@ def test_losses_with_a_value_head_train_the_decoder_too(run, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["cql", "mc_returns"])
+@pytest.mark.parametrize("loss", ["cql", "mc_returns", "soft_q"])
 def test_other_q_learning_losses_export_heads(run, loss):
     assert (run(loss) / "export" / "heads.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""A loss without reference, SimPO, on an Equinox module (`pip install equinox`).
+"""SimPO, a reference-free loss, with an Equinox module (`pip install equinox`).
 
 python docs/examples/equinox_module.py
 """
@@ -14,7 +14,7 @@ VOCABULARY, LENGTH, PAIRS = 16, 8, 128
 
 
 class Model(eqx.Module):
-    """Predicts each token from the one before it."""
+    """Predict each token from the previous one."""
 
     embed: eqx.nn.Embedding
     layers: eqx.nn.MLP
@@ -25,40 +25,40 @@ class Model(eqx.Module):
         self.layers = eqx.nn.MLP(16, VOCABULARY, 32, 1, key=second)
 
     def logp(self, tokens):
-        """The log-probability of a sequence, in nats."""
-        before = jnp.concatenate([jnp.zeros(1, tokens.dtype), tokens[:-1]])
-        logits = jax.vmap(lambda token: self.layers(self.embed(token)))(before)
+        """Log-probability of a sequence, in nats."""
+        previous = jnp.concatenate([jnp.zeros(1, tokens.dtype), tokens[:-1]])
+        logits = jax.vmap(lambda token: self.layers(self.embed(token)))(previous)
         return jnp.sum(token_stats_from_logits(logits, tokens).logp)
 
 
 def main() -> tuple[float, float]:
-    """Share of held-out pairs whose better sequence is the likelier before and after; better is what ascends more."""
+    """Accuracy on held-out pairs before and after training; the chosen sequence of a pair is sorted."""
     model = Model(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2 * PAIRS, LENGTH), 0, VOCABULARY)
     chosen, rejected = jnp.sort(tokens, axis=1), tokens
     optimizer = optax.adam(3e-3)
-    state = optimizer.init(eqx.filter(model, eqx.is_array))
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
 
     def logps(model, sequences):
         return jax.vmap(model.logp)(sequences)
 
     @eqx.filter_jit
-    def update(model, state):
+    def update(model, opt_state):
         def loss(model):
-            sums = logps(model, chosen[:PAIRS]), logps(model, rejected[:PAIRS])
-            return jnp.mean(simpo_loss(*sums, LENGTH, LENGTH, beta=2.0, margin=0.5))
+            chosen_logp, rejected_logp = logps(model, chosen[:PAIRS]), logps(model, rejected[:PAIRS])
+            return jnp.mean(simpo_loss(chosen_logp, rejected_logp, LENGTH, LENGTH, beta=2.0, margin=0.5))
 
-        updates, state_ = optimizer.update(eqx.filter_grad(loss)(model), state)
-        return eqx.apply_updates(model, updates), state_
+        updates, opt_state = optimizer.update(eqx.filter_grad(loss)(model), opt_state)
+        return eqx.apply_updates(model, updates), opt_state
 
     def accuracy(model):
         return float(jnp.mean(logps(model, chosen[PAIRS:]) > logps(model, rejected[PAIRS:])))
 
     before = accuracy(model)
     for _ in range(100):
-        model, state = update(model, state)
+        model, opt_state = update(model, opt_state)
     after = accuracy(model)
-    print(f"held-out pairs told apart: {before:.2f} before, {after:.2f} after")
+    print(f"accuracy on held-out pairs: {before:.2f} before, {after:.2f} after")
     return before, after
 
 

@@ -1,4 +1,4 @@
-"""DPO on a Flax NNX module, with the statistics kernel that never holds the logits of a sequence.
+"""DPO with a Flax NNX module and `token_stats`, which does not materialize the logits.
 
 python docs/examples/flax_module.py
 """
@@ -14,7 +14,7 @@ VOCABULARY, LENGTH, PAIRS, FEATURES = 32, 8, 512, 16
 
 
 class Model(nnx.Module):
-    """A gated recurrence over embeddings; its unembedding is a matrix [features, vocabulary]."""
+    """A GRU with an unembedding matrix [features, vocabulary]."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
@@ -22,47 +22,47 @@ class Model(nnx.Module):
         self.head = nnx.Param(0.3 * jax.random.normal(rngs.params(), (FEATURES, VOCABULARY)))
 
     def hidden(self, tokens):
-        """[T, features]: entry t has seen the tokens before t."""
+        """Hidden states [T, features]; entry t depends on the tokens before t."""
         inputs = self.embed(jnp.concatenate([jnp.zeros(1, tokens.dtype), tokens[:-1]]))
         carry, states = jnp.zeros(FEATURES), []
-        for each in inputs:
-            carry, state = self.cell(carry, each)
+        for x in inputs:
+            carry, state = self.cell(carry, x)
             states.append(state)
         return jnp.stack(states)
 
 
 def logp(model, tokens):
-    """The log-probability of a sequence, in nats."""
+    """Log-probability of a sequence, in nats."""
     return jnp.sum(token_stats(model.hidden(tokens), model.head[...], tokens).logp)
 
 
 def main() -> tuple[float, float]:
-    """Share of held-out pairs that are told apart before and after; the better sequence has the larger tokens."""
+    """Accuracy on held-out pairs before and after training; the chosen sequence has the larger token sum."""
     model = Model(nnx.Rngs(0))
     pairs = jax.random.randint(jax.random.key(1), (2 * PAIRS, 2, LENGTH), 0, VOCABULARY)
     order = jnp.argsort(-pairs.sum(-1), axis=1)
     chosen, rejected = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)
-    logps = nnx.jit(lambda model, tokens: jax.vmap(lambda each: logp(model, each))(tokens))
+    logps = nnx.jit(lambda model, tokens: jax.vmap(lambda sequence: logp(model, sequence))(tokens))
     reference = logps(model, chosen), logps(model, rejected)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
     def update(model, optimizer):
         def loss(model):
-            ratios = (logps(model, side[:PAIRS]) - ref[:PAIRS] for side, ref in zip((chosen, rejected), reference))
-            return jnp.mean(dpo_loss(*ratios, beta=0.1))
+            logratios = (logps(model, side[:PAIRS]) - ref[:PAIRS] for side, ref in zip((chosen, rejected), reference))
+            return jnp.mean(dpo_loss(*logratios, beta=0.1))
 
         optimizer.update(model, nnx.grad(loss)(model))
 
     def accuracy():
-        ratios = [logps(model, side[PAIRS:]) - ref[PAIRS:] for side, ref in zip((chosen, rejected), reference)]
-        return float(jnp.mean((ratios[0] > ratios[1]) + 0.5 * (ratios[0] == ratios[1])))
+        logratios = [logps(model, side[PAIRS:]) - ref[PAIRS:] for side, ref in zip((chosen, rejected), reference)]
+        return float(jnp.mean((logratios[0] > logratios[1]) + 0.5 * (logratios[0] == logratios[1])))
 
     before = accuracy()
     for _ in range(100):
         update(model, optimizer)
     after = accuracy()
-    print(f"held-out pairs told apart: {before:.2f} before, {after:.2f} after")
+    print(f"accuracy on held-out pairs: {before:.2f} before, {after:.2f} after")
     return before, after
 
 

@@ -1,4 +1,4 @@
-"""The library's training loop around your own Flax model: `fit` with two callbacks, and no run directory.
+"""Train your own Flax model with `fit` and two callbacks, without a run directory.
 
 python docs/examples/own_loop.py
 """
@@ -19,7 +19,7 @@ VOCABULARY, LENGTH, PAIRS, FEATURES, BATCH, STEPS = 32, 8, 512, 16, 128, 150
 
 
 class Model(nnx.Module):
-    """Two layers over the sum of the embeddings so far; its unembedding is a matrix [features, vocabulary]."""
+    """Two layers over the cumulative sum of embeddings, with an unembedding matrix [features, vocabulary]."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
@@ -28,43 +28,43 @@ class Model(nnx.Module):
         self.head = nnx.Param(0.3 * jax.random.normal(rngs.params(), (FEATURES, VOCABULARY)))
 
     def logp(self, tokens):
-        """[rows, T] -> [rows], the log-probability of each sequence in nats."""
-        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-        hidden = self.second(nnx.relu(self.first(jnp.cumsum(self.embed(before), axis=1))))
+        """Log-probability of each sequence in nats, [rows, T] -> [rows]."""
+        previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+        hidden = self.second(nnx.relu(self.first(jnp.cumsum(self.embed(previous), axis=1))))
         return jnp.sum(token_stats(hidden, self.head[...], tokens).logp, axis=1)
 
 
 class State(NamedTuple):
-    """What an update takes and returns; `fit` never looks inside."""
+    """Training state; opaque to `fit`."""
 
     params: nnx.State
     opt_state: optax.OptState
 
 
-class Measure(Callback):
-    """Calls a function with the parameters every so many updates and after the last one."""
+class Evaluate(Callback):
+    """Evaluate the parameters every `every` updates and after the last one."""
 
-    def __init__(self, measure, every):
-        self.measure, self.every, self.found = measure, every, {}
+    def __init__(self, metric, every):
+        self.metric, self.every, self.results = metric, every, {}
 
     def needs_state(self, step):
-        """Every so many updates."""
+        """Whether to evaluate after this update."""
         return step % self.every == 0
 
     def on_state(self, step, state, last):
-        """Measure before the next update reuses the memory of the state."""
+        """Evaluate before the next update donates the buffers of the state."""
         if last or self.needs_state(step):
-            self.found[step] = self.measure(state.params)
+            self.results[step] = self.metric(state.params)
 
 
 def main() -> tuple[float, float]:
-    """Share of held-out pairs ranked correctly before and after; the better sequence has the larger tokens."""
-    definition, params = nnx.split(Model(nnx.Rngs(0)))
+    """Accuracy on held-out pairs before and after training; the chosen sequence has the larger token sum."""
+    graphdef, params = nnx.split(Model(nnx.Rngs(0)))
     pairs = jax.random.randint(jax.random.key(1), (2 * PAIRS, 2, LENGTH), 0, VOCABULARY)
     order = jnp.argsort(-pairs.sum(-1), axis=1)
-    sides = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)  # [chosen and rejected, pairs, T]
-    logp = jax.jit(jax.vmap(lambda params, tokens: nnx.merge(definition, params).logp(tokens), (None, 0)))
-    # The reference is data: its log-probabilities are computed once.
+    sides = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)  # [2, pairs, T]: chosen, rejected
+    logp = jax.jit(jax.vmap(lambda params, tokens: nnx.merge(graphdef, params).logp(tokens), (None, 0)))
+    # The reference is frozen, so its log-probabilities are computed once.
     reference = logp(params, sides)
     optimizer = optax.adam(1e-2)
 
@@ -81,7 +81,7 @@ def main() -> tuple[float, float]:
         return State(optax.apply_updates(state.params, updates), opt_state), metrics
 
     def batches(step: int) -> DeviceBatch:
-        """A function of the step alone, so that a loop that starts at any step sees the same data."""
+        """Batch of a step; a pure function of the step, so that a resumed loop sees the same data."""
         rows = jax.random.choice(jax.random.fold_in(jax.random.key(2), step), PAIRS, (BATCH,), replace=False)
         return DeviceBatch((sides[:, rows], reference[:, rows]))
 
@@ -89,12 +89,12 @@ def main() -> tuple[float, float]:
         chosen, rejected = logp(params, sides[:, PAIRS:]) - reference[:, PAIRS:]
         return float(jnp.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
-    measure = Measure(accuracy, every=50)
+    evaluate = Evaluate(accuracy, every=50)
     state = State(params, optimizer.init(params))
     before = accuracy(params)
-    state = fit(state, update, batches, start=0, stop=STEPS, callbacks=[CheckFinite(), measure])
-    print(f"held-out pairs ranked correctly: {before:.2f} before, then {measure.found}")
-    return before, measure.found[STEPS]
+    state = fit(state, update, batches, start=0, stop=STEPS, callbacks=[CheckFinite(), evaluate])
+    print(f"accuracy on held-out pairs: {before:.2f} before, then {evaluate.results}")
+    return before, evaluate.results[STEPS]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A private loop around a loss of one's own, logistic regression (`pip install 'shiq_jax[privacy]'`).
+"""Differentially private training of your own loss, logistic regression (`pip install 'shiq_jax[privacy]'`).
 
 python docs/examples/private_loop.py
 """
@@ -16,35 +16,35 @@ ROWS, FEATURES = 4000, 8
 
 
 def loss(params, row):
-    """Of one row, which is a unit by itself."""
+    """Loss of one row, which is the unit of privacy."""
     features, label = row
     return optax.sigmoid_binary_cross_entropy(features @ params["weights"] + params["bias"], label)
 
 
 def main() -> tuple[float, float]:
-    """Share of public rows whose label is told before and after."""
+    """Accuracy on public rows before and after training."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2 * ROWS, FEATURES)).astype(np.float32)
     labels = (features @ rng.normal(size=FEATURES) > 0).astype(np.float32)
     private, public = (features[:ROWS], labels[:ROWS]), (features[ROWS:], labels[ROWS:])
 
-    # Whoever knows it takes the noise off. A run that may be stopped keeps it: Secret.create(path), Secret.read(path).
+    # Anyone who holds the secret can subtract the noise. Resumable runs store it with Secret.create(path).
     secret = Secret(os.urandom(32))
     mechanism = Mechanism.calibrated(
         epsilon=2.0, delta=1e-5, dataset_size=ROWS, expected_batch=200, steps=60, clip=AutoS(), unit="row"
     )
     params = {"weights": jnp.zeros(FEATURES), "bias": jnp.zeros(())}
     optimizer = optax.adam(0.1)
-    state = optimizer.init(params)
+    opt_state = optimizer.init(params)
 
-    # The key is an argument: as a constant it would stand in the compiled program, which may be kept on disk.
+    # The key is an argument, because constants are embedded in the compiled program, which may be cached on disk.
     @jax.jit
-    def update(params, state, batch, real, key, step):
-        # The norms and losses beside the sum are private.
+    def update(params, opt_state, batch, real, key, step):
+        # The per-example norms and losses are private; only the noisy sum may be released.
         total, _, _ = clipped_sum(per_example(loss), params, batch, clip=mechanism.clip, mask=real)
         gradient = privatize(total, mechanism, key, step)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
     def accuracy(params):
         features, labels = public
@@ -52,13 +52,13 @@ def main() -> tuple[float, float]:
 
     before = accuracy(params)
     for step in range(mechanism.steps):
-        # What is accounted for are these samples, of unlike size in arrays of one size, and no shuffled batches.
+        # The accountant assumes Poisson samples: batches of random size in padded arrays, not shuffled epochs.
         units, real = mechanism.sample(secret.sampling, step)
         batch = jax.tree.map(lambda leaf: leaf[units], private)
-        params, state = update(params, state, batch, real, secret.noise, step)
-    spent = mechanism.epsilon(step + 1)
+        params, opt_state = update(params, opt_state, batch, real, secret.noise, step)
+    epsilon = mechanism.epsilon(step + 1)
     after = accuracy(params)
-    print(f"labels told: {before:.2f} before, {after:.2f} after, for an epsilon of {spent:.2f}")
+    print(f"accuracy: {before:.2f} before, {after:.2f} after, epsilon {epsilon:.2f}")
     return before, after
 
 

@@ -1,15 +1,15 @@
-"""AOT: alignment by optimal transport. Pairs are compared not one by one but as distributions, by sorting (2406.05882).
+"""AOT, alignment via optimal transport (arXiv 2406.05882): compare pairs as distributions over the batch, by sorting.
 
-In one dimension the optimal plan between two samples pairs the k-th smallest of one with the k-th smallest of the
-other, so that a loss needs of the whole batch only each example's partner, which `Couple` brings without gradient.
+In one dimension the optimal transport plan matches the k-th smallest values of two samples. Each example therefore
+needs only its match from the batch, which `Couple` provides without gradient.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from shiq_jax.objectives.lift import read_example
-from shiq_jax.objectives.pairs import PAIRS, both_real
+from shiq_jax.objectives.lift import read_inputs
+from shiq_jax.objectives.pairs import PAIRS, both_have_actions
 from shiq_jax.objectives.preference import dpo_loss
 from shiq_jax.objectives.types import Couple, Example
 
@@ -22,9 +22,9 @@ def aot_loss(
     beta: ArrayLike,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, ""]:
-    """`dpo_loss` of the policy's margin over the reference's margin of the same rank in the batch.
+    """`dpo_loss` of the policy's margin against the reference's margin of the same rank in the batch.
 
-    coupled: that margin of the reference, chosen log-probability less rejected; see `AOT`.
+    coupled: that margin of the reference, chosen minus rejected log-probability; see `AOT_COUPLE`.
     """
     return dpo_loss(chosen_logp - rejected_logp, coupled, beta=beta, label_smoothing=label_smoothing)
 
@@ -39,49 +39,53 @@ def aot_unpaired_loss(
 ) -> Float[Array, ""]:
     """`dpo_loss` of chosen against rejected log-ratios of the same rank in the batch.
 
-    A rank's loss belongs half to the pair whose chosen completion has it and half to the one whose rejected completion
-    has; either half carries its side's whole gradient, since partners carry none. coupled: the rejected log-ratio that
-    is the chosen one's partner, and the chosen one that is the rejected one's.
+    Each rank's loss is counted twice, by the example of its chosen and by that of its rejected log-ratio, and halved in
+    value. The gradient is not halved, because matches carry no gradient.
+
+    coupled: the rejected log-ratio matched to the chosen one, and the chosen log-ratio matched to the rejected one.
     """
     options = {"beta": beta, "label_smoothing": label_smoothing}
-    against_rejected, against_chosen = coupled
-    both = dpo_loss(chosen_logratio, against_rejected, **options) + dpo_loss(
-        against_chosen, rejected_logratio, **options
-    )
-    return both - jax.lax.stop_gradient(both) / 2
+    matched_rejected, matched_chosen = coupled
+    chosen_loss = dpo_loss(chosen_logratio, matched_rejected, **options)
+    rejected_loss = dpo_loss(matched_chosen, rejected_logratio, **options)
+    total = chosen_loss + rejected_loss
+    return total - jax.lax.stop_gradient(total) / 2
 
 
 def _margins(example: Example) -> tuple[Array, Array, Array]:
-    reading = read_example(example, PAIRS, name="aot")
-    margin = reading["logp"][0] - reading["logp"][1]
-    return margin, margin - (reading["logratio"][0] - reading["logratio"][1]), both_real(reading)
+    inputs = read_inputs(example, PAIRS, name="aot")
+    policy_margin = inputs["logp"][0] - inputs["logp"][1]
+    reference_margin = policy_margin - (inputs["logratio"][0] - inputs["logratio"][1])
+    return policy_margin, reference_margin, both_have_actions(inputs)
 
 
 def _logratios(example: Example) -> tuple[Array, Array, Array]:
-    reading = read_example(example, PAIRS, name="aot_unpaired")
-    return reading["logratio"][0], reading["logratio"][1], both_real(reading)
+    inputs = read_inputs(example, PAIRS, name="aot_unpaired")
+    return inputs["logratio"][0], inputs["logratio"][1], both_have_actions(inputs)
 
 
-def partners(values: Float[Array, " B"], others: Float[Array, " B"], counted: Float[Array, " B"]) -> Float[Array, " B"]:
-    """For each value that counts, the one of `others` that has its rank among those that count."""
-    order = jnp.argsort(jnp.where(counted > 0, values, jnp.inf))
+def match_by_rank(
+    values: Float[Array, " B"], candidates: Float[Array, " B"], weights: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """For each value with positive weight, the candidate of the same rank among those with positive weight."""
+    order = jnp.argsort(jnp.where(weights > 0, values, jnp.inf))
     rank = jnp.argsort(order)
-    return jnp.sort(jnp.where(counted > 0, others, jnp.inf))[rank]
+    return jnp.sort(jnp.where(weights > 0, candidates, jnp.inf))[rank]
 
 
-def _combine(summaries, weights: Float[Array, " B"]):
-    values, others, real = summaries
-    return partners(values, others, weights * real)
+def _match_margins(summaries, weights: Float[Array, " B"]):
+    policy_margins, reference_margins, valid = summaries
+    return match_by_rank(policy_margins, reference_margins, weights * valid)
 
 
-def _combine_both(summaries, weights: Float[Array, " B"]):
-    chosen, rejected, real = summaries
-    counted = weights * real
-    return partners(chosen, rejected, counted), partners(rejected, chosen, counted)
+def _match_logratios(summaries, weights: Float[Array, " B"]):
+    chosen, rejected, valid = summaries
+    weights = weights * valid
+    return match_by_rank(chosen, rejected, weights), match_by_rank(rejected, chosen, weights)
 
 
-AOT = Couple(_margins, _combine)
-"""Brings each pair the reference's margin that has the rank of the policy's."""
+AOT_COUPLE = Couple(_margins, _match_margins)
+"""The reference's margin of the same rank as the policy's margin."""
 
-AOT_UNPAIRED = Couple(_logratios, _combine_both)
-"""Brings each chosen log-ratio the rejected one of its rank, and the other way round."""
+AOT_UNPAIRED_COUPLE = Couple(_logratios, _match_logratios)
+"""The rejected log-ratio of the same rank as the chosen one, and vice versa."""

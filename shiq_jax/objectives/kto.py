@@ -1,6 +1,6 @@
-"""Losses on single completions with a label, good or bad, and what couples the examples of KTO.
+"""KTO and unpaired APO: losses on single completions with a binary label, and the coupling that estimates KTO's KL.
 
-Shapes, types, errors and `s` as in `preference`; `desirable` is a boolean of the log-ratio's shape.
+Shapes, types, errors and `s` as in `preference`; `desirable` is a boolean array of the shape of the log-ratio.
 """
 
 from functools import partial
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.lift import ExampleView, read_example
+from shiq_jax.objectives.lift import ExampleView, read_inputs
 from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
 from shiq_jax.objectives.sequences import DESIRABLE, LOGRATIO
 from shiq_jax.objectives.types import Couple, Example
-from shiq_jax.objectives.validation import as_float32, as_mask, check_not_negative, check_positive, same_shape
+from shiq_jax.objectives.validation import as_float32, as_mask, check_nonnegative, check_positive, check_same_shape
 
 
 def kto_loss(
@@ -29,18 +29,22 @@ def kto_loss(
     """w (1 - s(beta (logratio - kl))) for a desirable, w (1 - s(beta (kl - logratio))) for an undesirable completion.
 
     Args:
-      kl: the reference point, a constant of at least 0: an estimate of KL(pi || pi_ref), in nats. Published is
-        max(0, mean log-ratio of completions that belong to other prompts), without gradient.
-      beta: temperature of the KL regularisation.
+      kl: reference point, at least 0 and without gradient: an estimate of KL(pi || pi_ref) in nats. The paper uses
+        max(0, mean log-ratio of completions paired with other prompts).
+      beta: temperature of the KL regularization.
       desirable_weight: weight w of desirable completions.
-      undesirable_weight: weight w of undesirable completions; give more to the kind that is rarer.
+      undesirable_weight: weight w of undesirable completions; increase the weight of the rarer label.
 
     Source: KTO (arXiv 2402.01306).
     """
-    check_not_negative("desirable_weight", desirable_weight)
-    check_not_negative("undesirable_weight", undesirable_weight)
-    signed, wanted = _signed(logratio, desirable, beta, jax.lax.stop_gradient(kl))
-    return jnp.where(wanted, desirable_weight, undesirable_weight) * jax.nn.sigmoid(-signed)
+    check_nonnegative("desirable_weight", desirable_weight)
+    check_nonnegative("undesirable_weight", undesirable_weight)
+    check_same_shape(logratio=logratio, desirable=desirable)
+    check_positive("beta", beta)
+    is_desirable = as_mask(desirable)
+    logit = beta * (as_float32(logratio) - jax.lax.stop_gradient(kl))
+    logit = jnp.where(is_desirable, logit, -logit)
+    return jnp.where(is_desirable, desirable_weight, undesirable_weight) * jax.nn.sigmoid(-logit)
 
 
 def apo_zero_unpaired_loss(
@@ -59,17 +63,17 @@ def apo_zero_unpaired_loss(
     return kto_loss(logratio, desirable, kl=0.0, beta=beta, **weights)
 
 
-def _first(kind: str, reading: LossInputs) -> Array:
-    return reading[kind][0]
+def _of_answer(quantity: str, inputs: LossInputs) -> Array:
+    return inputs[quantity][0]
 
 
-def kto_metrics(reading: LossInputs) -> dict[str, Array]:
-    """Per answer, in TRL's names: `rewards/chosen` and `rewards/rejected`, beta times the log-ratio, of the batch's
-    desirable and undesirable answers, 0 in a batch without any; `rewards/margins`, their difference; `kl`, in nats;
-    `desirable`, the share of such answers."""
-    coupled, beta = reading["coupled"], reading.options["beta"]
-    desirable, logratio = reading["desirable"], reading["logratio"]
-    # Divided by a share of the batch, a mean over all examples is a mean over those of one kind.
+def kto_metrics(inputs: LossInputs) -> dict[str, Array]:
+    """TRL's metrics: `rewards/chosen` and `rewards/rejected`, beta times the log-ratio, averaged over the desirable and
+    the undesirable answers of the batch (0 if there are none); `rewards/margins`, their difference; `kl` in nats;
+    `desirable`, the fraction of desirable answers."""
+    coupled, beta = inputs["coupled"], inputs.options["beta"]
+    desirable, logratio = inputs["desirable"], inputs["logratio"]
+    # Dividing by the fraction of a label turns the mean over all answers into the mean over those with the label.
     chosen = desirable * beta * logratio / coupled["desirable"]
     rejected = ~desirable * beta * logratio / coupled["undesirable"]
     return {
@@ -82,58 +86,50 @@ def kto_metrics(reading: LossInputs) -> dict[str, Array]:
 
 
 INPUTS = {
-    "logratio": LossInput(partial(_first, "logratios"), LOGRATIO.needs),
-    "desirable": LossInput(partial(_first, "labels"), DESIRABLE.needs),
-    "kl": LossInput(lambda reading: reading["coupled"]["kl"]),
+    "logratio": LossInput(partial(_of_answer, "logratios"), LOGRATIO.needs),
+    "desirable": LossInput(partial(_of_answer, "labels"), DESIRABLE.needs),
+    "kl": LossInput(lambda inputs: inputs["coupled"]["kl"]),
     "logratios": LOGRATIO,
     "labels": DESIRABLE,
-    "real": LossInput(lambda reading: jnp.any(reading.mask, axis=-1)),
-    "coupled": LossInput(lambda reading: reading.field("coupled")),
+    "has_actions": LossInput(lambda inputs: jnp.any(inputs.mask, axis=-1)),
+    "coupled": LossInput(lambda inputs: inputs.field("coupled")),
 }
 
 ANSWERS = ExampleView(
-    "group", MappingProxyType(INPUTS), partial(_first, "real"), metrics=kto_metrics,
-    two_sequences="an answer and a mismatched one",
+    "group", MappingProxyType(INPUTS), partial(_of_answer, "has_actions"), metrics=kto_metrics,
+    pair_description="an answer and a mismatched one",
 )  # fmt: skip
-"""A loss of sequence 0; sequence 1, another prompt's answer after this prompt, serves the KL alone.
+"""A loss of sequence 0, averaged over the answers with at least one action.
 
-The mean over a batch runs over answers with at least one action.
+Sequence 1, an answer to another prompt placed after this prompt, serves only the KL estimate.
 """
 
 
 def _summary(example: Example) -> dict[str, Array]:
-    reading = read_example(example, ANSWERS, name="kto")
-    real = reading["real"]
+    inputs = read_inputs(example, ANSWERS, name="kto")
+    has_actions = inputs["has_actions"]
     return {
-        "mismatched": reading["logratios"][1],
-        "counts": real[1],
-        "desirable": reading["desirable"] & real[0],
-        "real": real[0],
+        "mismatched_logratio": inputs["logratios"][1],
+        "mismatched_valid": has_actions[1],
+        "desirable": inputs["desirable"] & has_actions[0],
+        "valid": has_actions[0],
     }
 
 
 def _combine(summaries: dict[str, Array], weights: Float[Array, " B"]) -> dict[str, Array]:
-    def mean(values, counted):
-        counted = counted * weights
-        return jnp.sum(jnp.where(counted > 0, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    def mean(values, valid):
+        valid = valid * weights
+        return jnp.sum(jnp.where(valid > 0, values, 0)) / jnp.maximum(jnp.sum(valid), 1)
 
-    share = mean(summaries["desirable"], summaries["real"])
-    found = {
-        "kl": jnp.maximum(mean(summaries["mismatched"], summaries["counts"]), 0),
-        # Of a kind that does not occur nothing is divided by its share.
-        "desirable": jnp.where(share > 0, share, 1),
-        "undesirable": jnp.where(share < 1, 1 - share, 1),
+    fraction = mean(summaries["desirable"], summaries["valid"])
+    coupled = {
+        "kl": jnp.maximum(mean(summaries["mismatched_logratio"], summaries["mismatched_valid"]), 0),
+        # The fraction of an absent label is replaced by 1 to avoid 0 / 0 in the metrics.
+        "desirable": jnp.where(fraction > 0, fraction, 1),
+        "undesirable": jnp.where(fraction < 1, 1 - fraction, 1),
     }
-    return jax.tree.map(lambda value: jnp.broadcast_to(value, weights.shape), found)
+    return jax.tree.map(lambda value: jnp.broadcast_to(value, weights.shape), coupled)
 
 
-MISMATCHED = Couple(_summary, _combine)
-"""Brings each answer the batch's KL, max(0, mean log-ratio of the mismatched sequences), and the shares of labels."""
-
-
-def _signed(logratio, desirable, beta, shift) -> tuple[Array, Array]:
-    same_shape(logratio=logratio, desirable=desirable)
-    check_positive("beta", beta)
-    wanted = as_mask(desirable)
-    value = beta * (as_float32(logratio) - shift)
-    return jnp.where(wanted, value, -value), wanted
+KTO_COUPLE = Couple(_summary, _combine)
+"""KL of the batch, max(0, mean log-ratio of the mismatched sequences), and the fractions of both labels."""

@@ -1,8 +1,9 @@
-"""Losses whose values come from a learned head: OREO, path consistency, DRO.
+"""Losses with a learned value head: OREO, path consistency learning (PCL) and DRO.
 
-The value losses take the statistics of one sequence [T] with `v`, [T], the head's value of the state before each token.
-They are `bellman_residuals` with `value="given"`, and differ in how far one looks and in what each square trains.
-Computed in fp32 (fp64 for fp64); ValueErrors while tracing name shapes that disagree and Python numbers out of range.
+All take the statistics of one sequence [T] and `v`, [T], the value of the state before each token from the head. They
+are squares of `bellman_residuals` with `value="given"` and differ in the horizon and in the parameters that each square
+trains. Computed in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range raise ValueError while
+tracing.
 """
 
 from typing import Literal
@@ -24,22 +25,22 @@ def oreo_loss(
     beta: ArrayLike,
     gradient: Literal["full", "semi"] = "full",
 ) -> Float[Array, ""]:
-    """OREO: the mean over t of (sum_{k >= t} (r_k - beta lr_k) - v_t)^2, once for the head and once for the policy.
+    """OREO: mean over t of (sum_{k >= t} (r_k - beta logratio_k) - v_t)^2, once for the head and once for the policy.
 
-    The first square sees the policy as a constant, the second the head; so the value is twice the mean square. The
-    paper's regulariser, a KL divergence to the reference over whole distributions, is not part of it.
+    The first term stops the gradient of the policy, the second that of the head, so the loss is twice the mean square.
+    The paper's KL regularizer over full distributions is not included.
 
     Args:
       policy, reference, rewards, action_mask: as in `shiq_loss`.
-      gradient: whether what follows an action is differentiated; semi is unbiased where users or tools answer at random.
+      gradient: whether terms after an action are differentiated; semi is unbiased under stochastic users or tools.
 
     Source: arXiv 2412.16145.
     """
     options = {"beta": beta, "value": "given"}
-    fixed = jax.lax.stop_gradient
-    critic = bellman_residuals(fixed(policy), reference, rewards, action_mask, values=v, **options)
-    actor = bellman_residuals(policy, reference, rewards, action_mask, values=fixed(v), gradient=gradient, **options)
-    return sum(squared_residuals(each, action_mask, normalisation="mean_t") for each in (critic, actor))
+    frozen = jax.lax.stop_gradient
+    critic = bellman_residuals(frozen(policy), reference, rewards, action_mask, values=v, **options)
+    actor = bellman_residuals(policy, reference, rewards, action_mask, values=frozen(v), gradient=gradient, **options)
+    return sum(squared_residuals(residuals, action_mask, normalisation="mean_t") for residuals in (critic, actor))
 
 
 def pcl_loss(
@@ -52,13 +53,13 @@ def pcl_loss(
     gamma: ArrayLike = 1.0,
     n: int = 10,
 ) -> Float[Array, ""]:
-    """Path consistency: the sum over actions of (sum_{k<n} gamma^k (r - beta log pi) + gamma^n v_{t+n} - v_t)^2.
+    """PCL: sum over actions of (sum_{k<n} gamma^k (r - beta log pi) + gamma^n v_{t+n} - v_t)^2.
 
-    Entropy regularises, not a reference; policy and head both learn from every square.
+    Regularized by entropy instead of a reference; each square trains both the policy and the head.
 
     Args:
       policy, rewards, action_mask: as in `shiq_loss`.
-      n: actions of an n-step residual.
+      n: number of actions of an n-step residual.
 
     Source: arXiv 1702.08892.
     """
@@ -77,15 +78,15 @@ def dro_loss(
     *,
     beta: ArrayLike,
 ) -> Float[Array, ""]:
-    """DRO-V: half of (R - beta lr - v)^2 for the head, and 1 / beta times that for the policy; v of the first action.
+    """DRO-V: (R - beta logratio - v)^2 / 2 for the head, and 1 / beta times that for the policy; v of the first state.
 
-    R and lr are sums over the actions. The gradients are those of the published pair of losses,
-    -(lr (R - v) - beta lr^2 / 2) for the policy and half the squared residual for the head.
+    R and logratio are sums over the actions. The gradients equal those of the published losses,
+    -(logratio (R - v) - beta logratio^2 / 2) for the policy and half the squared residual for the head.
 
     Arguments as in `shiq_loss`. Source: arXiv 2405.19107.
     """
     options = {"beta": beta, "value": "given", "horizon": "trajectory"}
-    fixed = jax.lax.stop_gradient
-    critic = bellman_residuals(fixed(policy), reference, rewards, action_mask, values=v, **options)
-    actor = bellman_residuals(policy, reference, rewards, action_mask, values=fixed(v), **options)
+    frozen = jax.lax.stop_gradient
+    critic = bellman_residuals(frozen(policy), reference, rewards, action_mask, values=v, **options)
+    actor = bellman_residuals(policy, reference, rewards, action_mask, values=frozen(v), **options)
     return squared_residuals(critic, action_mask) / 2 + squared_residuals(actor, action_mask) / (2 * beta)

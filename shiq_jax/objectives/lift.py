@@ -1,4 +1,4 @@
-"""The one way from a plain loss to an objective."""
+"""`lift` turns a plain loss function into an `Objective`."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,133 +10,143 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
-from shiq_jax.objectives.options import Option, declared
+from shiq_jax.objectives.options import Option, options_from_signature
 from shiq_jax.objectives.types import Couple, Example, LossOut, Objective
 
 BETA = 0.1
-"""The default of `beta` in objectives; the plain losses have none."""
+"""Default of `beta` for objectives; the plain losses have no default."""
 
 
-def no_metrics(reading: LossInputs) -> dict[str, Array]:
-    """Nothing to report beside the loss."""
+def empty_metrics(inputs: LossInputs) -> dict[str, Array]:
+    """No metrics besides the loss."""
     return {}
 
 
 class SharedOptions(NamedTuple):
-    """Options that all losses of a view share.
+    """Options shared by all losses of a view.
 
     Fields:
-      options: (names of the inputs that the loss reads, whether it couples examples) -> the options that make sense.
-      finish: (value of the loss, reading) -> (its final value, metrics).
-      extra: further statistics of the policy, with the names of the options that ask for them; see `Objective`.
+      available: (names of the inputs of the loss, whether it couples examples) -> options that apply to the loss.
+      apply: (value of the loss, LossInputs) -> (value with the options applied, their metrics).
+      optional_stats: statistic of the policy -> option that requires it; see `Objective`.
     """
 
-    options: Callable[[frozenset[str], bool], dict[str, Option]]
-    finish: Callable[[Array, LossInputs], tuple[Array, dict[str, Array]]]
-    extra: Mapping[str, str] = MappingProxyType({})
+    available: Callable[[frozenset[str], bool], dict[str, Option]]
+    apply: Callable[[Array, LossInputs], tuple[Array, dict[str, Array]]]
+    optional_stats: Mapping[str, str] = MappingProxyType({})
 
 
 class ExampleView(NamedTuple):
     """How a plain loss is applied to an example.
 
     Fields:
-      unit: the objective's unit.
-      inputs: what the loss may read, by the names of its parameters.
-      real: Reading -> bool, a scalar or [K]: which values of the loss count.
-      guard: whether values and metrics that do not count are replaced by 0; losses of masked sums are 0 by themselves.
-      each: whether the loss takes one sequence and is mapped over K; otherwise it takes the whole example.
-      per_action: whether the mean over a batch runs over actions; otherwise over what is real.
-      metrics: Reading -> name -> scalar or [K], sums over what the weight counts; read where the loss is real.
-      two_sequences: what the two sequences of an example are, for the error message; None for any number of them.
-      shared: options that its losses share.
+      unit: unit of the objective.
+      inputs: inputs available to the loss, by parameter name.
+      valid: LossInputs -> bool, a scalar or [K]: which values of the loss are averaged.
+      mask_invalid: replace other values and metrics by 0; unnecessary for losses that are masked sums.
+      per_sequence: the loss takes one sequence and is mapped over K; otherwise it takes the whole example.
+      token_mean: average over actions; otherwise over valid values.
+      metrics: LossInputs -> name -> scalar or [K], sums over the terms that the weight counts.
+      pair_description: what the two sequences of an example are, for error messages; None for any number of them.
+      shared_options: options shared by the losses.
     """
 
     unit: str
     inputs: Mapping[str, LossInput]
-    real: Callable[[LossInputs], Bool[Array, "..."]]
-    guard: bool = True
-    each: bool = False
-    per_action: bool = False
-    metrics: Callable[[LossInputs], Mapping[str, Array]] = no_metrics
-    two_sequences: str | None = None
-    shared: SharedOptions | None = None
+    valid: Callable[[LossInputs], Bool[Array, "..."]]
+    mask_invalid: bool = True
+    per_sequence: bool = False
+    token_mean: bool = False
+    metrics: Callable[[LossInputs], Mapping[str, Array]] = empty_metrics
+    pair_description: str | None = None
+    shared_options: SharedOptions | None = None
 
 
 def lift(
     loss: Callable[..., Any], view: ExampleView, *, couple: Couple | None = None, has_aux: bool = False,
     metrics: Callable[[LossInputs], Mapping[str, Array]] | None = None,
-    reads: Mapping[str, str] = MappingProxyType({}), defaults: Mapping[str, Any] = MappingProxyType({}),
+    input_names: Mapping[str, str] = MappingProxyType({}), defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Objective:  # fmt: skip
-    """The objective of a plain loss.
+    """Make the objective of a plain loss.
 
-    Parameters of the loss that are named like an input of the view are read from the example. All others must be
-    keyword-only and are the options of the objective. What the example must hold and which heads there are follows
-    from the inputs.
+    Parameters named like an input of the view are computed from the example. All other parameters must be keyword-only
+    and become options of the objective. The Example fields and heads that the objective needs follow from its inputs.
 
     Args:
-      loss: returns a scalar, or [K] where the view takes the whole example and has values for its sequences.
-      view: how it is applied: `SEQUENCES`, `ACTIONS`, `GROUPS`, `PAIRS` or one of their kin.
-      couple: lets examples know of each other; see `Objective`.
+      loss: returns a scalar, or [K] if the view passes the whole example and averages over its sequences.
+      view: how the loss is applied: `SEQUENCES`, `ACTIONS`, `LABELLED`, `ANSWERS`, `GROUPS`, `PAIRS`, `DIFFERENCES` or
+        `SUPERVISED`.
+      couple: coupling of the examples of a batch; see `Objective`.
       has_aux: whether the loss returns (value, metrics) instead of the value.
       metrics: replaces the metrics of the view.
-      reads: parameter -> input, where the names differ.
-      defaults: replace, or supply, defaults of the signature; that of `beta` is `BETA`.
+      input_names: parameter -> input, for parameters named differently.
+      defaults: option -> default, overriding the signature; `beta` defaults to `BETA`.
 
     Raises:
       ValueError: a positional parameter names no input of the view, or an option has no default.
     """
     name = loss.__name__.removesuffix("_loss")
     parameters = inspect.signature(loss).parameters.values()
-    inputs = {each.name: reads.get(each.name, each.name) for each in parameters}
-    inputs = {parameter: read for parameter, read in inputs.items() if read in view.inputs}
-    for each in parameters:
-        if each.kind is not inspect.Parameter.KEYWORD_ONLY and each.name not in inputs:
-            raise ValueError(f"{each.name!r} of {loss.__name__} is no input; known are {', '.join(view.inputs)}.")
-    options = declared(loss, without=inputs, defaults={"beta": BETA, **defaults})
-    shared, extra = {}, {}
-    if view.shared:
-        shared = view.shared.options(frozenset(inputs.values()), couple is not None)
-        extra = {statistic: option for statistic, option in view.shared.extra.items() if option in shared}
-    read = [view.inputs[each] for each in inputs.values()]
-    needs = frozenset(field for each in read for field in each.needs)
-    heads = {head: kind for each in read for head, kind in each.heads.items()}
+    names = {parameter.name: input_names.get(parameter.name, parameter.name) for parameter in parameters}
+    names = {parameter: input_name for parameter, input_name in names.items() if input_name in view.inputs}
+    for parameter in parameters:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY and parameter.name not in names:
+            raise ValueError(
+                f"parameter {parameter.name!r} of {loss.__name__} names no input; inputs are {', '.join(view.inputs)}."
+            )
+    loss_options = options_from_signature(loss, exclude=names, defaults={"beta": BETA, **defaults})
+    shared_options, optional_stats = {}, {}
+    if view.shared_options:
+        shared_options = view.shared_options.available(frozenset(names.values()), couple is not None)
+        optional_stats = {
+            stat: option for stat, option in view.shared_options.optional_stats.items() if option in shared_options
+        }
+    used = [view.inputs[input_name] for input_name in names.values()]
+    needs = frozenset(field for loss_input in used for field in loss_input.needs)
+    heads = {head: kind for loss_input in used for head, kind in loss_input.heads.items()}
+    all_options = loss_options | shared_options
 
-    def objective(example: Example, **given: Any) -> LossOut:
-        chosen = {option: each.default for option, each in (options | shared).items()} | given
-        reading = read_example(example, view, name=name, needs=needs, options=chosen)
-        own = {option: value for option, value in chosen.items() if option not in shared}
-        function = jax.vmap(lambda read: loss(**read, **own)) if view.each else lambda read: loss(**read, **own)
-        value = function({parameter: reading[each] for parameter, each in inputs.items()})
-        value, found = value if has_aux else (value, (metrics or view.metrics)(reading))
-        if view.shared:
-            value, more = view.shared.finish(value, reading)
-            found = found | more
-        return _summed(value, found, view, reading)
+    def objective(example: Example, **options: Any) -> LossOut:
+        options = {name: option.default for name, option in all_options.items()} | options
+        inputs = read_inputs(example, view, name=name, needs=needs, options=options)
+        kwargs = {name: value for name, value in options.items() if name not in shared_options}
+
+        def evaluate(arguments: dict[str, Any]) -> Any:
+            return loss(**arguments, **kwargs)
+
+        arguments = {parameter: inputs[input_name] for parameter, input_name in names.items()}
+        value = (jax.vmap(evaluate) if view.per_sequence else evaluate)(arguments)
+        value, reported = value if has_aux else (value, (metrics or view.metrics)(inputs))
+        if view.shared_options:
+            value, option_metrics = view.shared_options.apply(value, inputs)
+            reported = reported | option_metrics
+        return _reduce(value, reported, view, inputs)
 
     objective.__name__, objective.__doc__ = name, loss.__doc__
     return Objective(
-        objective, needs - {"policy", "values"}, view.unit, couple,
-        heads=MappingProxyType(heads), target_heads=tuple(head for each in read for head in each.target_heads),
-        policy="policy" in needs, extra=MappingProxyType(extra), declared=MappingProxyType(options | shared),
+        objective, needs - {"policy", "values"}, view.unit, couple, heads=MappingProxyType(heads),
+        target_heads=tuple(head for loss_input in used for head in loss_input.target_heads),
+        trains_policy="policy" in needs, optional_stats=MappingProxyType(optional_stats),
+        declared_options=MappingProxyType(all_options),
     )  # fmt: skip
 
 
-def read_example(example: Example, view: ExampleView, **about: Any) -> LossInputs:
-    """The inputs of a view; raises ValueError for fields that are missing and the wrong number of sequences."""
-    reading = LossInputs(example, view.inputs, **about)
-    if view.two_sequences and reading.mask.shape[0] != 2:
+def read_inputs(example: Example, view: ExampleView, **kwargs: Any) -> LossInputs:
+    """The inputs of a view; raises ValueError for missing fields and a wrong number of sequences."""
+    inputs = LossInputs(example, view.inputs, **kwargs)
+    if view.pair_description and inputs.mask.shape[0] != 2:
         raise ValueError(
-            f"action_mask has shape {reading.mask.shape} but {reading.name} takes {view.two_sequences} [2, T]; give two "
-            "sequences."
+            f"action_mask has shape {inputs.mask.shape} but {inputs.name} takes {view.pair_description} [2, T]; pass "
+            "exactly two sequences."
         )
-    return reading
+    return inputs
 
 
-def _summed(value: Array, metrics: Mapping[str, Array], view: ExampleView, reading: LossInputs) -> LossOut:
-    """Sums over what is real of an example."""
-    real = view.real(reading)
-    weight = jnp.sum(reading.mask if view.per_action else real).astype(value.dtype)
-    if view.guard:
-        value, count = jnp.where(real, value, 0), real.astype(value.dtype)
-        metrics = {name: each * count for name, each in metrics.items()}
-    return LossOut(jnp.sum(value), weight, {name: jnp.sum(each) for name, each in metrics.items()})
+def _reduce(value: Array, metrics: Mapping[str, Array], view: ExampleView, inputs: LossInputs) -> LossOut:
+    """Sum the valid values and metrics of an example."""
+    valid = view.valid(inputs)
+    weight = jnp.sum(inputs.mask if view.token_mean else valid).astype(value.dtype)
+    if view.mask_invalid:
+        value, count = jnp.where(valid, value, 0), valid.astype(value.dtype)
+        metrics = {name: metric * count for name, metric in metrics.items()}
+    return LossOut(jnp.sum(value), weight, {name: jnp.sum(metric) for name, metric in metrics.items()})

@@ -1,4 +1,4 @@
-"""What plain losses read of an example, by name."""
+"""Named inputs of plain losses, computed from an example."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,65 +14,65 @@ class LossInput(NamedTuple):
     """An input of losses.
 
     Fields:
-      read: Reading -> its value.
-      needs: the Example fields that it is made of, beside `action_mask`; not those that may be None.
-      heads: the heads that it needs, name -> kind as in `Objective`.
-      target_heads: the heads of which it reads a Polyak-averaged copy.
+      compute: LossInputs -> the value of the input.
+      needs: Example fields that it requires, besides `action_mask`; fields that may be None are not listed.
+      heads: heads that it requires, name -> kind as in `Objective`.
+      target_heads: heads of which it reads the Polyak-averaged copy.
     """
 
-    read: Callable[["LossInputs"], Any]
+    compute: Callable[["LossInputs"], Any]
     needs: tuple[str, ...] = ()
     heads: Mapping[str, str] = MappingProxyType({})
     target_heads: tuple[str, ...] = ()
 
 
 class LossInputs:
-    """The inputs of one example; each is computed when it is first read.
+    """Inputs of one example by name; each is computed on first access.
 
     Attributes:
-      example, name, options: the example, the objective that reads it, the options of that objective.
-      needs: the Example fields that the objective needs.
-      mask: bool[K, T].
+      example, name, options: the example, the name of the objective and the values of its options.
+      needs: Example fields that the objective needs.
+      mask: bool[K, T], the action mask.
     """
 
     def __init__(
-        self, example: Example, inputs: Mapping[str, LossInput], *, name: str, needs: frozenset[str] = frozenset(),
+        self, example: Example, definitions: Mapping[str, LossInput], *, name: str, needs: frozenset[str] = frozenset(),
         options: Mapping[str, Any] = MappingProxyType({}),
     ):  # fmt: skip
-        fields(example, name, "action_mask", *sorted(needs))
+        required_fields(example, name, "action_mask", *sorted(needs))
         self.example, self.name, self.needs, self.options = example, name, needs, options
         self.mask = as_mask(example.action_mask)
-        self._inputs, self._known = inputs, {}
+        self._definitions, self._cache = definitions, {}
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._known:
-            self._known[name] = self._inputs[name].read(self)
-        return self._known[name]
+        if name not in self._cache:
+            self._cache[name] = self._definitions[name].compute(self)
+        return self._cache[name]
 
     def field(self, name: str) -> Any:
-        """A field of the example; raises ValueError when it is None."""
-        return fields(self.example, self.name, name)[0]
+        """Field of the example; raises ValueError if it is None."""
+        return required_fields(self.example, self.name, name)[0]
 
     def head(self, name: str) -> Array | TokenStats:
-        """What a head says; raises ValueError when the example has no values."""
+        """Output of a head; raises ValueError if the example has no values."""
         return self.field("values")[name]
 
     def reference(self) -> TokenStats:
-        """Statistics of the model called "reference"; raises ValueError when there is none."""
-        return reference_of(self.example, self.name)
+        """Statistics of the model named "reference"; raises ValueError if they are missing."""
+        return reference_stats(self.example, self.name)
 
 
-def fields(example: Example, objective: str, *names: str) -> list:
-    """Fields of an example; raises ValueError naming the first that is None."""
+def required_fields(example: Example, objective: str, *names: str) -> list:
+    """Fields of an example; raises ValueError for the first that is None."""
     for name in names:
         if getattr(example, name) is None:
-            raise ValueError(f"Example.{name} is None but objective {objective!r} needs it; give it.")
+            raise ValueError(f"Example.{name} is None but objective {objective!r} requires it.")
     return [getattr(example, name) for name in names]
 
 
-def reference_of(example: Example, objective: str) -> TokenStats:
-    """Statistics of the model that is called "reference"; raises ValueError when there is none."""
-    (references,) = fields(example, objective, "references")
+def reference_stats(example: Example, objective: str) -> TokenStats:
+    """Statistics of the model named "reference"; raises ValueError if they are missing."""
+    (references,) = required_fields(example, objective, "references")
     if "reference" not in references:
         raise ValueError(
             f"objective {objective!r} needs statistics of the model named 'reference', but Example.references has "

@@ -1,4 +1,4 @@
-"""Values of options, checked before there is data: the loss is traced on an abstract example and checks them itself."""
+"""Validation of option values before any data is read, by tracing the loss on an abstract example."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from shiq_jax.objectives.validation import check_positive
 
 
 def check_options(objective: Objective) -> None:
-    """Raise the ValueError of an objective that refuses the options that are bound to it.
+    """Raise ValueError if the objective rejects the options bound to it.
 
-    Traces the loss without compiling or computing anything, and without starting a backend.
+    Traces the loss without compiling it and without initializing a backend.
     """
     check_positive("beta", objective.beta)
     if not 0 < objective.polyak <= 1:
@@ -27,13 +27,13 @@ def check_options(objective: Objective) -> None:
 
 
 def abstract_example(objective: Objective, tokens: int = 2) -> Example:
-    """Shapes and dtypes of an example of an objective: one sequence of a trajectory, two of a pair or group."""
+    """Shapes and dtypes of an example of an objective: one sequence for a trajectory, two for a pair or group."""
     sequences = 1 if objective.unit == "trajectory" else 2
-    number = jax.ShapeDtypeStruct((sequences, tokens), jnp.float32)
-    stats = TokenStats(number, number, number)
-    values = {name: number if kind == "value" else stats for name, kind in objective.heads.items()}
+    floats = jax.ShapeDtypeStruct((sequences, tokens), jnp.float32)
+    stats = TokenStats(floats, floats, floats)
+    values = {name: floats if kind == "value" else stats for name, kind in objective.heads.items()}
     values |= {f"target_{name}": stats for name in objective.target_heads}
     return Example(
         policy=stats, references={"reference": stats}, action_mask=jax.ShapeDtypeStruct((sequences, tokens), jnp.bool_),
-        rewards=number, values=values or None, labels=jax.ShapeDtypeStruct((sequences,), jnp.bool_),
+        rewards=floats, values=values or None, labels=jax.ShapeDtypeStruct((sequences,), jnp.bool_),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Options of a loss: its keyword parameters, read from its own signature and docstring."""
+"""Options of a loss, read from the keyword parameters and the docstring of its function."""
 
 import inspect
 import re
@@ -14,8 +14,8 @@ class Option(NamedTuple):
 
     Fields:
       kind: `bool`, `int`, `float` or a `Literal` of strings.
-      default: its value when it is not given.
-      text: what it does, from the docstring of the loss; "" when that does not say.
+      default: default value.
+      text: description from the docstring of the loss, or "".
     """
 
     kind: Any
@@ -23,42 +23,43 @@ class Option(NamedTuple):
     text: str = ""
 
 
-def declared(
-    function: Callable, *, without: Collection[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
+def options_from_signature(
+    function: Callable, *, exclude: Collection[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
 ) -> dict[str, Option]:
-    """The keyword-only parameters of a function as options.
+    """Return the keyword-only parameters of a function as options.
 
     Args:
-      function: its annotations give the kinds, the entries under "Args:" in its docstring the texts.
-      without: names of parameters that are no options.
-      defaults: defaults that replace, or supply, those of the signature.
+      function: its annotations give the kinds, the "Args:" entries of its docstring the descriptions.
+      exclude: names of parameters that are not options.
+      defaults: defaults that override or complete those of the signature.
 
     Raises:
       ValueError: a parameter has no default in either place.
     """
-    texts, found = described(function), {}
-    for each in inspect.signature(function, eval_str=True).parameters.values():
-        if each.kind is not inspect.Parameter.KEYWORD_ONLY or each.name in without:
+    texts, options = docstring_entries(function), {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name in exclude:
             continue
-        default = defaults.get(each.name, each.default)
+        default = defaults.get(parameter.name, parameter.default)
         if default is inspect.Parameter.empty:
-            raise ValueError(f"option {each.name!r} of {function.__name__} has no default; give it one.")
-        found[each.name] = Option(kind_of(each.annotation), default, texts.get(each.name, ""))
-    return found
+            raise ValueError(f"option {parameter.name!r} of {function.__name__} has no default; add one.")
+        kind, text = option_kind(parameter.annotation), texts.get(parameter.name, "")
+        options[parameter.name] = Option(kind, default, text)
+    return options
 
 
-def kind_of(annotation: Any) -> Any:
-    """The kind of an option with this annotation: `Literal`, `bool` or `int` (or None) as such, numbers as `float`."""
+def option_kind(annotation: Any) -> Any:
+    """Kind of an option with this annotation: `Literal`, `bool` or `int`, possibly optional; `float` otherwise."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
-        alternatives = [each for each in get_args(annotation) if each is not type(None)]
+        alternatives = [kind for kind in get_args(annotation) if kind is not type(None)]
         annotation = alternatives[0] if len(alternatives) == 1 else float
     return annotation if annotation in (bool, int) or get_origin(annotation) is Literal else float
 
 
-def described(documented: Any) -> dict[str, str]:
-    """Texts of the entries `name: text` under "Args:" or "Fields:" in a docstring, by name."""
+def docstring_entries(documented: Any) -> dict[str, str]:
+    """Parse the entries `name: text` under "Args:" or "Fields:" of a docstring."""
     texts, names, depth = {}, [], None
     for line in inspect.getdoc(documented).splitlines() if documented.__doc__ else ():
         indent = len(line) - len(line.lstrip())

@@ -9,75 +9,74 @@ from jaxtyping import Array
 
 from shiq_jax.objectives.lift import ExampleView
 from shiq_jax.objectives.loss_inputs import LossInput, LossInputs
-from shiq_jax.objectives.pair_options import chosen_options, score, shared, total_over_actions
+from shiq_jax.objectives.pair_options import divergence_scores, read_pair_options, shared_pair_options, sum_over_actions
 from shiq_jax.objectives.validation import logratios, masked
 
 
-def _logp(reading: LossInputs) -> Array:
-    return total_over_actions(masked(reading.field("policy").logp, reading.mask), reading)
+def _logp(inputs: LossInputs) -> Array:
+    return sum_over_actions(masked(inputs.field("policy").logp, inputs.mask), inputs)
 
 
-def _logratio(reading: LossInputs) -> Array:
-    return total_over_actions(logratios(reading.field("policy"), reading.reference(), reading.mask), reading)
+def _logratio(inputs: LossInputs) -> Array:
+    return sum_over_actions(logratios(inputs.field("policy"), inputs.reference(), inputs.mask), inputs)
 
 
-def _length(reading: LossInputs) -> Array:
-    return jnp.sum(reading.mask, axis=-1)
+def _length(inputs: LossInputs) -> Array:
+    return jnp.sum(inputs.mask, axis=-1)
 
 
-def _return(reading: LossInputs) -> Array:
-    return jnp.sum(masked(reading.field("rewards"), reading.mask), -1)
+def _return(inputs: LossInputs) -> Array:
+    return jnp.sum(masked(inputs.field("rewards"), inputs.mask), -1)
 
 
-def _of(place: int, kind: str, reading: LossInputs) -> Array:
-    return reading[kind][place]
+def _select(index: int, quantity: str, inputs: LossInputs) -> Array:
+    return inputs[quantity][index]
 
 
-def _scored(place: int, kind: str, reading: LossInputs) -> Array:
-    return score(reading[kind][place], reading)
+def _select_score(index: int, quantity: str, inputs: LossInputs) -> Array:
+    return divergence_scores(inputs[quantity][index], inputs)
 
 
-def _both(kind: str, *needs: str, side: Callable = _of) -> dict[str, LossInput]:
+def _chosen_and_rejected(quantity: str, *needs: str, select: Callable = _select) -> dict[str, LossInput]:
     sides = enumerate(("chosen", "rejected"))
-    return {f"{which}_{kind}": LossInput(partial(side, place, kind), needs) for place, which in sides}
+    return {f"{side}_{quantity}": LossInput(partial(select, index, quantity), needs) for index, side in sides}
 
 
-OF_A_LOSS = {
-    **_both("logratio", "policy", "references", side=_scored),
-    **_both("logp", "policy"),
-    **_both("length"),
-    **_both("return", "rewards"),
-    # What couples pairs compares them with the reference.
-    "coupled": LossInput(lambda reading: reading.field("coupled"), ("policy", "references")),
+LOSS_INPUTS = {
+    **_chosen_and_rejected("logratio", "policy", "references", select=_select_score),
+    **_chosen_and_rejected("logp", "policy"),
+    **_chosen_and_rejected("length"),
+    **_chosen_and_rejected("return", "rewards"),
+    # All couplings of pairs compare with the reference.
+    "coupled": LossInput(lambda inputs: inputs.field("coupled"), ("policy", "references")),
 }
-"""Sums over the actions of either completion, in nats or units of reward, or their number; `coupled`, see `Couple`."""
+"""Sums over the actions of the chosen and the rejected completion, their numbers of actions, and `coupled`."""
 
-INPUTS = OF_A_LOSS | {
-    "pair_options": LossInput(chosen_options),
+INPUTS = LOSS_INPUTS | {
+    "pair_options": LossInput(read_pair_options),
     "logratio": LossInput(_logratio, ("policy", "references")),
     "logp": LossInput(_logp, ("policy",)),
     "length": LossInput(_length),
     "return": LossInput(_return, ("rewards",)),
 }
-"""Also both completions' sums as [2], and the shared options."""
+"""`LOSS_INPUTS`, the same sums of both completions as [2], and the shared options."""
 
 
-def both_real(reading: LossInputs) -> Array:
-    """Whether both completions have an action."""
-    return (reading["length"][0] > 0) & (reading["length"][1] > 0)
+def both_have_actions(inputs: LossInputs) -> Array:
+    """Whether both completions have at least one action."""
+    return (inputs["length"][0] > 0) & (inputs["length"][1] > 0)
 
 
-def pair_metrics(reading: LossInputs) -> dict[str, Array]:
-    """Per pair: the metrics of `reward_metrics` of beta times the log-ratios, or the log-probabilities where the loss
-    reads no reference."""
-    kind = "logratio" if "references" in reading.needs else "logp"
-    beta = reading.options["beta"]
-    return reward_metrics(beta * reading[kind][0], beta * reading[kind][1])
+def pair_metrics(inputs: LossInputs) -> dict[str, Array]:
+    """Per pair: `reward_metrics` of beta times the log-ratios, or the log-probabilities for a reference-free loss."""
+    quantity = "logratio" if "references" in inputs.needs else "logp"
+    beta = inputs.options["beta"]
+    return reward_metrics(beta * inputs[quantity][0], beta * inputs[quantity][1])
 
 
 def reward_metrics(chosen: Array, rejected: Array) -> dict[str, Array]:
-    """`rewards/chosen`, `rewards/rejected`; `rewards/margins`, their difference; `rewards/accuracies`, whether it is
-    positive."""
+    """TRL's metrics: `rewards/chosen`, `rewards/rejected`, `rewards/margins` (their difference) and
+    `rewards/accuracies` (whether it is positive)."""
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -87,15 +86,16 @@ def reward_metrics(chosen: Array, rejected: Array) -> dict[str, Array]:
 
 
 PAIRS = ExampleView(
-    "pair", MappingProxyType(INPUTS), both_real, metrics=pair_metrics, two_sequences="pairs", shared=shared()
-)
-"""A loss of scalars; the mean over a batch runs over pairs of which both completions have an action.
+    "pair", MappingProxyType(INPUTS), both_have_actions, metrics=pair_metrics, pair_description="pairs",
+    shared_options=shared_pair_options(),
+)  # fmt: skip
+"""A scalar loss of a pair; averaged over the pairs in which both completions have at least one action.
 
-Metrics: those of `pair_metrics`, and with the options that use them `nll/chosen`, per action, and `weight/pair`.
+Metrics: `pair_metrics`, and `nll/chosen` (per action) and `weight/pair` if their options are set.
 """
 
-DIFFERENCES = PAIRS._replace(shared=shared(differential=True))
-"""`PAIRS` whose loss reads the log-ratios as their difference alone, so that it takes other divergences."""
+DIFFERENCES = PAIRS._replace(shared_options=shared_pair_options(reads_difference=True))
+"""`PAIRS` for losses of the difference of the log-ratios alone, which also support other f-divergences."""
 
-SUPERVISED = PAIRS._replace(shared=shared(supervised=True))
-"""`PAIRS` whose loss has the chosen completion's likelihood as a term."""
+SUPERVISED = PAIRS._replace(shared_options=shared_pair_options(supervised=True))
+"""`PAIRS` for losses that include the likelihood of the chosen completion."""

@@ -1,33 +1,33 @@
-"""The policy gradient on sequences that are there already, as a baseline for losses that may learn from them."""
+"""REINFORCE on stored sequences, a baseline for off-policy losses."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from shiq_jax.objectives.validation import as_mask, check_positive, masked, same_shape
+from shiq_jax.objectives.validation import as_mask, check_positive, check_same_shape, masked
 
 
 def reinforce_loss(
     logratios: Float[Array, "... K"], returns: Float[Array, "... K"], real: Bool[Array, "... K"], *, beta: ArrayLike
 ) -> Float[Array, "... K"]:
-    """-A lr of each answer, A = (R - beta lr) less its mean over the prompt's other answers, without gradient.
+    """-A logratio of each answer; A is R - beta logratio minus its mean over the prompt's other answers, detached.
 
-    Its gradient is that of reward less beta KL where the answers are samples of the policy itself. On a buffer they are
-    the reference's, and without importance weights the estimate is biased as soon as the policy has moved.
+    Its gradient is that of expected reward minus beta KL if the answers are samples of the policy itself. Answers in a
+    buffer are samples of the reference: without importance weights the estimate is biased once the policy has moved.
 
     Args:
-      logratios, returns: of the answers to one prompt, in nats and units of reward.
-      real: which of them there are; the others get 0 and may hold anything.
+      logratios, returns: log-ratios (nats) and returns (units of reward) of the answers to one prompt.
+      real: mask of the answers; padding gets a loss of 0 and may hold any values.
       beta: weight of the KL, > 0.
 
     Source: REINFORCE (Williams, 1992) with the leave-one-out baseline of RLOO (arXiv 2402.14740).
     """
-    same_shape(logratios=logratios, returns=returns)
-    same_shape(logratios=logratios, real=real)
+    check_same_shape(logratios=logratios, returns=returns)
+    check_same_shape(logratios=logratios, real=real)
     check_positive("beta", beta)
     mask = as_mask(real)
     logratios = masked(logratios, mask)
-    gains = jax.lax.stop_gradient(masked(returns, mask) - beta * logratios)
+    soft_returns = jax.lax.stop_gradient(masked(returns, mask) - beta * logratios)
     count = jnp.sum(mask, axis=-1, keepdims=True)
-    others = (jnp.sum(gains, axis=-1, keepdims=True) - gains) / jnp.maximum(count - 1, 1)
-    return jnp.where(mask, (others - gains) * logratios, 0)
+    baselines = (jnp.sum(soft_returns, axis=-1, keepdims=True) - soft_returns) / jnp.maximum(count - 1, 1)
+    return jnp.where(mask, (baselines - soft_returns) * logratios, 0)

@@ -1,9 +1,9 @@
-"""Losses on pairs of completions to one prompt, as functions of log-ratios: log pi - log pi_ref, summed over actions.
+"""Losses on pairs of completions of one prompt, functions of log-ratios: log pi - log pi_ref, summed over actions.
 
-All take the chosen and the rejected completion's log-ratio in nats, scalars or arrays of one shape (then elementwise),
-and what else their formula needs, by name; all return the same shape in fp32 (fp64 for fp64). All raise ValueError
-while tracing for shapes that disagree and for Python numbers out of range; options may be traced, then nothing is
-checked. `d` stands for chosen_logratio - rejected_logratio, `s` for the logistic function.
+All are elementwise: they take the log-ratios of the chosen and the rejected completion in nats, scalars or arrays of
+one shape, and return a loss of that shape in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range
+raise ValueError while tracing; traced options are not checked. Notation: w and l are the chosen and the rejected
+log-ratio, d = w - l, and s is the logistic function.
 """
 
 from numbers import Real
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from shiq_jax.objectives.validation import as_float32, check_choice, check_positive, same_shape
+from shiq_jax.objectives.validation import as_float32, check_choice, check_positive, check_same_shape
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
-# exp of more overflows float32.
-_LARGEST_EXPONENT = 80.0
+# exp of larger arguments overflows float32.
+_MAX_EXPONENT = 80.0
 
 
 def dpo_loss(
@@ -27,17 +27,15 @@ def dpo_loss(
     beta: ArrayLike,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """The DPO loss of a pair: how little the policy has learnt to tell the chosen from the rejected completion.
-
-        -(1 - eps) log s(beta d) - eps log s(-beta d)
+    """DPO loss: -(1 - eps) log s(beta d) - eps log s(-beta d).
 
     Args:
-      chosen_logratio, rejected_logratio: as the module says.
-      beta: temperature of the KL regularisation, > 0.
-      label_smoothing: eps in [0, 1/2), the assumed rate of wrong labels.
+      chosen_logratio, rejected_logratio: log-ratios w and l, in nats.
+      beta: temperature of the KL regularization, > 0.
+      label_smoothing: eps in [0, 1/2), the assumed rate of flipped labels.
 
     Returns:
-      The loss in nats, log 2 when the log-ratios agree.
+      The loss in nats; log 2 if the log-ratios are equal.
 
     Source: DPO (arXiv 2305.18290, eq. 7); with eps > 0 its conservative form cDPO.
     """
@@ -55,9 +53,9 @@ def dpo_norm_loss(
     beta: ArrayLike,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """`dpo_loss` of log-ratios per action, so that long completions weigh no more; lengths count actions.
+    """`dpo_loss` of log-ratios divided by the numbers of actions, so that long completions do not dominate.
 
-    Source: length-normalised DPO of Tulu 3 (arXiv 2411.15124), TRL's "sigmoid_norm".
+    Source: length-normalized DPO of Tulu 3 (arXiv 2411.15124), TRL's "sigmoid_norm".
     """
     chosen, rejected = _pair(chosen_logratio, rejected_logratio)
     chosen, rejected = chosen / jnp.maximum(chosen_length, 1), rejected / jnp.maximum(rejected_length, 1)
@@ -71,14 +69,14 @@ def robust_loss(
     beta: ArrayLike,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """DPO with its bias under flipped labels removed: [-(1 - eps) log s(beta d) + eps log s(-beta d)] / (1 - 2 eps).
+    """DPO debiased for flipped labels: [-(1 - eps) log s(beta d) + eps log s(-beta d)] / (1 - 2 eps).
 
-    Args as `dpo_loss`. Source: arXiv 2403.00409.
+    Arguments as in `dpo_loss`. Source: arXiv 2403.00409.
     """
     logit = _logit(chosen_logratio, rejected_logratio, beta)
     _check_smoothing(label_smoothing)
-    right, flipped = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
-    return (label_smoothing * flipped - (1 - label_smoothing) * right) / (1 - 2 * label_smoothing)
+    logp, flipped_logp = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    return (label_smoothing * flipped_logp - (1 - label_smoothing) * logp) / (1 - 2 * label_smoothing)
 
 
 def dpop_loss(
@@ -88,21 +86,21 @@ def dpop_loss(
     beta: ArrayLike,
     penalty: ArrayLike = 5.0,
 ) -> Float[Array, "..."]:
-    """DPO-Positive: -log s(beta (d - penalty max(0, -chosen_logratio))), which keeps the chosen completion likely.
+    """DPO-Positive: -log s(beta (d - penalty max(0, -w))), which keeps the chosen completion likely.
 
     Args:
-      penalty: cost of a chosen completion that becomes less likely.
+      penalty: weight of a decrease in the log-likelihood of the chosen completion.
 
     Source: arXiv 2402.13228.
     """
-    margin = _logit(chosen_logratio, rejected_logratio, beta)
-    return -jax.nn.log_sigmoid(margin - beta * penalty * jax.nn.relu(-as_float32(chosen_logratio)))
+    logit = _logit(chosen_logratio, rejected_logratio, beta)
+    return -jax.nn.log_sigmoid(logit - beta * penalty * jax.nn.relu(-as_float32(chosen_logratio)))
 
 
 def hinge_loss(
     chosen_logratio: Float[Array, "..."], rejected_logratio: Float[Array, "..."], *, beta: ArrayLike
 ) -> Float[Array, "..."]:
-    """max(0, 1 - beta d). Source: SLiC (arXiv 2305.10425) in the form of RSO (arXiv 2309.06657)."""
+    """Hinge loss: max(0, 1 - beta d). Source: SLiC (arXiv 2305.10425) in the form of RSO (arXiv 2309.06657)."""
     return jax.nn.relu(1 - _logit(chosen_logratio, rejected_logratio, beta))
 
 
@@ -114,11 +112,11 @@ def ipo_loss(
     *,
     beta: ArrayLike,
 ) -> Float[Array, "..."]:
-    """(chosen_logratio / chosen_length - rejected_logratio / rejected_length - 1 / (2 beta))^2.
+    """IPO loss: (w / chosen_length - l / rejected_length - 1 / (2 beta))^2.
 
     Args:
-      chosen_length, rejected_length: actions of either completion, for the form that its authors recommend and TRL
-        computes; 1, the default, gives the printed one.
+      chosen_length, rejected_length: numbers of actions, for the length-normalized form that the authors recommend and
+        TRL implements; the default of 1 gives the published form.
       beta: the paper's tau.
 
     Source: arXiv 2310.12036, eq. 17.
@@ -136,25 +134,25 @@ def exo_loss(
     beta: ArrayLike,
     label_smoothing: ArrayLike = 1e-3,
 ) -> Float[Array, "..."]:
-    """KL(p || (1 - eps, eps)) of p = (s(beta d), s(-beta d)): DPO with the divergence turned round.
+    """EXO loss: KL(p || (1 - eps, eps)) with p = (s(beta d), s(-beta d)), the reverse of the KL that DPO minimizes.
 
-    label_smoothing is eps and must be positive. Source: EXO (arXiv 2402.00856, eq. 16).
+    label_smoothing is eps in (0, 1/2). Source: EXO (arXiv 2402.00856, eq. 16).
     """
     logit = _logit(chosen_logratio, rejected_logratio, beta)
     _check_smoothing(label_smoothing)
     check_positive("label_smoothing", label_smoothing)
-    right, flipped = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
-    kept = jnp.exp(right) * (right - jnp.log1p(-label_smoothing))
-    return kept + jnp.exp(flipped) * (flipped - jnp.log(label_smoothing))
+    logp, flipped_logp = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    kl = jnp.exp(logp) * (logp - jnp.log1p(-label_smoothing))
+    return kl + jnp.exp(flipped_logp) * (flipped_logp - jnp.log(label_smoothing))
 
 
 def nca_loss(
     chosen_logratio: Float[Array, "..."], rejected_logratio: Float[Array, "..."], *, beta: ArrayLike
 ) -> Float[Array, "..."]:
-    """-log s(beta w) - [log s(-beta w) + log s(-beta l)] / 2 of log-ratios w, l. Source: NCA (arXiv 2402.05369)."""
+    """NCA loss: -log s(beta w) - [log s(-beta w) + log s(-beta l)] / 2. Source: arXiv 2402.05369."""
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    noise = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
-    return -jax.nn.log_sigmoid(chosen) - noise / 2
+    noise_terms = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+    return -jax.nn.log_sigmoid(chosen) - noise_terms / 2
 
 
 def bco_loss(
@@ -164,10 +162,10 @@ def bco_loss(
     beta: ArrayLike,
     shift: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """-log s(beta w - shift) - log s(shift - beta l) of log-ratios w, l: a classifier of good and bad completions.
+    """BCO loss: -log s(beta w - shift) - log s(shift - beta l), a classifier of good and bad completions.
 
     Args:
-      shift: reward between good and bad completions, such as the running mean of both rewards.
+      shift: reward that separates good and bad completions, such as the running mean of both rewards.
 
     Source: BCO (arXiv 2404.04656).
     """
@@ -178,9 +176,9 @@ def bco_loss(
 def sppo_hard_loss(
     chosen_logratio: Float[Array, "..."], rejected_logratio: Float[Array, "..."], *, beta: ArrayLike
 ) -> Float[Array, "..."]:
-    """(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2 of log-ratios w, l: the winner wins always.
+    """SPPO loss with hard labels: (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2.
 
-    Source: SPPO (arXiv 2405.00675, eq. 4.7 with P in {0, 1}).
+    Source: SPPO (arXiv 2405.00675, eq. 4.7 with win probabilities in {0, 1}).
     """
     chosen, rejected = _pair(chosen_logratio, rejected_logratio)
     check_positive("beta", beta)
@@ -190,9 +188,9 @@ def sppo_hard_loss(
 def apo_zero_loss(
     chosen_logratio: Float[Array, "..."], rejected_logratio: Float[Array, "..."], *, beta: ArrayLike
 ) -> Float[Array, "..."]:
-    """1 - s(beta w) + s(beta l) of log-ratios w, l: raises the chosen, lowers the rejected completion.
+    """APO-zero loss: 1 - s(beta w) + s(beta l); raises the chosen and lowers the rejected completion.
 
-    For chosen completions better than the policy's own. Source: APO (arXiv 2408.06266, eq. 7).
+    Use it if chosen completions are better than the policy's own. Source: APO (arXiv 2408.06266, eq. 7).
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
@@ -201,9 +199,9 @@ def apo_zero_loss(
 def apo_down_loss(
     chosen_logratio: Float[Array, "..."], rejected_logratio: Float[Array, "..."], *, beta: ArrayLike
 ) -> Float[Array, "..."]:
-    """s(beta w) + 1 - s(beta d): lowers the chosen completion, and the rejected one more.
+    """APO-down loss: s(beta w) + 1 - s(beta d); lowers the chosen completion, and the rejected one more.
 
-    For chosen completions worse than the policy's own. Source: APO (arXiv 2408.06266, eq. 8).
+    Use it if chosen completions are worse than the policy's own. Source: APO (arXiv 2408.06266, eq. 8).
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
@@ -216,31 +214,31 @@ def discopop_loss(
     beta: ArrayLike,
     tau: ArrayLike = 0.05,
 ) -> Float[Array, "..."]:
-    """(1 - w) (-log s(z)) + w exp(-z) with z = beta d and w = s(z / tau): a blend that a language model discovered.
+    """DiscoPOP loss: -(1 - u) log s(z) + u exp(-z) with z = beta d and u = s(z / tau).
 
     Args:
-      tau: how gradually the two parts are blended, > 0.
+      tau: temperature of the blend of logistic and exponential loss, > 0.
 
     Source: DiscoPOP (arXiv 2406.08414, eq. 5).
     """
     logit = _logit(chosen_logratio, rejected_logratio, beta)
     check_positive("tau", tau)
     weight = jax.nn.sigmoid(logit / tau)
-    # Where the exponential would overflow its weight is 0, whatever tau.
-    exponential = jnp.exp(jnp.minimum(-logit, _LARGEST_EXPONENT))
+    # Clipping is harmless: where the exponential would overflow, its weight is 0.
+    exponential = jnp.exp(jnp.minimum(-logit, _MAX_EXPONENT))
     return (weight - 1) * jax.nn.log_sigmoid(logit) + weight * exponential
 
 
 def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLike = 1.0) -> Float[Array, "..."]:
-    """What stands for the log-ratio u of a completion when DPO is derived from another f-divergence than the KL.
+    """f-divergence replacement for the log-ratio u of a completion (f-DPO).
 
-    Put the scores of both completions into a loss of this module that reads their difference.
+    Pass the scores of both completions to a loss of this module that depends only on their difference.
 
     Args:
       logratio: u, in nats.
-      kind: "reverse_kl", u; "forward_kl", -exp(-u); "js_divergence", log s(u); "alpha_divergence",
-        exp((alpha - 1) u) / (alpha - 1).
-      alpha: of the last, a number; at 1 it is u.
+      kind: "reverse_kl" (score u), "forward_kl" (-exp(-u)), "js_divergence" (log s(u)) or "alpha_divergence"
+        (exp((alpha - 1) u) / (alpha - 1)).
+      alpha: alpha of "alpha_divergence", a Python number; the score at alpha = 1 is u.
 
     Source: f-DPO (arXiv 2309.16240).
     """
@@ -249,14 +247,14 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
     if kind == "js_divergence":
         return jax.nn.log_sigmoid(u)
     if kind == "forward_kl":
-        return -jnp.exp(jnp.minimum(-u, _LARGEST_EXPONENT))
+        return -jnp.exp(jnp.minimum(-u, _MAX_EXPONENT))
     if kind == "alpha_divergence" and alpha != 1:
-        return jnp.exp(jnp.minimum((alpha - 1) * u, _LARGEST_EXPONENT)) / (alpha - 1)
+        return jnp.exp(jnp.minimum((alpha - 1) * u, _MAX_EXPONENT)) / (alpha - 1)
     return u
 
 
 def _pair(chosen_logratio, rejected_logratio) -> tuple[Array, Array]:
-    same_shape(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
+    check_same_shape(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
     return as_float32(chosen_logratio), as_float32(rejected_logratio)
 
 

@@ -1,4 +1,4 @@
-"""Losses on pairs without a reference, as functions of log-probabilities summed over actions: log pi, in nats.
+"""Reference-free losses on pairs, functions of log-probabilities in nats: log pi, summed over actions.
 
 Shapes, types, errors and `s` as in `preference`.
 """
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from shiq_jax.objectives.preference import dpo_loss
-from shiq_jax.objectives.validation import as_float32, check_positive, same_shape
+from shiq_jax.objectives.validation import as_float32, check_positive, check_same_shape
 
-# Nearer to 0 the odds of an average log-probability are infinite.
-_LARGEST_AVERAGE = -1e-6
+# Keeps p below 1, where the odds p / (1 - p) are infinite.
+_MAX_AVERAGE_LOGP = -1e-6
 
 
 def cpo_loss(
@@ -22,13 +22,13 @@ def cpo_loss(
     alpha: ArrayLike = 1.0,
     label_smoothing: ArrayLike = 0.0,
 ) -> Float[Array, "..."]:
-    """`dpo_loss` of log-probabilities instead of log-ratios, less alpha chosen_logp.
+    """`dpo_loss` of log-probabilities instead of log-ratios, minus alpha chosen_logp.
 
     Args:
       beta: scale of the contrast, > 0.
       alpha: weight of the chosen completion's log-likelihood.
 
-    Source: CPO (arXiv 2401.08417). TRL averages its supervised term over tokens: give `alpha / chosen_length` for that.
+    Source: CPO (arXiv 2401.08417). TRL averages the supervised term over tokens; pass `alpha / chosen_length` for that.
     """
     contrast = dpo_loss(chosen_logp, rejected_logp, beta=beta, label_smoothing=label_smoothing)
     return contrast - alpha * as_float32(chosen_logp)
@@ -48,7 +48,7 @@ def simpo_loss(
     Args:
       chosen_length, rejected_length: numbers of actions.
       beta: scale of the contrast, > 0.
-      margin: lead of the chosen completion, the paper's gamma.
+      margin: target margin of the chosen completion, the paper's gamma.
 
     Source: SimPO (arXiv 2405.14734, eq. 6).
     """
@@ -65,10 +65,10 @@ def orpo_loss(
     *,
     beta: ArrayLike,
 ) -> Float[Array, "..."]:
-    """Average negative log-likelihood of the chosen completion, less beta log s of the log of the odds' ratio.
+    """Average negative log-likelihood of the chosen completion, minus beta log s(log odds ratio).
 
-    The odds are p / (1 - p) of p = exp(average log-probability per action), the average at most -1e-6. The likelihood
-    is that of the completion; TRL's includes the prompt.
+    The odds are p / (1 - p) with p = exp(average log-probability per action); the average is clipped to -1e-6. The
+    likelihood term covers the completion only; TRL's includes the prompt.
 
     Args:
       beta: weight of the contrast, the paper's lambda, > 0.
@@ -77,19 +77,19 @@ def orpo_loss(
     """
     averages = _averages(chosen_logp, rejected_logp, chosen_length, rejected_length)
     check_positive("beta", beta)
-    chosen, rejected = (jnp.minimum(average, _LARGEST_AVERAGE) for average in averages)
+    chosen, rejected = (jnp.minimum(average, _MAX_AVERAGE_LOGP) for average in averages)
     log_odds = (chosen - _log_complement(chosen)) - (rejected - _log_complement(rejected))
     return -averages[0] - beta * jax.nn.log_sigmoid(log_odds)
 
 
 def _log_complement(logp: Array) -> Array:
-    """log(1 - exp(logp)) for logp < 0, exact at both ends."""
+    """log(1 - exp(logp)) for logp < 0, accurate for logp near 0 and for large negative logp."""
     near_zero = jnp.log(-jnp.expm1(jnp.maximum(logp, -0.7)))
     return jnp.where(logp > -0.7, near_zero, jnp.log1p(-jnp.exp(jnp.minimum(logp, -0.6))))
 
 
 def _averages(chosen_logp, rejected_logp, chosen_length, rejected_length) -> tuple[Array, Array]:
-    same_shape(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
+    check_same_shape(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
     return tuple(
         as_float32(logp) / jnp.maximum(length, 1)
         for logp, length in ((chosen_logp, chosen_length), (rejected_logp, rejected_length))

@@ -1,4 +1,4 @@
-"""Objectives by name: one line for each plain loss."""
+"""Registry of objectives: one line per plain loss."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -39,7 +39,8 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "dro": lift(learned_values.dro_loss, LEARNED_VALUES),
         "ilql": lift(q_learning.ilql_loss, Q_VALUES),
         "cql": lift(q_learning.cql_loss, Q_VALUES),
-        "mc_returns": lift(q_learning.mc_returns_loss, Q_VALUES, reads={"q": "q1"}),
+        "mc_returns": lift(q_learning.mc_returns_loss, Q_VALUES, input_names={"q": "q1"}),
+        "soft_q": lift(q_learning.soft_q_loss, Q_VALUES, input_names={"q": "q1"}),
         "sft": lift(sft_loss, ACTIONS, metrics=sequences.imitation_metrics),
         "dpo": lift(preference.dpo_loss, DIFFERENCES),
         "dpo_norm": lift(preference.dpo_norm_loss, PAIRS),
@@ -54,15 +55,15 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "apo_zero": lift(preference.apo_zero_loss, PAIRS),
         "apo_down": lift(preference.apo_down_loss, PAIRS),
         "discopop": lift(preference.discopop_loss, DIFFERENCES),
-        "aot": lift(aot.aot_loss, PAIRS, couple=aot.AOT),
-        "aot_unpaired": lift(aot.aot_unpaired_loss, PAIRS, couple=aot.AOT_UNPAIRED),
+        "aot": lift(aot.aot_loss, PAIRS, couple=aot.AOT_COUPLE),
+        "aot_unpaired": lift(aot.aot_unpaired_loss, PAIRS, couple=aot.AOT_UNPAIRED_COUPLE),
         "cpo": lift(reference_free.cpo_loss, SUPERVISED),
         "simpo": lift(reference_free.simpo_loss, PAIRS),
         "orpo": lift(reference_free.orpo_loss, SUPERVISED),
-        "kto": lift(kto.kto_loss, kto.ANSWERS, couple=kto.MISMATCHED),
+        "kto": lift(kto.kto_loss, kto.ANSWERS, couple=kto.KTO_COUPLE),
         "apo_zero_unpaired": lift(kto.apo_zero_unpaired_loss, LABELLED),
         "copg": lift(regressions.copg_loss, PAIRS),
         "rebel": lift(regressions.rebel_loss, PAIRS),
     }
 )  # fmt: skip
-"""Every objective of the library by name; bind options with `OBJECTIVES[name].configure(beta=0.05)`."""
+"""All objectives by name; bind options with `OBJECTIVES[name].configure(beta=0.05)`."""

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximum likelihood of the tokens that a demonstrator chose."""
+"""Supervised fine-tuning (SFT): maximum likelihood of demonstrated tokens."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -8,19 +8,19 @@ from shiq_jax.objectives.validation import as_mask, check_sequence, masked, sequ
 
 
 def sft_loss(policy: TokenStats, action_mask: Bool[Array, " T"]) -> Float[Array, ""]:
-    """The negative log-likelihood of one sequence's actions, summed, in nats.
+    """Negative log-likelihood in nats, summed over the actions of one sequence.
 
-    Divide by the number of actions, over the whole batch, for the usual token mean.
+    For the usual token mean, divide the sum over the batch by its number of actions.
 
     Args:
       policy: statistics [T]; only `logp` is read, and only at actions.
-      action_mask: [T], true where the token is to be learnt.
+      action_mask: [T], True at the tokens to learn.
 
     Returns:
       A scalar, 0 for a sequence without actions. Computed in fp32 (fp64 for fp64).
 
     Raises:
-      ValueError: while tracing, for shapes that disagree.
+      ValueError: while tracing, for mismatched shapes.
     """
     check_sequence("policy.logp", policy.logp, sequence_length(action_mask))
     return -jnp.sum(masked(policy.logp, as_mask(action_mask)))

@@ -117,7 +117,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
             "another for a private run"
         )
     clipped_by_operations = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
-    if clipped_by_operations and (objective.heads or objective.statistics):
+    if clipped_by_operations and (objective.heads or objective.extra_stats):
         raise UserError(
             f"the loss {job.loss.name} reads more than log-probabilities and their normaliser, which the methods "
             "ghost, bk and group do not support: leave --privacy.method and --privacy.groupwise out, or choose another "

@@ -72,8 +72,8 @@ def build_examples(model, objective: Objective, params: Params, targets: Params,
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.intervals)
     predicting = _at_actions(hidden, batch)
     policy = None
-    if objective.policy:
-        policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics)
+    if objective.trains_policy:
+        policy = model.token_stats(params, predicting, batch.targets, extra=objective.extra_stats)
     values = None
     if objective.heads:
         # To the heads the hidden states are data: what they learn does not move the policy.

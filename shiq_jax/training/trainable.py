@@ -42,6 +42,6 @@ def add_trainable_parts(
 
 def trainable_filter(model, objective: Objective) -> Callable[[Path], bool]:
     """Which parameters of a `learner` are updated, as `init_state` is told."""
-    if not objective.policy:
+    if not objective.trains_policy:
         return lambda path: path[0] == HEADS
     return lambda path: model.lora is None or path[0] == HEADS or is_adapter(path)

@@ -1,4 +1,4 @@
-"""What the tests of objectives share: double precision, and a token MDP solved exactly."""
+"""Fixtures of the tests of objectives: double precision and a token MDP with a known solution."""
 
 import jax
 import pytest
@@ -8,12 +8,12 @@ from experiments import token_tree
 
 @pytest.fixture
 def x64():
-    """Double precision for the length of a test."""
+    """Enable double precision for one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def make_tree():
-    """make_tree(seed, sparse=False): see `experiments.token_tree`."""
+    """The function make_tree(seed, sparse=False) of `experiments.token_tree`."""
     return token_tree.make_tree

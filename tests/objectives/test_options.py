@@ -1,4 +1,4 @@
-"""Options are what a loss's own signature and docstring declare, and the loss itself checks their values."""
+"""Options are declared by the signature and docstring of a loss, which also validates their values."""
 
 import subprocess
 import sys
@@ -8,9 +8,9 @@ import pytest
 from jaxtyping import ArrayLike
 
 from shiq_jax.objectives import OBJECTIVES, Example, LossOut, Objective, Option, check_options
-from shiq_jax.objectives.options import declared, described
+from shiq_jax.objectives.options import docstring_entries, options_from_signature
 
-EVERY = [(name, option) for name, objective in OBJECTIVES.items() for option in objective.options]
+ALL_OPTIONS = [(name, option) for name, objective in OBJECTIVES.items() for option in objective.options]
 
 
 def loss(
@@ -20,18 +20,18 @@ def loss(
     """A loss.
 
     Args:
-      example: of any kind.
+      example: any example.
       beta, gamma: two numbers,
         on two lines.
       n: [T], in (0, 1): a colon.
 
     Returns:
-      kind: no entry of the arguments.
+      kind: not an argument.
     """
 
 
 def test_signature_and_docstring_declare_the_options():
-    assert declared(loss, without={"kl"}, defaults={"beta": 0.1}) == {
+    assert options_from_signature(loss, exclude={"kl"}, defaults={"beta": 0.1}) == {
         "beta": Option(float, 0.1, "two numbers, on two lines."),
         "gamma": Option(float, None, "two numbers, on two lines."),
         "n": Option(int, None, "[T], in (0, 1): a colon."),
@@ -39,35 +39,35 @@ def test_signature_and_docstring_declare_the_options():
         "kind": Option(Literal["a", "b"], "a"),
         "plain": Option(float, 2.0),
     }
-    assert described(loss)["example"] == "of any kind."
+    assert docstring_entries(loss)["example"] == "any example."
     with pytest.raises(ValueError, match="option 'beta' of loss has no default"):
-        declared(loss)
+        options_from_signature(loss)
 
 
-def test_an_objective_of_one_s_own_declares_them_by_its_loss():
+def test_custom_objective_reads_options_from_its_loss():
     objective = Objective(lambda example, *, gamma=1.0: None, frozenset(), "trajectory")
     assert dict(objective.options) == {"gamma": Option(float, 1.0)}
-    with_heads = objective._replace(target_heads=("q1",), policy=False, heads={"q1": "q"})
+    with_heads = objective._replace(target_heads=("q1",), trains_policy=False, heads={"q1": "q"})
     assert list(with_heads.options) == ["gamma", "beta", "polyak"]
     bound = with_heads.configure(beta=0.5, polyak=0.2, gamma=0.9)
     assert (bound.q_guidance, bound.polyak, bound.loss.keywords) == (2.0, 0.2, {"gamma": 0.9})
     assert objective.q_guidance == 0.0
 
 
-def test_losses_describe_every_option_once():
+def test_every_option_is_documented():
     texts = {}
-    for name, option in EVERY:
+    for name, option in ALL_OPTIONS:
         texts.setdefault(option, set()).add(OBJECTIVES[name].options[option].text)
-    assert all(any(said) for said in texts.values()), texts
+    assert all(any(descriptions) for descriptions in texts.values()), texts
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_defaults_are_not_refused(name):
+def test_defaults_are_valid(name):
     check_options(OBJECTIVES[name])
 
 
 @pytest.mark.parametrize(
-    "name, options, words",
+    "name, options, message",
     [
         ("shiq", {"beta": 0.0}, "beta is 0.0 but must be a positive finite number"),
         ("shiq", {"gamma": 1.5}, "gamma is 1.5"),
@@ -77,6 +77,7 @@ def test_defaults_are_not_refused(name):
         ("a_star_po", {"value_beta": -1.0}, "value_beta is -1.0"),
         ("ilql", {"tau": 1.0}, "tau is 1.0"),
         ("cql", {"alpha": -1.0}, "alpha is -1.0 but must be finite and not negative"),
+        ("soft_q", {"delta": 0.0}, "delta is 0.0"),
         ("mc_returns", {"alpha": float("inf")}, "alpha is inf"),
         ("ilql", {"beta": 0.0}, "beta is 0.0"),
         ("ilql", {"polyak": 0.0}, r"polyak is 0.0 but must lie in \(0, 1\]"),
@@ -89,13 +90,13 @@ def test_defaults_are_not_refused(name):
         ("aot", {"rpo_alpha": -1.0}, "rpo_alpha is -1.0"),
     ],
 )
-def test_values_are_refused_before_there_is_data(name, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_values_are_rejected_without_data(name, options, message):
+    with pytest.raises(ValueError, match=message):
         check_options(OBJECTIVES[name].configure(**options))
 
 
-def test_checking_starts_no_backend():
-    """Processes of a pod must find each other before the first backend starts, and options are checked earlier."""
+def test_check_options_initializes_no_backend():
+    """Options are checked before jax.distributed.initialize, which must run before the first backend is initialized."""
     code = """
 from jax._src import xla_bridge
 from shiq_jax.objectives import OBJECTIVES, check_options

@@ -1,7 +1,8 @@
-"""The residual function and the ShiQ loss against hand-computed numbers, their definition and their derivatives."""
+"""Bellman residuals and the ShiQ loss against hand-computed numbers, their definition and closed-form gradients."""
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from shiq_jax.objectives import TokenStats, bellman_residuals, shiq_loss, square
 
 HORIZONS = ("multi", "one", "trajectory")
 
-# A worked example: four positions, three tokens, the second position not an action.
+# Worked example with four positions and three tokens; the second position is not an action.
 LOGITS = np.array([[1.0, 0, -1], [2, 2, 2], [0, 2, 1], [0.5, 0.5, 0]])
 REFERENCE_LOGITS = np.array([[0.0, 0, 0], [1, 0, 3], [0, 1, 1], [0.5, -0.5, 0]])
 TOKENS = np.array([0, 1, 1, 2])
@@ -49,8 +50,8 @@ def worked(logits=LOGITS, **options):
     return residuals_of(stats(logits), stats(REFERENCE_LOGITS), REWARDS, MASK, **options)
 
 
-def draw(seed, length=7, vocabulary=5, actions=None):
-    """Logits with an offset per state, the same of a reference, tokens, rewards, and a mask with so many actions."""
+def random_sequence(seed, length=7, vocabulary=5, actions=None):
+    """Logits of policy and reference with an offset per state, tokens, rewards, and a mask with `actions` actions."""
     random = np.random.default_rng(seed)
     logits, reference = (random.normal(size=(length, vocabulary)) + 3 * random.normal(size=(length, 1)) for _ in "ab")
     mask = np.zeros(length, bool)
@@ -60,16 +61,16 @@ def draw(seed, length=7, vocabulary=5, actions=None):
 
 
 def by_definition(policy, reference, rewards, mask, *, beta, gamma, steps, shift, bootstrap):
-    """Residuals by a double loop over the actions, in numpy, every sum written out; steps=None means to the end."""
-    at = np.flatnonzero(mask)
-    logp, lse, ref_logp, ref_lse = (np.asarray(a, float)[at] for a in (*policy, *reference))
-    x = rewards[at] - beta * (logp - ref_logp)
+    """Residuals by a double loop over the actions in numpy; steps=None means to the end."""
+    actions = np.flatnonzero(mask)
+    logp, lse, ref_logp, ref_lse = (np.asarray(array, float)[actions] for array in (*policy, *reference))
+    x = rewards[actions] - beta * (logp - ref_logp)
     v = np.append(beta * (lse - (ref_lse if shift else 0)), bootstrap)
     residuals = np.zeros(len(mask))
-    for t in range(len(at)):
-        end = len(at) if steps is None else min(t + steps, len(at))
+    for t in range(len(actions)):
+        end = len(actions) if steps is None else min(t + steps, len(actions))
         target = sum(gamma ** (k - t) * x[k] for k in range(t, end)) + gamma ** (end - t) * v[end]
-        residuals[at[t]] = target - v[t]
+        residuals[actions[t]] = target - v[t]
     return residuals
 
 
@@ -89,11 +90,11 @@ def test_worked_example(dtype):
         return rows
 
     with jax.enable_x64(dtype == "float64"):
-        found = table(LOGITS.astype(dtype), REFERENCE_LOGITS.astype(dtype))
-    for (*case, residuals, loss), (found_residuals, found_loss) in zip(WORKED, found, strict=True):
-        assert found_residuals.dtype == dtype
-        np.testing.assert_allclose(found_residuals, np.insert(residuals, 1, 0), atol=2e-6, err_msg=str(case))
-        np.testing.assert_allclose(found_loss, loss, atol=2e-6, err_msg=str(case))
+        actual = table(LOGITS.astype(dtype), REFERENCE_LOGITS.astype(dtype))
+    for (*case, residuals, loss), (actual_residuals, actual_loss) in zip(WORKED, actual, strict=True):
+        assert actual_residuals.dtype == dtype
+        np.testing.assert_allclose(actual_residuals, np.insert(residuals, 1, 0), atol=2e-6, err_msg=str(case))
+        np.testing.assert_allclose(actual_loss, loss, atol=2e-6, err_msg=str(case))
 
 
 def test_worked_statistics():
@@ -117,20 +118,20 @@ def test_worked_loss_and_gradient():
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
-def test_bandit(x64, horizon):
-    logits, reference, tokens, rewards, mask = draw(0, length=1, actions=1)
-    found = residuals_of(stats(logits, tokens), stats(reference, tokens), rewards, mask, beta=0.3, horizon=horizon)
-    gap = (logits - reference)[0, tokens[0]]
-    np.testing.assert_allclose(squared_residuals(found, mask), (rewards[0] - 0.3 * gap) ** 2, atol=1e-10)
+def test_single_action(x64, horizon):
+    logits, reference, tokens, rewards, mask = random_sequence(0, length=1, actions=1)
+    actual = residuals_of(stats(logits, tokens), stats(reference, tokens), rewards, mask, beta=0.3, horizon=horizon)
+    q = 0.3 * (logits - reference)[0, tokens[0]]
+    np.testing.assert_allclose(squared_residuals(actual, mask), (rewards[0] - q) ** 2, atol=1e-10)
 
 
 # --- the definition --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("horizon, n", [("multi", None), ("one", None), ("n_step", 2), ("n_step", 4), ("n_step", 99)])
-def test_residuals_are_their_definition_under_every_mask(x64, horizon, n):
+def test_residuals_match_their_definition_for_every_mask(x64, horizon, n):
     masks = np.array([[bits >> t & 1 for t in range(7)] for bits in range(128)], bool)
-    logits, reference, tokens, rewards, _ = draw(0)
+    logits, reference, tokens, rewards, _ = random_sequence(0)
     policy, reference = stats(logits, tokens), stats(reference, tokens)
     cases = [(g, shift, b) for g in (1.0, 0.9) for shift, b in ((True, None), (True, 0.7), (False, 0.7))]
 
@@ -154,17 +155,17 @@ def test_residuals_are_their_definition_under_every_mask(x64, horizon, n):
         ]
 
     steps = {"multi": None, "one": 1}.get(horizon, n)
-    for (gamma, shift, bootstrap), found in zip(cases, table(masks), strict=True):
+    for (gamma, shift, bootstrap), actual in zip(cases, table(masks), strict=True):
         options = {"beta": 0.4, "gamma": gamma, "steps": steps, "shift": shift, "bootstrap": bootstrap or 0.0}
         expected = [by_definition(policy[:2], reference[:2], rewards, mask, **options) for mask in masks]
-        np.testing.assert_allclose(found, expected, atol=1e-10)
+        np.testing.assert_allclose(actual, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_multi_step_telescopes(gamma, dtype, atol):
+def test_multi_step_is_a_sum_of_one_step_residuals(gamma, dtype, atol):
     with jax.enable_x64(dtype == "float64"):
-        logits, reference, tokens, rewards, mask = draw(1)
+        logits, reference, tokens, rewards, mask = random_sequence(1)
         arguments = stats(logits.astype(dtype), tokens), stats(reference.astype(dtype), tokens), rewards, mask
         one = np.asarray(residuals_of(*arguments, beta=0.4, gamma=gamma, horizon="one"))[mask]
         multi = np.asarray(residuals_of(*arguments, beta=0.4, gamma=gamma))[mask]
@@ -176,38 +177,40 @@ def test_multi_step_telescopes(gamma, dtype, atol):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_one_step_is_the_bellman_error_of_shifted_logits(gamma, dtype, atol):
     with jax.enable_x64(dtype == "float64"):
-        logits, reference, tokens, rewards, mask = draw(2)
+        logits, reference, tokens, rewards, mask = random_sequence(2)
         policy, ref = stats(logits.astype(dtype), tokens), stats(reference.astype(dtype), tokens)
-        found = np.asarray(residuals_of(policy, ref, rewards, mask, beta=0.4, gamma=gamma, horizon="one"))[mask]
+        actual = np.asarray(residuals_of(policy, ref, rewards, mask, beta=0.4, gamma=gamma, horizon="one"))[mask]
     q = 0.4 * (logits - reference)[np.arange(7), tokens][mask]
     v = np.append(0.4 * np.asarray(policy.lse - ref.lse)[mask], 0)
-    np.testing.assert_allclose(found, rewards[mask] + gamma * v[1:] - q, atol=atol)
+    np.testing.assert_allclose(actual, rewards[mask] + gamma * v[1:] - q, atol=atol)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_at_the_reference_residuals_are_rewards_and_returns(gamma, dtype, atol):
+def test_residuals_at_the_reference_are_rewards_and_returns(gamma, dtype, atol):
     with jax.enable_x64(dtype == "float64"):
-        logits, _, tokens, rewards, mask = draw(3)
-        both = stats(logits.astype(dtype), tokens)
-        one = residuals_of(both, both, rewards, mask, beta=0.4, gamma=gamma, horizon="one")
-        multi = residuals_of(both, both, rewards, mask, beta=0.4, gamma=gamma)
-        loss = loss_of(both, both, rewards, mask, beta=0.4, gamma=gamma)
-    at = rewards[mask]
-    returns = np.array([sum(gamma ** (k - t) * at[k] for k in range(t, len(at))) for t in range(len(at))])
+        logits, _, tokens, rewards, mask = random_sequence(3)
+        equal = stats(logits.astype(dtype), tokens)
+        one = residuals_of(equal, equal, rewards, mask, beta=0.4, gamma=gamma, horizon="one")
+        multi = residuals_of(equal, equal, rewards, mask, beta=0.4, gamma=gamma)
+        loss = loss_of(equal, equal, rewards, mask, beta=0.4, gamma=gamma)
+    action_rewards, num_actions = rewards[mask], mask.sum()
+    returns = np.array(
+        [sum(gamma ** (k - t) * action_rewards[k] for k in range(t, num_actions)) for t in range(num_actions)]
+    )
     np.testing.assert_allclose(one, np.where(mask, rewards, 0), atol=atol)
     np.testing.assert_allclose(np.asarray(multi)[mask], returns, atol=atol)
     np.testing.assert_allclose(loss, np.sum(returns**2), rtol=10 * atol)
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
-def test_without_reward_the_shift_leaves_the_reference_alone(x64, horizon):
-    logits, _, tokens, rewards, mask = draw(4)
+def test_reference_is_optimal_without_rewards_only_with_the_shift(x64, horizon):
+    logits, _, tokens, rewards, mask = random_sequence(4)
 
     def loss(logits, value):
         policy, reference = stats(logits, tokens), jax.lax.stop_gradient(stats(logits, tokens))
-        found = residuals_of(policy, reference, 0 * rewards, mask, beta=0.4, horizon=horizon, value=value)
-        return squared_residuals(found, mask)
+        actual = residuals_of(policy, reference, 0 * rewards, mask, beta=0.4, horizon=horizon, value=value)
+        return squared_residuals(actual, mask)
 
     assert loss(logits, "lse_shift") < 1e-25
     assert np.max(np.abs(jax.grad(loss)(jnp.asarray(logits), "lse_shift"))) < 1e-12
@@ -215,8 +218,8 @@ def test_without_reward_the_shift_leaves_the_reference_alone(x64, horizon):
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
-def test_gauge(x64, horizon):
-    logits, reference, tokens, rewards, mask = draw(5)
+def test_common_offset_of_policy_and_reference_cancels(x64, horizon):
+    logits, reference, tokens, rewards, mask = random_sequence(5)
     offset = np.random.default_rng(6).normal(size=(7, 1))
 
     def loss(logits, reference):
@@ -228,7 +231,7 @@ def test_gauge(x64, horizon):
 
 
 @pytest.mark.parametrize("value", ["lse_shift", "lse"])
-def test_scale(x64, value):
+def test_residuals_scale_with_rewards_and_beta(x64, value):
     scaled = residuals_of(stats(LOGITS), stats(REFERENCE_LOGITS), 3 * REWARDS, MASK, beta=1.5, value=value)
     np.testing.assert_allclose(scaled, 3 * worked(value=value), atol=1e-10)
     loss, scaled_loss = (squared_residuals(rho, MASK) for rho in (worked(value=value), scaled))
@@ -236,23 +239,22 @@ def test_scale(x64, value):
 
 
 @pytest.mark.parametrize("value", ["lse_shift", "lse"])
-def test_values_of_a_common_prompt_cancel_in_a_pair(x64, value):
-    first, second = draw(7, actions=4), draw(8, actions=7)
-    roots, plain = [], []
+def test_value_of_the_common_prompt_cancels_in_a_pair(x64, value):
+    first, second = random_sequence(7, actions=4), random_sequence(8, actions=7)
+    residuals, soft_returns = [], []
     for logits, reference, tokens, rewards, mask in (first, second):
         mask[0] = True
         logits[0], reference[0] = first[0][0], first[1][0]
         policy, ref = stats(logits, tokens), stats(reference, tokens)
-        root = residuals_of(policy, ref, rewards, mask, beta=0.4, value=value)[0]
-        roots.append(root)
-        plain.append(np.sum((rewards - 0.4 * (policy.logp - ref.logp))[mask]))
-    np.testing.assert_allclose(roots[0] - roots[1], plain[0] - plain[1], atol=1e-10)
+        residuals.append(residuals_of(policy, ref, rewards, mask, beta=0.4, value=value)[0])
+        soft_returns.append(np.sum((rewards - 0.4 * (policy.logp - ref.logp))[mask]))
+    np.testing.assert_allclose(residuals[0] - residuals[1], soft_returns[0] - soft_returns[1], atol=1e-10)
 
 
-# --- the axes --------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------------------------
 
 
-def test_n_step_between_one_and_multi(x64):
+def test_n_step_includes_one_and_multi(x64):
     for gamma in (1.0, 0.9):
         np.testing.assert_allclose(
             worked(gamma=gamma, horizon="n_step", n=1), worked(gamma=gamma, horizon="one"), atol=1e-12
@@ -263,7 +265,7 @@ def test_n_step_between_one_and_multi(x64):
 
 
 def test_bootstrap_is_the_value_after_the_last_action(x64):
-    logits, reference, tokens, rewards, _ = draw(9)
+    logits, reference, tokens, rewards, _ = random_sequence(9)
     whole = stats(logits, tokens), stats(reference, tokens), rewards, np.ones(7, bool)
     cut = jax.tree.map(lambda x: x[:5], whole)
     rest = np.asarray(residuals_of(*whole, beta=0.4, gamma=0.9, horizon="one"))
@@ -277,7 +279,7 @@ def test_bootstrap_is_the_value_after_the_last_action(x64):
     np.testing.assert_allclose(root, np.where(np.arange(5) == 0, multi, 0), atol=1e-12)
 
 
-def test_given_values_stand_in_for_the_logits(x64):
+def test_given_values_replace_those_of_the_logits(x64):
     policy, reference = stats(LOGITS), stats(REFERENCE_LOGITS)
     values = 0.5 * (policy.lse - reference.lse)
     for horizon in ("multi", "one", "trajectory"):
@@ -292,23 +294,23 @@ def test_given_values_stand_in_for_the_logits(x64):
     assert slope == -1
 
 
-def test_without_lse_the_values_that_do_not_read_it_still_work():
+def test_lse_is_optional_if_unused():
     logp = stats(LOGITS).logp
-    found = residuals_of(TokenStats(logp, None), None, REWARDS, MASK, beta=0.5, value="none")
-    np.testing.assert_allclose(found[3], 1 - 0.5 * logp[3], atol=1e-6)
+    actual = residuals_of(TokenStats(logp, None), None, REWARDS, MASK, beta=0.5, value="none")
+    np.testing.assert_allclose(actual[3], 1 - 0.5 * logp[3], atol=1e-6)
 
 
 @pytest.mark.parametrize("value", ["lse_shift", "lse"])
-def test_no_reference_means_zeros(value):
+def test_missing_reference_means_zeros(value):
     zeros = TokenStats(jnp.zeros(4), jnp.zeros(4))
-    given = residuals_of(stats(LOGITS), zeros, REWARDS, MASK, beta=0.5, value=value)
-    absent = residuals_of(stats(LOGITS), None, REWARDS, MASK, beta=0.5, value=value)
-    np.testing.assert_array_equal(given, absent)
+    explicit = residuals_of(stats(LOGITS), zeros, REWARDS, MASK, beta=0.5, value=value)
+    missing = residuals_of(stats(LOGITS), None, REWARDS, MASK, beta=0.5, value=value)
+    np.testing.assert_array_equal(explicit, missing)
 
 
 @pytest.mark.parametrize("horizon, n", [("multi", None), ("one", None), ("n_step", 2)])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_semi_gradient_has_the_same_values_and_another_gradient(x64, horizon, n, gamma):
+def test_semi_gradient_changes_the_gradient_but_not_the_values(x64, horizon, n, gamma):
     def loss(logits, gradient):
         return squared_residuals(worked(logits, horizon=horizon, n=n, gamma=gamma, gradient=gradient), MASK)
 
@@ -317,7 +319,7 @@ def test_semi_gradient_has_the_same_values_and_another_gradient(x64, horizon, n,
     assert np.max(np.abs(full[1] - semi[1])) > 1e-2
 
 
-def test_traced_options_agree_with_static_ones(x64):
+def test_traced_options_match_static_options(x64):
     policy, reference = stats(LOGITS), stats(REFERENCE_LOGITS)
     traced = jax.jit(lambda beta, gamma: bellman_residuals(policy, reference, REWARDS, MASK, beta=beta, gamma=gamma))
     for gamma in (1.0, 0.9):
@@ -330,18 +332,18 @@ def test_traced_options_agree_with_static_ones(x64):
 
 
 def closed_form_gradient(horizon, gradient, beta, gamma, logits, tokens, mask, rho):
-    """The gradient [T, V] of the summed squares of the residuals rho with respect to logits [T, V]."""
-    at, expected = np.flatnonzero(mask), np.zeros_like(logits)
-    carried, before = 0.0, 0.0  # sum over j <= k of gamma^(k-j) rho_j, and rho_{k-1}
-    for k, t in enumerate(at):
-        chosen, pi = np.eye(logits.shape[1])[tokens[t]], np.exp(logits[t]) / np.exp(logits[t]).sum()
-        carried = rho[t] + gamma * carried
+    """Gradient [T, V] of the sum of squares of the residuals rho with respect to the logits."""
+    actions, expected = np.flatnonzero(mask), np.zeros_like(logits)
+    discounted, previous = 0.0, 0.0  # sum over j <= k of gamma^(k-j) rho_j, and rho_{k-1}
+    for k, t in enumerate(actions):
+        onehot, pi = np.eye(logits.shape[1])[tokens[t]], np.exp(logits[t]) / np.exp(logits[t]).sum()
+        discounted = rho[t] + gamma * discounted
         expected[t] = {
-            ("multi", "full"): -2 * beta * (carried * (chosen - pi) + rho[t] * pi),
-            ("one", "full"): -2 * beta * rho[t] * chosen + 2 * beta * gamma * before * pi,
-            ("trajectory", "full"): -2 * beta * rho[at[0]] * (gamma**k * (chosen - pi) + (k == 0) * pi),
-        }.get((horizon, gradient), -2 * beta * rho[t] * chosen)
-        before = rho[t]
+            ("multi", "full"): -2 * beta * (discounted * (onehot - pi) + rho[t] * pi),
+            ("one", "full"): -2 * beta * rho[t] * onehot + 2 * beta * gamma * previous * pi,
+            ("trajectory", "full"): -2 * beta * rho[actions[0]] * (gamma**k * (onehot - pi) + (k == 0) * pi),
+        }.get((horizon, gradient), -2 * beta * rho[t] * onehot)
+        previous = rho[t]
     return expected
 
 
@@ -351,7 +353,7 @@ def closed_form_gradient(horizon, gradient, beta, gamma, logits, tokens, mask, r
     [("multi", "full"), ("one", "full"), ("trajectory", "full"), ("multi", "semi"), ("one", "semi")],
 )
 def test_gradient_in_closed_form(x64, horizon, gradient, gamma):
-    """The same formulas with the shift and without it: the reference is a constant, and gets no gradient."""
+    """The formulas are the same with and without the shift, and the reference gets no gradient."""
 
     @partial(jax.jit, static_argnames="value")
     @partial(jax.grad, argnums=(0, 1), has_aux=True)
@@ -362,12 +364,12 @@ def test_gradient_in_closed_form(x64, horizon, gradient, gamma):
         return squared_residuals(rho, mask), rho
 
     for seed in range(5):
-        logits, reference, tokens, rewards, mask = draw(10 + seed)
+        logits, reference, tokens, rewards, mask = random_sequence(10 + seed)
         for value in ("lse_shift", "lse"):
-            (found, to_reference), rho = gradients(logits, reference, tokens, rewards, mask, value=value)
+            (actual, reference_gradient), rho = gradients(logits, reference, tokens, rewards, mask, value=value)
             expected = closed_form_gradient(horizon, gradient, 0.4, gamma, logits, tokens, mask, np.asarray(rho))
-            np.testing.assert_allclose(found, expected, atol=1e-12)
-            np.testing.assert_array_equal(to_reference, 0)
+            np.testing.assert_allclose(actual, expected, atol=1e-12)
+            np.testing.assert_array_equal(reference_gradient, 0)
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -375,24 +377,24 @@ def test_gradient_in_closed_form(x64, horizon, gradient, gamma):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("horizon, n", [("multi", None), ("one", None), ("trajectory", None), ("n_step", 2)])
-def test_tokens_of_others_do_not_exist(x64, horizon, n, gamma):
-    """Actions alone, and the same with positions inserted between them and padding after them, which hold anything."""
-    actions = draw(20, length=5, actions=5)
-    noise = draw(21, length=12)
-    where = np.array([0, 3, 4, 8, 10])
+def test_tokens_between_actions_do_not_matter(x64, horizon, n, gamma):
+    """Inserting random masked tokens between and after the actions leaves the residuals unchanged."""
+    actions = random_sequence(20, length=5, actions=5)
+    noise = random_sequence(21, length=12)
+    positions = np.array([0, 3, 4, 8, 10])
     mixed = [x.copy() for x in noise]
-    for spread, x in zip(mixed, actions):
-        spread[where] = x
-    mixed[4][:] = np.isin(np.arange(12), where)
+    for array, x in zip(mixed, actions):
+        array[positions] = x
+    mixed[4][:] = np.isin(np.arange(12), positions)
 
     def residuals(example):
         logits, reference, tokens, rewards, mask = example
         policy, ref = stats(logits, tokens), stats(reference, tokens)
         return residuals_of(policy, ref, rewards, mask, beta=0.4, gamma=gamma, horizon=horizon, n=n)
 
-    spread = np.asarray(residuals(mixed))
-    np.testing.assert_allclose(spread[where], residuals(actions), atol=1e-12)
-    np.testing.assert_array_equal(spread[~mixed[4]], 0)
+    actual = np.asarray(residuals(mixed))
+    np.testing.assert_allclose(actual[positions], residuals(actions), atol=1e-12)
+    np.testing.assert_array_equal(actual[~mixed[4]], 0)
 
 
 @partial(jax.jit, static_argnames=("gamma", "normalisation", "position_weight"))
@@ -408,19 +410,19 @@ def loss_and_gradients(policy, reference, rewards, mask, **options):
 )
 @given(seed=st.integers(0, 2**20), bits=st.integers(0, 127), bad=st.sampled_from([np.nan, np.inf, -np.inf, 1e38]))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_masked_positions_may_hold_anything(options, seed, bits, bad):
+def test_masked_positions_do_not_affect_loss_or_gradient(options, seed, bits, bad):
     mask = np.array([bits >> t & 1 for t in range(7)], bool)
-    logits, reference, tokens, rewards, _ = draw(seed)
+    logits, reference, tokens, rewards, _ = random_sequence(seed)
     clean = (stats(logits, tokens), stats(reference, tokens), np.float32(rewards))
     dirty = jax.tree.map(lambda x: np.where(mask, x, np.float32(bad)), clean)
-    expected, found = loss_and_gradients(*clean, mask, **options), loss_and_gradients(*dirty, mask, **options)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert not any(np.asarray(gradient)[~mask].any() for gradient in jax.tree.leaves(found[1]))
+    expected, actual = loss_and_gradients(*clean, mask, **options), loss_and_gradients(*dirty, mask, **options)
+    chex.assert_trees_all_equal(actual, expected)
+    assert not any(np.asarray(gradient)[~mask].any() for gradient in jax.tree.leaves(actual[1]))
 
 
 @pytest.mark.parametrize("normalisation", ["sum_t", "mean_t"])
 @pytest.mark.parametrize("position_weight", ["none", "inv_position"])
-def test_a_sequence_without_actions_contributes_nothing(normalisation, position_weight):
+def test_loss_and_gradient_without_actions_are_zero(normalisation, position_weight):
     def loss(policy):
         return loss_of(
             policy, None, REWARDS, 0 * MASK, beta=0.5, normalisation=normalisation, position_weight=position_weight
@@ -441,7 +443,7 @@ def test_mask_of_zeros_and_ones():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_batches_by_vmap(x64, gamma):
-    examples = [draw(30 + i) for i in range(6)]
+    examples = [random_sequence(30 + i) for i in range(6)]
     logits, reference, tokens, rewards, mask = map(np.stack, zip(*examples))
 
     def loss(*example):
@@ -449,27 +451,29 @@ def test_batches_by_vmap(x64, gamma):
         return loss_of(stats(logits, tokens), stats(reference, tokens), rewards, mask, beta=0.4, gamma=gamma)
 
     batched = jax.jit(jax.vmap(loss))
-    found = batched(logits, reference, tokens, rewards, mask)
-    np.testing.assert_allclose(found, [loss(*example) for example in examples], rtol=1e-12)
+    actual = batched(logits, reference, tokens, rewards, mask)
+    np.testing.assert_allclose(actual, [loss(*example) for example in examples], rtol=1e-12)
     order = np.array([4, 2, 0, 5, 1, 3])
     permuted = batched(*(x[order] for x in (logits, reference, tokens, rewards, mask)))
-    np.testing.assert_allclose(permuted, found[order], rtol=1e-12)
+    np.testing.assert_allclose(permuted, actual[order], rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_narrow_inputs_are_widened_first(dtype):
-    narrow = jax.tree.map(lambda x: x.astype(dtype), (stats(LOGITS), stats(REFERENCE_LOGITS), jnp.asarray(REWARDS)))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+def test_low_precision_inputs_are_cast_to_float32_first(dtype):
+    low_precision = jax.tree.map(
+        lambda x: x.astype(dtype), (stats(LOGITS), stats(REFERENCE_LOGITS), jnp.asarray(REWARDS))
+    )
+    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), low_precision)
     for options in ({}, {"gamma": 0.9}):
-        found = loss_of(*narrow, MASK, beta=0.5, **options)
-        assert found.dtype == jnp.float32
-        np.testing.assert_array_equal(found, loss_of(*wide, MASK, beta=0.5, **options))
-    gradient = jax.grad(lambda p: loss_of(p, *narrow[1:], MASK, beta=0.5))(narrow[0])
+        actual = loss_of(*low_precision, MASK, beta=0.5, **options)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, loss_of(*float32, MASK, beta=0.5, **options))
+    gradient = jax.grad(lambda p: loss_of(p, *low_precision[1:], MASK, beta=0.5))(low_precision[0])
     assert gradient.logp.dtype == gradient.lse.dtype == dtype
 
 
 def test_no_loop_over_the_sequence():
-    """Suffix sums and next values are parallel: the program holds no sequential loop."""
+    """Discounted returns use parallel scans: the program contains no sequential loop."""
     for gamma in (1.0, 0.9):
         loss = partial(shiq_loss, reference=None, rewards=REWARDS, action_mask=MASK, beta=0.5, gamma=gamma)
         text = str(jax.make_jaxpr(jax.grad(loss))(stats(LOGITS)))
@@ -484,20 +488,20 @@ def test_long_sequences_in_single_precision():
     rewards[-1] = 1
     mask = random.random(length) < 0.8
     for gamma in (1.0, 0.999):
-        found = jax.jit(partial(bellman_residuals, beta=0.1, gamma=gamma))(policy, reference, rewards, mask)
+        actual = jax.jit(partial(bellman_residuals, beta=0.1, gamma=gamma))(policy, reference, rewards, mask)
         x = rewards - 0.1 * (policy.logp - reference.logp)
         suffix, total = np.zeros(length), 0.0
         for t in np.flatnonzero(mask)[::-1]:
             total = x[t] + gamma * total
             suffix[t] = total - 0.1 * (policy.lse - reference.lse)[t]
-        assert np.max(np.abs(found - suffix)) < 2e-5 * np.max(np.abs(suffix))
+        assert np.max(np.abs(actual - suffix)) < 2e-5 * np.max(np.abs(suffix))
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"beta": 0}, "beta is 0"),
         ({"beta": float("inf")}, "beta is inf"),
@@ -512,19 +516,19 @@ def test_long_sequences_in_single_precision():
         ({"horizon": "n_step", "n": 0}, "n is 0"),
         ({"horizon": "n_step", "n": 1.5}, "n is 1.5"),
         ({"n": 2}, "n is 2 with horizon='multi'"),
-        ({"value": "given"}, "values are absent"),
+        ({"value": "given"}, "values are missing"),
         ({"values": np.zeros(4)}, "values are present"),
         ({"value": "given", "values": np.zeros(3)}, r"values has shape \(3,\) but action_mask has shape \(4,\)"),
         ({"value": "given", "values": np.zeros(())}, r"values has shape \(\)"),
         ({"bootstrap": np.zeros(4)}, r"bootstrap has shape \(4,\)"),
     ],
 )
-def test_options_out_of_range(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
         worked(**options)
 
 
-def test_shapes_that_disagree():
+def test_mismatched_shapes_are_rejected():
     policy, reference = stats(LOGITS), stats(REFERENCE_LOGITS)
     short = jax.tree.map(lambda x: x[:3], policy)
     with pytest.raises(ValueError, match=r"policy.logp has shape \(3,\) but action_mask has shape \(4,\)"):
@@ -539,7 +543,7 @@ def test_shapes_that_disagree():
         loss_of(policy, reference, REWARDS, MASK[None], beta=0.5)
 
 
-def test_reductions_out_of_range():
+def test_invalid_reductions_are_rejected():
     with pytest.raises(ValueError, match="normalisation is 'token_mean'"):
         squared_residuals(worked(), MASK, normalisation="token_mean")
     with pytest.raises(ValueError, match="position_weight is 'linear'"):

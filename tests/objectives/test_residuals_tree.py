@@ -1,4 +1,4 @@
-"""Residuals on a token MDP that is solved exactly: what they vanish at, what moves the optimum, and what they find."""
+"""Bellman residuals on a token MDP with a known solution: fixed points, invariances and convergence."""
 
 from functools import partial
 
@@ -15,19 +15,19 @@ HORIZONS = ("multi", "one", "trajectory")
 
 
 @partial(jax.jit, static_argnames=("gamma", "horizon", "value", "gradient"))
-def residuals_of_rows(logits, reference_logits, tokens, rewards, mask, **options):
-    def one(policy, reference, rewards, mask):
+def batched_residuals(logits, reference_logits, tokens, rewards, mask, **options):
+    def sequence_residuals(policy, reference, rewards, mask):
         return bellman_residuals(policy, reference, rewards, mask, beta=BETA, **options)
 
     statistics = (token_stats_from_logits(x, tokens) for x in (logits, reference_logits))
-    return jax.vmap(one)(*statistics, rewards, mask)
+    return jax.vmap(sequence_residuals)(*statistics, rewards, mask)
 
 
 def residuals(tree, logits, rewards=None, **options):
     """Residuals [M, T] of all trajectories of a tree under logits [S, V]."""
     rewards = tree.along(tree.rewards if rewards is None else rewards)
-    rows = (x[tree.states] for x in (logits, tree.logits.astype(logits.dtype)))
-    return residuals_of_rows(*rows, tree.tokens, rewards, tree.mask, **options)
+    state_logits = (x[tree.states] for x in (logits, tree.logits.astype(logits.dtype)))
+    return batched_residuals(*state_logits, tree.tokens, rewards, tree.mask, **options)
 
 
 def lse(logits):
@@ -49,13 +49,13 @@ def test_optimum_is_a_fixed_point(make_tree, gamma, dtype, atol):
             np.testing.assert_allclose(softmax(optimum), pi, atol=1e-10)
             np.testing.assert_allclose(BETA * (lse(optimum) - lse(tree.logits)), v, atol=1e-10)
             for horizon in HORIZONS:
-                found = residuals(tree, optimum.astype(dtype), gamma=gamma, horizon=horizon)
-                np.testing.assert_allclose(found, 0, atol=atol)
-            # Without the shift the optimum is the one whose log-sum-exp is the value itself.
+                actual = residuals(tree, optimum.astype(dtype), gamma=gamma, horizon=horizon)
+                np.testing.assert_allclose(actual, 0, atol=atol)
+            # Without the shift, the log-sum-exp of the optimal logits is the value itself.
             unshifted = optimum - lse(tree.logits)[:, None]
             for horizon in HORIZONS:
-                found = residuals(tree, unshifted.astype(dtype), gamma=gamma, horizon=horizon, value="lse")
-                np.testing.assert_allclose(found, 0, atol=atol)
+                actual = residuals(tree, unshifted.astype(dtype), gamma=gamma, horizon=horizon, value="lse")
+                np.testing.assert_allclose(actual, 0, atol=atol)
 
 
 def test_optimum_in_closed_form(make_tree):
@@ -70,43 +70,43 @@ def test_optimum_in_closed_form(make_tree):
     assert len(constant) == 40 and len(v) == 13
 
 
-def test_constant_rewards(x64, make_tree):
-    """A constant on the last token moves the value alone; one on every token moves the policy, as lengths vary."""
+def test_constant_rewards_change_the_policy_only_per_token(x64, make_tree):
+    """A constant on the last token changes only the value; on every token it changes the policy, as lengths vary."""
     tree = make_tree(1)
     _, v, pi = tree.solve(BETA, 1.0)
-    ends = np.array([[tree.successor(s, a) is None for a in range(4)] for s in range(len(v))])
-    q_end, v_end, pi_end = tree.solve(BETA, 1.0, tree.rewards + 2.0 * ends)
+    is_terminal = np.array([[tree.successor(s, a) is None for a in range(4)] for s in range(len(v))])
+    q_end, v_end, pi_end = tree.solve(BETA, 1.0, tree.rewards + 2.0 * is_terminal)
     np.testing.assert_allclose(pi_end, pi, atol=1e-10)
     np.testing.assert_allclose(v_end, v + 2.0, atol=1e-10)
-    found = residuals(tree, tree.logits + q_end / BETA, tree.rewards + 2.0 * ends)
-    np.testing.assert_allclose(found, 0, atol=1e-10)
+    actual = residuals(tree, tree.logits + q_end / BETA, tree.rewards + 2.0 * is_terminal)
+    np.testing.assert_allclose(actual, 0, atol=1e-10)
     assert np.abs(tree.solve(BETA, 1.0, tree.rewards + 2.0)[2] - pi).max() > 1e-2
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_potential_shaping(x64, make_tree, horizon, gamma):
+def test_potential_shaping_keeps_policy_and_residuals(x64, make_tree, horizon, gamma):
     tree = make_tree(2)
     potential = np.random.default_rng(0).normal(size=len(tree.prefixes))
     shaped = tree.rewards.copy()
     for state in range(len(potential)):
         for token in range(4):
-            after = tree.successor(state, token)
-            shaped[state, token] += (0 if after is None else gamma * potential[after]) - potential[state]
+            next_state = tree.successor(state, token)
+            shaped[state, token] += (0 if next_state is None else gamma * potential[next_state]) - potential[state]
     (_, v, pi), (_, v_shaped, pi_shaped) = tree.solve(BETA, gamma), tree.solve(BETA, gamma, shaped)
     np.testing.assert_allclose(pi_shaped, pi, atol=1e-10)
     np.testing.assert_allclose(v_shaped, v - potential, atol=1e-10)
     logits = np.random.default_rng(1).normal(size=tree.logits.shape)
-    found = residuals(tree, logits - potential[:, None] / BETA, shaped, gamma=gamma, horizon=horizon)
-    np.testing.assert_allclose(found, residuals(tree, logits, gamma=gamma, horizon=horizon), atol=1e-10)
+    actual = residuals(tree, logits - potential[:, None] / BETA, shaped, gamma=gamma, horizon=horizon)
+    np.testing.assert_allclose(actual, residuals(tree, logits, gamma=gamma, horizon=horizon), atol=1e-10)
 
 
-def minimise(tree, steps, optimizer, **options):
-    """Logits [steps, S, V] along gradient steps from the reference's, on all trajectories with equal weight."""
+def minimize(tree, steps, optimizer, **options):
+    """Logits [steps, S, V] of gradient descent from the reference, on all trajectories with equal weight."""
 
     def loss(logits):
-        found = residuals(tree, logits, **options)
-        return jnp.mean(jax.vmap(squared_residuals)(found, tree.mask))
+        actual = residuals(tree, logits, **options)
+        return jnp.mean(jax.vmap(squared_residuals)(actual, tree.mask))
 
     def step(carry, _):
         logits, state = carry
@@ -128,25 +128,25 @@ def minimise(tree, steps, optimizer, **options):
     [(h, v, "full") for h in HORIZONS for v in ("lse_shift", "lse")]
     + [("multi", "lse_shift", "semi"), ("one", "lse_shift", "semi")],
 )
-def test_training_finds_the_optimal_policy(x64, make_tree, horizon, value, gradient, gamma):
+def test_training_converges_to_the_optimal_policy(x64, make_tree, horizon, value, gradient, gamma):
     tree = make_tree(3)
     _, v, pi = tree.solve(BETA, gamma)
     steps = 20_000
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
-    found = minimise(tree, steps, optimizer, horizon=horizon, value=value, gradient=gradient, gamma=gamma)[-1]
-    np.testing.assert_allclose(softmax(found), pi, atol=1e-8)
-    values = BETA * (lse(found) - (lse(tree.logits) if value == "lse_shift" else 0))
+    actual = minimize(tree, steps, optimizer, horizon=horizon, value=value, gradient=gradient, gamma=gamma)[-1]
+    np.testing.assert_allclose(softmax(actual), pi, atol=1e-8)
+    values = BETA * (lse(actual) - (lse(tree.logits) if value == "lse_shift" else 0))
     np.testing.assert_allclose(values[0], v[0], atol=1e-8)
-    if horizon != "trajectory":  # which pins the value of the first state only
+    if horizon != "trajectory":  # "trajectory" determines only the value of the first state
         np.testing.assert_allclose(values, v, atol=1e-8)
 
 
-def test_sparse_rewards_reach_the_first_state_sooner_over_many_steps(x64, make_tree):
-    """Early in training either may be nearer by chance; later the order is the same for every draw, and clear."""
+def test_multi_step_propagates_sparse_rewards_faster(x64, make_tree):
+    """Compared after 100 and 300 steps, because the order is random early in training."""
     for seed in range(5):
         tree = make_tree(10 + seed, sparse=True)
         _, v, _ = tree.solve(BETA, 1.0)
-        paths = (minimise(tree, 300, optax.sgd(0.5), horizon=horizon) for horizon in ("multi", "one"))
+        paths = (minimize(tree, 300, optax.sgd(0.5), horizon=horizon) for horizon in ("multi", "one"))
         multi, one = (np.abs(BETA * (lse(path) - lse(tree.logits))[:, 0] - v[0]) for path in paths)
         assert multi[100] < one[100] / 2
         assert multi[-1] < one[-1] / 10

@@ -1,4 +1,4 @@
-"""The supervised loss is the negative log-likelihood of the actions and of nothing else."""
+"""The SFT loss is the negative log-likelihood of the actions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from shiq_jax.objectives import TokenStats, sft_loss, token_stats_from_logits
 
 
-def test_is_the_likelihood_of_the_actions():
+def test_loss_is_the_negative_log_likelihood():
     logits, tokens = np.random.default_rng(0).normal(size=(6, 4)), np.array([3, 0, 1, 1, 2, 0])
     mask = np.array([0, 1, 1, 0, 1, 0])
 
@@ -21,21 +21,21 @@ def test_is_the_likelihood_of_the_actions():
     np.testing.assert_allclose(gradient, (probabilities - np.eye(4)[tokens]) * mask[:, None], atol=1e-6)
 
 
-def test_masked_positions_may_hold_anything():
+def test_masked_positions_do_not_affect_loss_or_gradient():
     logp, mask = np.array([-1.0, np.nan, -2.0, -np.inf]), np.array([True, False, True, False])
     value, gradient = jax.value_and_grad(lambda x: sft_loss(TokenStats(x, None), mask))(jnp.asarray(logp))
     assert value == 3
     np.testing.assert_array_equal(gradient, (-1, 0, -1, 0))
 
 
-def test_empty_sequence_batches_and_narrow_inputs():
+def test_vmap_empty_sequences_and_bfloat16():
     logp = jnp.asarray([[-1.5, -2.0], [-3.0, -4.0]], jnp.bfloat16)
     mask = np.array([[True, True], [False, False]])
-    found = jax.vmap(lambda logp, mask: sft_loss(TokenStats(logp, logp), mask))(logp, mask)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, (3.5, 0))
+    losses = jax.vmap(lambda logp, mask: sft_loss(TokenStats(logp, logp), mask))(logp, mask)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_array_equal(losses, (3.5, 0))
 
 
-def test_shapes_that_disagree():
+def test_mismatched_shapes_are_rejected():
     with pytest.raises(ValueError, match=r"policy.logp has shape \(3,\) but action_mask has shape \(2,\)"):
         sft_loss(TokenStats(jnp.zeros(3), jnp.zeros(3)), np.ones(2, bool))

@@ -1,4 +1,4 @@
-"""What an objective is: an immutable description whose options are checked by name."""
+"""Objectives are immutable, and their options are bound by name."""
 
 import jax
 import pytest
@@ -13,41 +13,41 @@ def loss(example, *, beta=1.0, gamma=2.0):
 OBJECTIVE = Objective(loss, frozenset({"rewards"}), "trajectory")
 
 
-def test_configure_binds_options_and_leaves_the_original():
+def test_configure_returns_a_bound_copy():
     bound = OBJECTIVE.configure(beta=3.0)
     assert bound.loss(5.0) == LossOut(15.0, 2.0, {})
     assert OBJECTIVE.loss(5.0).value == 5.0
     assert bound[1:] == OBJECTIVE[1:]
 
 
-def test_configure_may_be_repeated_and_the_last_word_stands():
+def test_repeated_configure_overrides_earlier_values():
     bound = OBJECTIVE.configure(beta=3.0).configure(gamma=7.0).configure(beta=4.0)
     assert bound.loss(5.0) == LossOut(20.0, 7.0, {})
 
 
-def test_configure_refuses_unknown_names_and_lists_the_known():
-    with pytest.raises(ValueError, match="option 'alpha' is none of the objective 'loss', which takes beta, gamma"):
+def test_configure_rejects_unknown_options():
+    with pytest.raises(ValueError, match="objective 'loss' has no option 'alpha'; its options are beta, gamma"):
         OBJECTIVE.configure(beta=1.0, alpha=2.0)
-    with pytest.raises(ValueError, match="'loss', which takes beta, gamma"):
+    with pytest.raises(ValueError, match="'loss' has no option 'example'; its options are beta, gamma"):
         OBJECTIVE.configure(beta=1.0).configure(example=0)
-    with pytest.raises(ValueError, match="'sft', which takes none"):
+    with pytest.raises(ValueError, match="'sft' has no option 'beta'; its options are none"):
         OBJECTIVES["sft"].configure(beta=1.0)
 
 
-def test_statistics_are_asked_for_with_the_option_that_reads_them():
-    asking = OBJECTIVE._replace(extra={"lse2": "gamma", "other": None})
-    assert asking.statistics == ("other",)
-    assert asking.configure(gamma=True).statistics == ("lse2", "other")
-    assert asking.configure(gamma=True).configure(gamma=False, beta=2.0).statistics == ("other",)
-    assert not any(objective.statistics for objective in OBJECTIVES.values())
+def test_extra_stats_depend_on_the_bound_options():
+    objective = OBJECTIVE._replace(optional_stats={"lse2": "gamma", "other": None})
+    assert objective.extra_stats == ("other",)
+    assert objective.configure(gamma=True).extra_stats == ("lse2", "other")
+    assert objective.configure(gamma=True).configure(gamma=False, beta=2.0).extra_stats == ("other",)
+    assert not any(objective.extra_stats for objective in OBJECTIVES.values())
 
 
-def test_an_example_holds_nothing_by_default():
+def test_example_fields_default_to_none():
     assert jax.tree.leaves(Example()) == []
     assert set(Example._fields) >= {f for objective in OBJECTIVES.values() for f in objective.needs}
 
 
-def test_the_registry_cannot_be_changed():
+def test_registry_is_read_only():
     with pytest.raises(TypeError):
         OBJECTIVES["mine"] = OBJECTIVE
     assert {"shiq", "dpo", "sft"} <= set(OBJECTIVES)

@@ -1,4 +1,4 @@
-"""KTO and its like on examples: published numbers, what couples them, what they report and what gets no gradient."""
+"""KTO and unpaired APO on examples: published numbers, the KL estimate, gradients and metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ BETA = 0.5
 
 
 def examples(logratios, mismatched, labels, actions=2) -> Example:
-    """Answers of these log-ratios, spread over their actions, each beside a mismatched one; NaN where nothing acts."""
+    """Answers with these log-ratios spread over their actions, each with a mismatched answer; masked tokens are NaN."""
     sums = np.stack([np.asarray(logratios), np.asarray(mismatched)], axis=1)
     mask = np.broadcast_to(np.arange(4) < actions, (*sums.shape, 4))
     reference = np.where(mask, -3.0, np.nan)
@@ -21,8 +21,8 @@ def examples(logratios, mismatched, labels, actions=2) -> Example:
     return Example(policy=stats[0], references={"reference": stats[1]}, action_mask=mask, labels=labels)
 
 
-def summed(example, weights=None, **options):
-    """What KTO makes of a whole batch."""
+def kto_sums(example, weights=None, **options):
+    """Summed LossOut of KTO over a batch, and its coupled values."""
     objective = OBJECTIVES["kto"].configure(beta=BETA, **options)
     weights = jnp.ones(len(example.labels)) if weights is None else weights
     coupled = objective.couple.combine(jax.vmap(objective.couple.summary)(example), weights)
@@ -31,19 +31,19 @@ def summed(example, weights=None, **options):
 
 
 def test_published_numbers(x64):
-    for logratio, good, kto, apo in ((0.8, True, 0.413382, 0.401312), (-0.4, False, 0.437823, 0.450166)):
-        example = examples([logratio], [0.1], [good])
-        np.testing.assert_allclose(summed(example)[0].value, kto, atol=2e-6)
-        alone = jax.tree.map(lambda x: x[0, :1], example)
-        out = OBJECTIVES["apo_zero_unpaired"].configure(beta=BETA).loss(alone)
+    for logratio, desirable, kto, apo in ((0.8, True, 0.413382, 0.401312), (-0.4, False, 0.437823, 0.450166)):
+        example = examples([logratio], [0.1], [desirable])
+        np.testing.assert_allclose(kto_sums(example)[0].value, kto, atol=2e-6)
+        answer = jax.tree.map(lambda x: x[0, :1], example)
+        out = OBJECTIVES["apo_zero_unpaired"].configure(beta=BETA).loss(answer)
         np.testing.assert_allclose((out.value, out.weight), (apo, 1), atol=2e-6)
 
 
-def test_the_kl_is_a_mean_over_what_is_real_and_never_negative(x64):
+def test_kl_is_a_clipped_mean_over_weighted_examples(x64):
     example = examples([0.8, -0.4, 0.3], [0.5, -0.3, 77.0], [True, False, True])
-    _, coupled = summed(example, jnp.array([1.0, 1.0, 0.0]))
+    _, coupled = kto_sums(example, jnp.array([1.0, 1.0, 0.0]))
     np.testing.assert_allclose(coupled["kl"], 0.1)
-    _, coupled = summed(examples([0.8, -0.4], [0.5, -0.7], [True, False]))
+    _, coupled = kto_sums(examples([0.8, -0.4], [0.5, -0.7], [True, False]))
     np.testing.assert_array_equal(coupled["kl"], 0)
 
 
@@ -52,43 +52,47 @@ def test_only_the_answer_has_a_gradient(x64):
 
     def loss(logp):
         policy = TokenStats(logp, example.policy.lse)
-        return summed(example._replace(policy=policy))[0].value
+        return kto_sums(example._replace(policy=policy))[0].value
 
-    # The update step stops what couples examples; here it is stopped by the loss itself.
+    # The update step detaches `coupled`; the loss does so as well.
     gradient = jax.grad(loss)(jnp.asarray(example.policy.logp))
     assert not np.any(gradient[:, 1]) and np.all(gradient[:, 0, :2]) and not np.any(gradient[:, 0, 2:])
     assert gradient[0, 0, 0] < 0 < gradient[1, 0, 0]
 
 
-def test_metrics_are_means_over_the_answers_of_a_kind(x64):
-    good, bad = [0.8, 0.2, -0.3], [-0.4]
-    out, _ = summed(examples(good + bad, [0.4] * 4, [True] * 3 + [False]))
+def test_metrics_are_means_per_label(x64):
+    desirable, undesirable = [0.8, 0.2, -0.3], [-0.4]
+    out, _ = kto_sums(examples(desirable + undesirable, [0.4] * 4, [True] * 3 + [False]))
     means = {name: float(value / out.weight) for name, value in out.metrics.items()}
-    expected = {"rewards/chosen": BETA * np.mean(good), "rewards/rejected": BETA * np.mean(bad)}
+    expected = {"rewards/chosen": BETA * np.mean(desirable), "rewards/rejected": BETA * np.mean(undesirable)}
     expected |= {"rewards/margins": expected["rewards/chosen"] - expected["rewards/rejected"], "kl": 0.4}
     assert means == pytest.approx(expected | {"desirable": 0.75}, rel=1e-9)
-    out, _ = summed(examples(good, [0.4] * 3, [True] * 3))
+    out, _ = kto_sums(examples(desirable, [0.4] * 3, [True] * 3))
     assert out.metrics["rewards/rejected"] == 0 and out.metrics["desirable"] == 3
 
 
-def test_weights_of_either_kind(x64):
-    plain = [float(summed(examples([x], [0.1], [good]))[0].value) for x, good in ((0.8, True), (-0.4, False))]
-    weighted, _ = summed(examples([0.8, -0.4], [0.1, 0.1], [True, False]), desirable_weight=3.0, undesirable_weight=5.0)
-    assert weighted.value == pytest.approx(3 * plain[0] + 5 * plain[1]) and weighted.weight == 2
+def test_label_weights(x64):
+    unweighted = [
+        float(kto_sums(examples([x], [0.1], [desirable]))[0].value) for x, desirable in ((0.8, True), (-0.4, False))
+    ]
+    weighted, _ = kto_sums(
+        examples([0.8, -0.4], [0.1, 0.1], [True, False]), desirable_weight=3.0, undesirable_weight=5.0
+    )
+    assert weighted.value == pytest.approx(3 * unweighted[0] + 5 * unweighted[1]) and weighted.weight == 2
 
 
-def test_an_answer_without_actions_counts_for_nothing():
-    out, coupled = summed(examples([0.0], [0.0], [True], actions=0))
+def test_answers_without_actions_are_ignored():
+    out, coupled = kto_sums(examples([0.0], [0.0], [True], actions=0))
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(out))
     assert np.isfinite(jax.tree.leaves(coupled)).all()
 
 
-def test_other_examples_are_refused():
-    one = jax.tree.map(lambda x: x[0], examples([0.8], [0.1], [True]))
-    with pytest.raises(ValueError, match="Example.coupled is None but objective 'kto' needs it"):
-        OBJECTIVES["kto"].loss(one)
+def test_invalid_examples_are_rejected():
+    example = jax.tree.map(lambda x: x[0], examples([0.8], [0.1], [True]))
+    with pytest.raises(ValueError, match="Example.coupled is None but objective 'kto' requires it"):
+        OBJECTIVES["kto"].loss(example)
     with pytest.raises(ValueError, match="Example.labels is None"):
-        OBJECTIVES["kto"].loss(one._replace(labels=None))
-    alone = jax.tree.map(lambda x: x[:1], one)
+        OBJECTIVES["kto"].loss(example._replace(labels=None))
+    single = jax.tree.map(lambda x: x[:1], example)
     with pytest.raises(ValueError, match=r"shape \(1, 4\) but kto takes an answer and a mismatched one"):
-        OBJECTIVES["kto"].loss(alone._replace(coupled=0))
+        OBJECTIVES["kto"].loss(single._replace(coupled=0))

@@ -106,10 +106,10 @@ def test_help_shows_every_option_once_with_its_losses_and_defaults(kind):
         assert len(re.findall(rf" --{option.replace('_', '-')}[ ,]", text)) == 1, option
     assert "None" not in text
     if kind is PairLoss:
-        assert "(default: 0.0; exo: 0.001)" in text and "dpop: cost of a chosen completion" in text
+        assert "(default: 0.0; exo: 0.001)" in text and "dpop: weight of a decrease" in text
         assert "all but cpo and orpo: weight, at least 0, of the chosen" in text
     if kind is RewardLoss:
-        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns: Q / beta is added" in text
+        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns, soft_q: Q / beta is added" in text
 
 
 def test_a_new_loss_is_one_function_and_one_line():
@@ -120,7 +120,7 @@ def test_a_new_loss_is_one_function_and_one_line():
     known |= {"ArrayLike": ArrayLike, "Array": Array, "Float": Float}
     exec(function, known)
     kind = family("Toy", "Pairs and a toy.", PairLoss.objectives | eval(f"{{{line}}}", known))
-    assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(kind)
+    assert "--target FLOAT margin: target margin of a pair, > 0. (default: 1.0)" in help_of(kind)
     assert parsed(kind, name="margin", target=2.0).configured().loss.keywords == {"target": 2.0}
     assert "target is -1.0 but must be a positive finite number" in refused(kind, name="margin", target=-1.0)
     assert "target is no option of the loss dpo" in refused(kind, name="dpo", target=1.0)

@@ -51,7 +51,7 @@ def begin(model, host_params, records, references, requested_mesh, tmp_path_fact
         batch = place(pack(drawn, buffer, shape, references=known, rows_multiple=8).batch, headed.mesh)
         state = init_state(
             headed, params, RULE, targets=lambda _: {HEADS: slow} if slow else {},
-            trainable=None if objective.policy else lambda path: path[0] == HEADS,
+            trainable=None if objective.trains_policy else lambda path: path[0] == HEADS,
         )  # fmt: skip
         return headed, jax.device_get(params), jax.device_get(slow), state, batch
 

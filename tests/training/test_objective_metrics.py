@@ -18,7 +18,7 @@ def test_an_objective_reads_each_reference_by_its_name(on_mesh, records, make_bu
     first, previous = (
         [tuple(rng.normal(size=(2, len(record.rewards))).astype(np.float32)) for record in records] for _ in range(2)
     )
-    objective = Objective(shift, frozenset({"references"}), "trajectory", policy=False)
+    objective = Objective(shift, frozenset({"references"}), "trajectory", trains_policy=False)
     model, params = on_mesh()
     references = {"reference": first, "previous": previous}
     found = objective_metrics(model, params, objective, make_buffer(records), references)
