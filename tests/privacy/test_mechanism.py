@@ -196,7 +196,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
 def test_they_are_refused_before_anything_is_computed_of_them(wrong, complaint):
     numbers = {"dataset_size": 100, "expected_batch": 10, "steps": 5, "delta": 1e-5, "multiple": 4} | wrong
     for make in (
-        lambda: Mechanism.sized(noise_multiplier=1.0, **numbers), lambda: Mechanism.calibrated(epsilon=1.0, **numbers),
+        lambda: Mechanism.from_noise_multiplier(noise_multiplier=1.0, **numbers), lambda: Mechanism.calibrated(epsilon=1.0, **numbers),
     ):  # fmt: skip
         with pytest.raises(UserError, match=complaint):
             make()

@@ -49,7 +49,7 @@ def drawn(owned, statistics):
     @functools.cache
     def make(unit):
         units = units_of(owned, unit, "user")
-        mechanism = Mechanism.sized(
+        mechanism = Mechanism.from_noise_multiplier(
             dataset_size=len(units), expected_batch=len(units), multiple=4, steps=1, noise_multiplier=0.0, delta=1e-2,
             clip=FlatClip(1.0), unit="user",
         )  # fmt: skip
