@@ -37,7 +37,7 @@ class Mechanism:
         expected_batch: b, the mean batch size, by which sums are divided.
         steps: number of private steps.
         noise_multiplier: sigma, the standard deviation of the noise over the sensitivity of the clip rule.
-        delta: delta of (epsilon, delta).
+        delta: delta of the (epsilon, delta) guarantee.
         largest_batch: B, the size to which larger batches are truncated at random.
         clip: clip rule.
         adjacency: neighboring data sets differ in one unit, which is zeroed out ("zero_out"), replaced by another

@@ -43,7 +43,7 @@ def improvement_metrics(
         All fields of `Landscape` and `Improvement`, and `clipped`, the mean factor of the clip rule.
     """
     adam = adam_state(opt_state)
-    # Adam has no second moments before its first update.
+    # Before the first update Adam has no second moments, so use the identity.
     preconditioner = jax.tree.map(lambda leaf: jnp.where(adam.count > 0, leaf, 1.0), adam_preconditioner(adam, b2))
     geometry = landscape(
         lambda params, batch: jnp.mean(losses(params, batch, None)), params, batches, key,
