@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from shiq_jax.errors import UserError
-from shiq_jax.privacy import AutoS, FlatClip, Groupwise, Mechanism, NormalizedClip, mechanism
-from shiq_jax.privacy.mechanism import default_largest_batch
+from shiq_jax.privacy import AutoS, FlatClip, Groupwise, Mechanism, NormalizedClip
+from shiq_jax.privacy.mechanism import _accountant, default_largest_batch
 
 MNIST = Mechanism(
     dataset_size=60_000, expected_batch=256, steps=14_062, noise_multiplier=1.1, delta=1e-5, largest_batch=400
@@ -206,13 +206,13 @@ def test_constructors_reject_invalid_numbers(fields, message):
 @pytest.fixture
 def accountant_calls(monkeypatch):
     """The arguments of every accountant that is created."""
-    calls, original = [], mechanism._accountant
+    calls = []
 
     def spy(*args):
         calls.append(args)
-        return original(*args)
+        return _accountant(*args)
 
-    monkeypatch.setattr(mechanism, "_accountant", spy)
+    monkeypatch.setattr("shiq_jax.privacy.mechanism._accountant", spy)
     return calls
 
 
