@@ -38,8 +38,8 @@ from shiq_jax.privacy import (
     DropAbove,
     FlatClip,
     Mechanism,
+    improvement_metrics,
     mixing_weight,
-    monitor,
     reset_optimizer,
 )
 from shiq_jax.privacy.public_to_private import Reset
@@ -313,7 +313,7 @@ class Experiment:
 
     def _look(self, state: State, batches, key, mechanism: Mechanism, probes: int):
         about = dict(mechanism=mechanism, b2=B2, probes=probes)
-        return monitor(self.losses, state.trainable, state.opt_state, batches, key, **about)
+        return improvement_metrics(self.losses, state.trainable, state.opt_state, batches, key, **about)
 
     def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
         rule = optax.adamw(rate, b2=B2, weight_decay=0.0)

@@ -79,7 +79,7 @@ def measured_steps(
         params: to step from.
         scale: pytree like params, the diagonal that steps are multiplied by.
         draw: so many units, at random.
-        said: what `monitor` found, with that diagonal.
+        said: what `improvement_metrics` found, with that diagonal.
         mechanism: of which noise and clip rule are taken.
         batches: numbers of units.
         seed: of units and noise.

@@ -1,4 +1,4 @@
-"""Differential privacy: per-unit clipping, noise, sampling and what they cost. docs/privacy.md says what is covered."""
+"""Differential privacy: per-unit clipping, Poisson sampling, Gaussian noise and accounting; see docs/privacy.md."""
 
 from shiq_jax.privacy.clip_rules import (
     AutoS,
@@ -13,7 +13,7 @@ from shiq_jax.privacy.clip_rules import (
 from shiq_jax.privacy.clipped_sum import clipped_sum, per_example
 from shiq_jax.privacy.loss_improvement import Improvement, Landscape, adam_preconditioner, improvement, landscape
 from shiq_jax.privacy.mechanism import Mechanism
-from shiq_jax.privacy.monitoring import monitor
+from shiq_jax.privacy.monitoring import improvement_metrics
 from shiq_jax.privacy.noise import privatize
 from shiq_jax.privacy.public_to_private import (
     adam_state,
@@ -42,9 +42,9 @@ __all__ = [
     "count_groups",
     "has_plateaued",
     "improvement",
+    "improvement_metrics",
     "landscape",
     "mixing_weight",
-    "monitor",
     "noise_is_affordable",
     "per_example",
     "privatize",

@@ -1,4 +1,4 @@
-"""Clip rules: by how much a unit's gradient of a given norm is scaled, and what that bounds."""
+"""Clip rules: the factor that scales a per-example gradient, given its norm, and the sensitivity that results."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Norms below this are taken for it, where a rule would divide by them.
-SMALLEST = 1e-12
+# Floor for norms in denominators.
+MIN_NORM = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipRule:
-    """A rule maps norms [rows] to factors [rows]; scaled by them, no gradient is longer than `sensitivity`.
+    """Base class of clip rules, which map norms [rows] to finite factors [rows].
 
-    `sensitivity` is that of a sum over units when one is added, removed or set to zero, and half of what replacing one
-    can do. Factors are finite for every norm.
+    No scaled gradient has a norm above `sensitivity`. That is the L2 sensitivity of the sum when a unit is added,
+    removed or zeroed out; replacing a unit moves the sum by up to twice as much.
 
     Attributes:
-        clip_norm: C, the longest that a gradient may be afterwards where the rule says nothing else, > 0.
+        clip_norm: C, the clip norm, > 0; by default also the sensitivity.
     """
 
     clip_norm: float = 1.0
@@ -31,70 +31,72 @@ class ClipRule:
 
     @property
     def sensitivity(self) -> float:
-        """How far one unit moves the sum, in L2 norm."""
+        """L2 sensitivity of the sum of scaled gradients to one unit."""
         return self.clip_norm
 
     def per_group(self, groups: int) -> ClipRule:
-        """The rule for one of so many groups of parameters: with this rule's sensitivity over sqrt(groups)."""
+        """The rule for one of `groups` parameter groups; its sensitivity is smaller by a factor sqrt(groups)."""
         return dataclasses.replace(self, clip_norm=self.clip_norm / math.sqrt(groups))
 
     def __call__(self, norms: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """The factors."""
+        """Scaling factors for gradients with these norms."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class FlatClip(ClipRule):
-    """min(1, C / norm): longer gradients are shortened, others left. Source: arXiv 1607.00133."""
+    """min(1, C / norm): clip the gradient to norm C. Source: arXiv 1607.00133."""
 
     def __call__(self, norms):
-        return jnp.minimum(1, self.clip_norm / jnp.maximum(norms, SMALLEST))
+        return jnp.minimum(1, self.clip_norm / jnp.maximum(norms, MIN_NORM))
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalizedClip(ClipRule):
-    """min(1 / C, 1 / norm): Abadi's factor over C, so that steps stay as long when C changes. Source: arXiv 2204.13650.
+    """min(1 / C, 1 / norm): `FlatClip` divided by C, which decouples C from the learning rate.
+
+    Source: arXiv 2204.13650.
 
     Attributes:
-        clip_norm: C, the norm above which gradients are shortened, > 0.
-        longest: how long a gradient may be afterwards, whatever C; of G groups it is 1 / sqrt(G) for each, which are
-            shortened above C / sqrt(G).
+        clip_norm: C, the norm above which gradients are clipped, > 0.
+        max_norm: largest norm after clipping, for any C, > 0. With G groups, each is clipped above C / sqrt(G) and
+            has a norm of at most max_norm / sqrt(G) afterwards.
     """
 
-    longest: float = 1.0
+    max_norm: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.longest < math.inf:
-            raise ValueError(f"longest must be positive and finite, not {self.longest}")
+        if not 0 < self.max_norm < math.inf:
+            raise ValueError(f"max_norm must be positive and finite, not {self.max_norm}")
 
     @property
     def sensitivity(self) -> float:
-        """How far one unit moves the sum, in L2 norm."""
-        return self.longest
+        """L2 sensitivity of the sum of scaled gradients to one unit."""
+        return self.max_norm
 
     def per_group(self, groups: int) -> NormalizedClip:
-        """The rule for one of so many groups of parameters; gradients within C / sqrt(groups) keep the factor 1 / C."""
-        return dataclasses.replace(self, longest=self.longest / math.sqrt(groups))
+        """The rule for one of `groups` parameter groups; gradients below C / sqrt(groups) keep the factor 1 / C."""
+        return dataclasses.replace(self, max_norm=self.max_norm / math.sqrt(groups))
 
     def __call__(self, norms):
-        return jnp.minimum(1 / self.clip_norm, self.longest / jnp.maximum(norms, SMALLEST))
+        return jnp.minimum(1 / self.clip_norm, self.max_norm / jnp.maximum(norms, MIN_NORM))
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoV(ClipRule):
-    """C / norm: all gradients have one length. Source: arXiv 2206.07136."""
+    """C / norm: normalize every gradient to norm C. Source: arXiv 2206.07136."""
 
     def __call__(self, norms):
-        return self.clip_norm / jnp.maximum(norms, SMALLEST)
+        return self.clip_norm / jnp.maximum(norms, MIN_NORM)
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoS(ClipRule):
-    """C / (norm + stability): nearly one length, but small gradients stay small. Source: arXiv 2206.07136.
+    """C / (norm + stability): normalize to a norm near C, but keep small gradients small. Source: arXiv 2206.07136.
 
     Attributes:
-        numerical_stability: the norm at which a gradient is scaled to half of C, > 0.
+        numerical_stability: the norm at which a gradient is scaled to C / 2, > 0.
     """
 
     numerical_stability: float = 0.01
@@ -110,7 +112,7 @@ class AutoS(ClipRule):
 
 @dataclasses.dataclass(frozen=True)
 class DropAbove(ClipRule):
-    """1 where norm <= C and 0 elsewhere: longer gradients are dropped. Source: arXiv 2206.07136, section 2."""
+    """1 if norm <= C, else 0: drop gradients with larger norms. Source: arXiv 2206.07136, section 2."""
 
     def __call__(self, norms):
         return (norms <= self.clip_norm).astype(norms.dtype)
@@ -118,14 +120,14 @@ class DropAbove(ClipRule):
 
 @dataclasses.dataclass(frozen=True)
 class Groupwise:
-    """Another rule applied to each group of parameters by itself; a group is one parameter of one layer.
+    """Group-wise clipping: apply a rule separately to each parameter of each layer. Source: arXiv 2212.01539.
 
-    With a rule that bounds by C and G groups each group is bounded by C / sqrt(G), so that the whole is by C. The two
-    uses of a tied table are bounded by half of that each, for the norm of their sum is at most the sum of theirs.
-    Source: arXiv 2212.01539.
+    With clip norm C and G groups, each group is clipped to C / sqrt(G), so the whole gradient has norm C at most. The
+    two uses of a tied table (lookup and head) form one group; each is clipped to half of the group's norm, because the
+    norm of their sum is at most the sum of their norms.
 
     Attributes:
-        rule: of each group, its `sensitivity` being that of the whole.
+        rule: the rule for the whole gradient; `group_rule` is derived from it.
         groups: G, see `count_groups`.
     """
 
@@ -138,21 +140,21 @@ class Groupwise:
 
     @property
     def sensitivity(self) -> float:
-        """How far one unit moves the sum, in L2 norm: as far as all groups together."""
-        return math.sqrt(self.groups) * self.per_group.sensitivity
+        """L2 sensitivity of the sum of scaled gradients to one unit, over all groups."""
+        return math.sqrt(self.groups) * self.group_rule.sensitivity
 
     @property
-    def per_group(self) -> ClipRule:
-        """The rule by which each group is clipped."""
+    def group_rule(self) -> ClipRule:
+        """The rule that clips each group."""
         return self.rule.per_group(self.groups)
 
 
 def count_groups(params, stacked: str = "layers") -> int:
-    """Groups of a nested dict of parameters: those below `stacked` have a leading axis of layers."""
+    """Number of parameter groups in a nested dict; each leaf below `stacked` counts once per layer (leading axis)."""
 
     def count(tree, layered: bool) -> int:
         if not hasattr(tree, "items"):
             return tree.shape[0] if layered else 1
-        return sum(count(part, layered or name == stacked) for name, part in tree.items())
+        return sum(count(subtree, layered or name == stacked) for name, subtree in tree.items())
 
     return count(params, False)

@@ -1,4 +1,4 @@
-"""Whether losses give their tracker to all operations that own a parameter, read off the traced program."""
+"""Check, on the traced program, that losses pass their tracker to every operation that owns a parameter."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from shiq_jax.models.ghost_norms import HEAD, LOOKUP, OPERATION, NormTracker
 
-# What hands a parameter on as it is: changes of type, shape and place.
-_PASSING = {
+# Primitives whose output is still the parameter, up to dtype, shape or placement.
+_PASS_THROUGH = {
     "convert_element_type", "transpose", "reshape", "squeeze", "copy", "sharding_constraint", "optimization_barrier",
     "device_put", "reduce_precision",
 }  # fmt: skip
-# Names by which operations own what they read.
-_OWNING = (OPERATION, LOOKUP, HEAD)
-# Programs inside programs that are run once.
+# Names (`checkpoint_name`) by which tracked operations mark the parameter that they own.
+_OWNER_NAMES = (OPERATION, LOOKUP, HEAD)
+# Primitives that run an inner program exactly once.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
 class Coverage(NamedTuple):
-    """What tracked operations see of losses.
+    """Coverage of the parameters of losses by tracked operations.
 
     Attributes:
-        missed: names of the parameters whose gradients they would not see, or would see in several parts.
-        groups: how many gradients they see of the others, one for each layer where a stack of parameters is scanned.
+        uncovered: names of parameters whose gradient norm would be missed or split over several operations.
+        groups: number of gradients that tracked operations clip; a scanned stack of parameters counts once per layer.
     """
 
-    missed: list[str]
+    uncovered: list[str]
     groups: int
 
 
 def coverage(losses: Callable, params: Any, batch: Any) -> Coverage:
-    """Which parameters are covered: exactly one tracked operation owns each, and nothing else reads it.
+    """Find the parameters that are not owned by exactly one tracked operation or are also read elsewhere.
 
-    Two own it where it is both the table that tokens are looked up in and the head, which know of each other.
+    A tied table may have two owners, the lookup and the head, because these share their norms through the tracker.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params))
     structure, units = jax.tree.structure(params), len(jax.tree.leaves(batch)[0])
@@ -48,75 +48,76 @@ def coverage(losses: Callable, params: Any, batch: Any) -> Coverage:
         return losses(jax.tree.unflatten(structure, leaves), batch, tracker)
 
     jaxpr = jax.make_jaxpr(program)(*leaves).jaxpr
-    seen = _Uses()
-    seen.walk(jaxpr, dict(zip(jaxpr.invars, range(len(leaves)))))
-    missed = [
+    uses = _ParameterUses()
+    uses.walk(jaxpr, dict(zip(jaxpr.invars, range(len(leaves)))))
+    uncovered = [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for number, path in enumerate(paths)
-        if seen.others[number]
-        or sorted(seen.owners[number]) not in ([OPERATION], [LOOKUP], [HEAD], sorted([LOOKUP, HEAD]))
+        for index, path in enumerate(paths)
+        if uses.untracked[index]
+        or sorted(uses.owners[index]) not in ([OPERATION], [LOOKUP], [HEAD], sorted([LOOKUP, HEAD]))
     ]
-    return Coverage(missed, sum(seen.times[number] for number in seen.owners))
+    return Coverage(uncovered, sum(uses.repeats[index] for index in uses.owners))
 
 
-class _Uses:
-    """By number of the parameter: the tracked operations that own it, how often one runs, and what else reads it."""
+class _ParameterUses:
+    """Uses of each parameter, by its index: owners, how often the owner runs, and the number of untracked reads."""
 
     def __init__(self):
         self.owners: defaultdict[int, list[str]] = defaultdict(list)
-        self.times: Counter[int] = Counter()
-        self.others: Counter[int] = Counter()
+        self.repeats: Counter[int] = Counter()
+        self.untracked: Counter[int] = Counter()
 
-    def walk(self, jaxpr, found: dict) -> None:
-        """Follow the parameters `found`, numbers by variable, through a program; what hands them on is added."""
+    def walk(self, jaxpr, params: dict) -> None:
+        """Record the uses of `params` (variable -> parameter index) in a program; adds variables that alias them."""
         for eqn in jaxpr.eqns:
-            read = {place: found[var] for place, var in enumerate(eqn.invars) if isinstance(var, Var) and var in found}
-            if not read:
+            reads = {pos: params[var] for pos, var in enumerate(eqn.invars) if isinstance(var, Var) and var in params}
+            if not reads:
                 continue
             name = eqn.primitive.name
-            if name in _PASSING:
-                found.update((eqn.outvars[place], number) for place, number in read.items())
-            elif name == "name" and eqn.params["name"] in _OWNING:
-                (number,) = read.values()
-                self.owners[number].append(eqn.params["name"])
-                self.times[number] = max(self.times[number], 1)
+            if name in _PASS_THROUGH:
+                params.update((eqn.outvars[pos], index) for pos, index in reads.items())
+            elif name == "name" and eqn.params["name"] in _OWNER_NAMES:
+                (index,) = reads.values()
+                self.owners[index].append(eqn.params["name"])
+                self.repeats[index] = max(self.repeats[index], 1)
             elif name == "scan":
-                self._scan(eqn, read)
-            elif name in _CALLS and (inner := _inner(eqn)) is not None:
-                # What a tracked operation does with what it owns is its own affair.
-                owned = name == "custom_vjp_call" and any(
-                    each.primitive.name == "name" and each.params["name"] in _OWNING for each in inner.eqns
+                self._scan(eqn, reads)
+            elif name in _CALLS and (inner := _inner_jaxpr(eqn)) is not None:
+                # A tracked operation accounts for every read of the parameter that it owns.
+                tracked = name == "custom_vjp_call" and any(
+                    inner_eqn.primitive.name == "name" and inner_eqn.params["name"] in _OWNER_NAMES
+                    for inner_eqn in inner.eqns
                 )
-                returned = self._call(inner, read, owned=owned)
-                found.update((eqn.outvars[place], number) for place, number in returned.items())
+                aliases = self._call(inner, reads, tracked=tracked)
+                params.update((eqn.outvars[pos], index) for pos, index in aliases.items())
             else:
-                self.others.update(read.values())
+                self.untracked.update(reads.values())
 
-    def _call(self, inner, read: dict[int, int], owned: bool = False, times: int = 1) -> dict[int, int]:
-        """Walk an inner program that runs so many times; which of its results are parameters, by place."""
-        uses, within = _Uses(), {inner.invars[place]: number for place, number in read.items()}
-        uses.walk(inner, within)
-        for number in set(read.values()):
-            self.owners[number] += uses.owners[number]
-            self.times[number] = max(self.times[number], times * uses.times[number])
-            if not (owned and uses.owners[number]):
-                self.others[number] += uses.others[number]
-        return {place: within[var] for place, var in enumerate(inner.outvars) if isinstance(var, Var) and var in within}
+    def _call(self, inner, reads: dict[int, int], tracked: bool = False, repeats: int = 1) -> dict[int, int]:
+        """Record the uses in an inner program that runs `repeats` times; return its outputs that are parameters."""
+        uses, params = _ParameterUses(), {inner.invars[pos]: index for pos, index in reads.items()}
+        uses.walk(inner, params)
+        for index in set(reads.values()):
+            self.owners[index] += uses.owners[index]
+            self.repeats[index] = max(self.repeats[index], repeats * uses.repeats[index])
+            if not (tracked and uses.owners[index]):
+                self.untracked[index] += uses.untracked[index]
+        return {pos: params[var] for pos, var in enumerate(inner.outvars) if isinstance(var, Var) and var in params}
 
-    def _scan(self, eqn, read: dict[int, int]) -> None:
-        """A stack of parameters that is cut along the scan is used once; what every iteration sees, in each."""
+    def _scan(self, eqn, reads: dict[int, int]) -> None:
+        """Record the uses in a scan: a scanned-over stack is used once per layer, a constant or carry repeatedly."""
         inner, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-        whole = eqn.params["num_consts"] + eqn.params["num_carry"]
-        once = {place: number for place, number in read.items() if place >= whole or length == 1}
-        self.others.update(number for place, number in read.items() if place not in once)
-        # A parameter that comes out of a scan again is one that is carried or stacked: not followed any further.
-        self.others.update(self._call(inner, once, times=length).values())
+        num_unsliced = eqn.params["num_consts"] + eqn.params["num_carry"]
+        used_once = {pos: index for pos, index in reads.items() if pos >= num_unsliced or length == 1}
+        self.untracked.update(index for pos, index in reads.items() if pos not in used_once)
+        # Parameters that a scan returns are not followed, so they count as untracked.
+        self.untracked.update(self._call(inner, used_once, repeats=length).values())
 
 
-def _inner(eqn):
-    """The program that an equation runs, when it has one with the same inputs."""
-    found = [value for value in eqn.params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
-    if len(found) != 1:
+def _inner_jaxpr(eqn):
+    """The inner program of an equation, if there is exactly one and it has the same inputs."""
+    jaxprs = [value for value in eqn.params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
+    if len(jaxprs) != 1:
         return None
-    inner = found[0].jaxpr if isinstance(found[0], ClosedJaxpr) else found[0]
+    inner = jaxprs[0].jaxpr if isinstance(jaxprs[0], ClosedJaxpr) else jaxprs[0]
     return inner if len(inner.invars) == len(eqn.invars) else None

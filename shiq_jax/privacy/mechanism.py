@@ -1,4 +1,4 @@
-"""One object for all numbers of a private run: what is sampled, what noise is added, and what both cost."""
+"""The mechanism of a private run: Poisson sampling, Gaussian noise and privacy accounting in one object."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from shiq_jax.errors import UserError
 from shiq_jax.privacy.clip_rules import AutoS, ClipRule, Groupwise
 
 Adjacency = Literal["zero_out", "replace_one", "add_remove"]
-# Standard deviations above the mean size at which batches are cut; what is cut costs no epsilon to speak of.
-HEADROOM = 6
-# Steps of the privacy loss, always rounded up: the finer, the less is added to epsilon. Calibration looks many times,
-# and takes the coarse ones, unless it shows that with them this part of the noise would have been enough.
-_FINE, _COARSE, _ALMOST = 1e-4, 1e-3, 0.995
-# Between which noise multipliers calibration looks, and where it begins: of the least, the second takes an accountant
-# long and is seldom needed. It ends as near to the answer as this part of the one that it took.
-_LEAST, _FIRST, _MOST, _TOLERANCE = (0.3, 0.05), 1.0, 2.0**30, 1 / 300
+# Batches are truncated this many standard deviations above their mean size; this adds a negligible amount to epsilon.
+HEADROOM_STDDEVS = 6
+# Discretization intervals of the privacy loss distribution, which rounds epsilon up. Calibrate on the coarse grid;
+# refine only if that wastes over 0.5% of the noise.
+_FINE_GRID, _COARSE_GRID, _LESS_NOISE = 1e-4, 1e-3, 0.995
+# Noise multipliers that bound the calibration. The smaller lower bound is tried second, because the accountant is slow
+# for little noise. The search tolerance is relative to the lower end of the bracket.
+_LOWER_BOUNDS, _INITIAL_NOISE, _UPPER_BOUND, _TOLERANCE = (0.3, 0.05), 1.0, 2.0**30, 1 / 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """Truncated Poisson sampling and the Gaussian mechanism on a sum of clipped gradients, composed over steps.
+    """Gaussian mechanism on sums of clipped gradients over truncated Poisson samples, composed over steps.
 
-    Sampler, noise, divisor and accounting event are derived from these fields and from nothing else, so that what is
-    accounted for is what is done.
+    The sampler, the noise, the divisor and the accounting event are all derived from these fields, so the accounting
+    matches the computation.
 
     Attributes:
-        dataset_size: N, the number of units; public, and never recounted from private data.
-        expected_batch: b, the mean size of a batch and what sums are divided by.
-        steps: how many batches are released.
-        noise_multiplier: sigma, the noise's standard deviation in units of the clip rule's sensitivity.
-        delta: of (epsilon, delta).
-        largest_batch: B, to which larger batches are cut at random; a multiple of what runs together.
-        clip: the clip rule.
-        adjacency: neighbours differ by one unit set to zero ("zero_out"), or by one unit in the place of another
-            ("replace_one"); or, where no batch can be cut, by one unit that only the larger of them has, whose number
-            is N ("add_remove").
-        unit: what a unit is, for the record: "trajectory", "pair", "group" or "user".
+        dataset_size: N, the number of units; public.
+        expected_batch: b, the mean batch size, by which sums are divided.
+        steps: number of private steps.
+        noise_multiplier: sigma, the standard deviation of the noise over the sensitivity of the clip rule.
+        delta: delta of the (epsilon, delta) guarantee.
+        largest_batch: B, the size to which larger batches are truncated at random.
+        clip: clip rule.
+        adjacency: neighboring data sets differ in one unit, which is zeroed out ("zero_out"), replaced by another
+            ("replace_one"), or present only in the larger one, of N units ("add_remove"). The last requires
+            largest_batch >= N, because its accounting does not cover truncation.
+        unit: unit of privacy, recorded in privacy.json: "trajectory", "pair", "group" or "user".
     """
 
     dataset_size: int
@@ -57,50 +57,63 @@ class Mechanism:
     unit: str = "trajectory"
 
     def __post_init__(self):
-        _check_drawn(self.dataset_size, self.expected_batch)
-        _check_whole(steps=self.steps, largest_batch=self.largest_batch)
+        _check_expected_batch(self.dataset_size, self.expected_batch)
+        _check_positive_integers(steps=self.steps, largest_batch=self.largest_batch)
         if not 0 < self.delta < 1:
             raise UserError(
-                f"delta must lie in (0, 1), not {self.delta}; below 1 / {self.dataset_size} it means something"
+                f"delta must lie in (0, 1), not {self.delta}: choose one below 1 / {self.dataset_size}, the number of "
+                "units"
             )
         if not 0 <= self.noise_multiplier < math.inf:
-            raise UserError(f"noise_multiplier must be finite and not negative, not {self.noise_multiplier}")
+            raise UserError(f"noise_multiplier must be finite and at least 0, not {self.noise_multiplier}")
         if self.adjacency not in get_args(Adjacency):
             raise UserError(f"adjacency must be {' or '.join(get_args(Adjacency))}, not {self.adjacency!r}")
         if self.adjacency == "add_remove" and self.largest_batch < self.dataset_size:
             raise UserError(
-                "adjacency add_remove is accounted for where no batch is cut: largest_batch must be at least the "
-                f"dataset_size {self.dataset_size}, not {self.largest_batch}"
+                "the accounting of adjacency add_remove does not cover truncated batches: largest_batch must be at "
+                f"least the dataset_size {self.dataset_size}, not {self.largest_batch}"
             )
 
     @classmethod
-    def sized(cls, *, dataset_size: int, expected_batch: float, multiple: int = 1, **fields) -> Mechanism:
-        """The mechanism whose batches have six standard deviations of headroom; multiple: of which B is one."""
-        largest = largest_batch(dataset_size, expected_batch, multiple)
-        return cls(dataset_size=dataset_size, expected_batch=expected_batch, largest_batch=largest, **fields)
+    def from_noise_multiplier(
+        cls, *, noise_multiplier: float, dataset_size: int, expected_batch: float, multiple: int = 1, **fields
+    ) -> Mechanism:
+        """Create a mechanism with six standard deviations of headroom for batch sizes.
+
+        Args:
+            multiple: `largest_batch` is rounded up to a multiple of this, such as devices times microbatches.
+        """
+        return cls(
+            dataset_size=dataset_size, expected_batch=expected_batch, noise_multiplier=noise_multiplier,
+            largest_batch=default_largest_batch(dataset_size, expected_batch, multiple), **fields,
+        )  # fmt: skip
 
     @classmethod
     def calibrated(cls, *, epsilon: float, **fields) -> Mechanism:
-        """As `sized`, with (within half a percent) the least noise with which all steps are (epsilon, delta)-private.
+        """Create a mechanism with the least noise (within 0.5%) for which all steps are (epsilon, delta)-private.
 
-        Raises UserError when no noise gives this epsilon, next to none does, or one of the numbers makes no sense.
+        The other arguments are those of `from_noise_multiplier`.
+
+        Raises:
+            UserError: epsilon is out of reach (too small for any noise, or too large to need noise), or a number is
+                invalid.
         """
         if not 0 < epsilon < math.inf:
             raise UserError(f"epsilon must be positive and finite, not {epsilon}")
-        first = cls.sized(noise_multiplier=_FIRST, **fields)
-        found = first._calibrated(epsilon, _COARSE)
-        if found is None or found._wasteful(epsilon):
-            found = first._calibrated(epsilon, _FINE)
-        if found is None:
+        initial = cls.from_noise_multiplier(noise_multiplier=_INITIAL_NOISE, **fields)
+        mechanism = initial._calibrate(epsilon, _COARSE_GRID)
+        if mechanism is None or mechanism._wastes_noise(epsilon):
+            mechanism = initial._calibrate(epsilon, _FINE_GRID)
+        if mechanism is None:
             raise UserError(
-                f"no noise was found that makes {first.steps} steps ({epsilon}, {first.delta})-private: ask for a "
-                "larger epsilon or delta, fewer steps or smaller batches"
+                f"no noise_multiplier up to {_UPPER_BOUND:g} makes {initial.steps} steps ({epsilon}, {initial.delta})-"
+                "private: choose a larger epsilon or delta, fewer steps or smaller batches"
             )
-        return found
+        return mechanism
 
     @property
     def sampling_probability(self) -> float:
-        """q, with which every unit is in a batch."""
+        """q, the probability that a unit is in a batch."""
         return self.expected_batch / self.dataset_size
 
     @property
@@ -109,99 +122,103 @@ class Mechanism:
         return self.noise_multiplier * self.clip.sensitivity
 
     def event(self, steps: int | None = None):
-        """What so many steps, by default all, are to an accountant of `dp_accounting`."""
-        dp_accounting = _needed("dp_accounting")
+        """The `dp_accounting` event of the given number of steps, by default all."""
+        dp_accounting = _require("dp_accounting")
         if self.adjacency == "add_remove":
             noise = dp_accounting.GaussianDpEvent(self.noise_multiplier)
-            one = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, noise)
+            step_event = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, noise)
         else:
-            one = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            step_event = dp_accounting.TruncatedSubsampledGaussianDpEvent(
                 self.dataset_size, self.sampling_probability, self.largest_batch, self.noise_multiplier
             )
-        return dp_accounting.SelfComposedDpEvent(one, self.steps if steps is None else steps)
+        return dp_accounting.SelfComposedDpEvent(step_event, self.steps if steps is None else steps)
 
     def epsilon(self, steps: int | None = None) -> float:
-        """What so many steps, by default all, cost at `delta`; infinite without noise."""
+        """Epsilon at `delta` after the given number of steps, by default all; infinite without noise."""
         return _epsilon(self, self.steps if steps is None else steps)
 
     def sample(self, key: bytes, step: int) -> tuple[Int64[np.ndarray, " B"], Bool[np.ndarray, " B"]]:
-        """The units of a step's batch and which places hold one; a function of the secret key and the step alone.
+        """Sample the batch of a step: indices of units, and a mask that is True where an index is a sampled unit.
 
-        Places without a unit read number 0. See docs/privacy.md for what the generator is good for.
+        A deterministic function of the secret key and the step. Padding has index 0. For the quality of the random
+        numbers see docs/privacy.md.
         """
-        strategy = _needed("jax_privacy.batch_selection").CyclicPoissonSampling(
+        strategy = _require("jax_privacy.batch_selection").CyclicPoissonSampling(
             self.sampling_probability, 1, self.largest_batch
         )
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, 0, step])))
-        (chosen,) = strategy.batch_iterator(self.dataset_size, generator)
-        units, real = np.zeros(self.largest_batch, np.int64), np.arange(self.largest_batch) < len(chosen)
-        units[: len(chosen)] = chosen
-        return units, real
+        (sampled,) = strategy.batch_iterator(self.dataset_size, generator)
+        units, mask = np.zeros(self.largest_batch, np.int64), np.arange(self.largest_batch) < len(sampled)
+        units[: len(sampled)] = sampled
+        return units, mask
 
-    def _wasteful(self, epsilon: float) -> bool:
-        """Whether almost as much noise is enough; epsilon falls at least as fast as noise grows, so one look may do."""
-        less = dataclasses.replace(self, noise_multiplier=_ALMOST * self.noise_multiplier)
-        return self.epsilon() < _ALMOST * epsilon and less.epsilon() <= epsilon
+    def _wastes_noise(self, epsilon: float) -> bool:
+        """Whether 0.5% less noise also satisfies epsilon."""
+        # Epsilon falls at least as fast as noise grows, so the first comparison rules out most cases cheaply.
+        less_noise = dataclasses.replace(self, noise_multiplier=_LESS_NOISE * self.noise_multiplier)
+        return self.epsilon() < _LESS_NOISE * epsilon and less_noise.epsilon() <= epsilon
 
     @functools.lru_cache(maxsize=64)
-    def _calibrated(self, epsilon: float, discretisation: float) -> Mechanism | None:
-        """The same with the noise that these steps of the privacy loss find; None where no noise is enough."""
-        dp_accounting = _needed("dp_accounting")
-        fresh = functools.partial(_accountant, self.adjacency, discretisation)
+    def _calibrate(self, epsilon: float, discretization: float) -> Mechanism | None:
+        """This mechanism with the least noise for `epsilon`; None if no noise is enough."""
+        dp_accounting = _require("dp_accounting")
+        make_accountant = functools.partial(_accountant, self.adjacency, discretization)
 
-        def event(noise_multiplier: float):
+        def make_event(noise_multiplier: float):
             return dataclasses.replace(self, noise_multiplier=noise_multiplier).event()
 
         @functools.cache
-        def too_little(noise_multiplier: float) -> bool:
-            return fresh().compose(event(noise_multiplier)).get_epsilon(self.delta) > epsilon
+        def exceeds_epsilon(noise_multiplier: float) -> bool:
+            return make_accountant().compose(make_event(noise_multiplier)).get_epsilon(self.delta) > epsilon
 
-        upper = _FIRST
-        if too_little(upper):
-            if too_little(_MOST):
+        upper = _INITIAL_NOISE
+        if exceeds_epsilon(upper):
+            if exceeds_epsilon(_UPPER_BOUND):
                 return None
-            gap = upper - _LEAST[0]
-            while too_little(upper):
+            gap = upper - _LOWER_BOUNDS[0]
+            while exceeds_epsilon(upper):
                 gap *= 2
                 lower, upper = upper, upper + gap
         else:
-            for lower in _LEAST:
-                if too_little(lower):
+            for lower in _LOWER_BOUNDS:
+                if exceeds_epsilon(lower):
                     break
                 upper = lower
             else:
                 raise UserError(
-                    f"{self.steps} steps with next to no noise, a noise_multiplier of {upper}, cost less than the "
-                    f"epsilon {epsilon}: ask for a smaller epsilon, or give the noise_multiplier in its place"
+                    f"{self.steps} steps with a noise_multiplier of only {upper} cost less than the epsilon {epsilon}: "
+                    "choose a smaller epsilon, or give the noise_multiplier instead"
                 )
         bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
-        tolerance = min(lower, _LEAST[0]) * _TOLERANCE
-        found = dp_accounting.calibrate_dp_mechanism(fresh, event, epsilon, self.delta, bracket, tol=tolerance)
-        return dataclasses.replace(self, noise_multiplier=float(found))
+        tolerance = min(lower, _LOWER_BOUNDS[0]) * _TOLERANCE
+        noise_multiplier = dp_accounting.calibrate_dp_mechanism(
+            make_accountant, make_event, epsilon, self.delta, bracket, tol=tolerance
+        )
+        return dataclasses.replace(self, noise_multiplier=float(noise_multiplier))
 
 
-def largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -> int:
-    """Places of a batch: six standard deviations above the mean, at most all units, up to a multiple.
+def default_largest_batch(dataset_size: int, expected_batch: float, multiple: int = 1) -> int:
+    """Six standard deviations above the mean batch size, at most all units, rounded up to a multiple.
 
-    Raises UserError when such a batch cannot be drawn.
+    Raises UserError if the expected batch cannot be sampled.
     """
-    _check_drawn(dataset_size, expected_batch)
-    _check_whole(multiple=multiple)
+    _check_expected_batch(dataset_size, expected_batch)
+    _check_positive_integers(multiple=multiple)
     q = expected_batch / dataset_size
-    places = min(math.ceil(expected_batch + HEADROOM * math.sqrt(expected_batch * (1 - q))), dataset_size)
-    return max(-(-places // multiple), 1) * multiple
+    size = min(math.ceil(expected_batch + HEADROOM_STDDEVS * math.sqrt(expected_batch * (1 - q))), dataset_size)
+    return max(-(-size // multiple), 1) * multiple
 
 
-def _check_drawn(dataset_size: int, expected_batch: float) -> None:
-    _check_whole(dataset_size=dataset_size)
+def _check_expected_batch(dataset_size: int, expected_batch: float) -> None:
+    _check_positive_integers(dataset_size=dataset_size)
     if not 0 < expected_batch <= dataset_size:
-        raise UserError(f"an expected batch of {expected_batch} cannot be drawn from {dataset_size} units")
+        raise UserError(f"expected_batch must lie in (0, {dataset_size}], the number of units, not {expected_batch}")
 
 
-def _check_whole(**numbers: int) -> None:
+def _check_positive_integers(**numbers: int) -> None:
     for name, value in numbers.items():
         if not (value >= 1 and value % 1 == 0):
-            raise UserError(f"{name} must be a whole number of at least 1, not {value}")
+            raise UserError(f"{name} must be a positive integer, not {value}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -211,21 +228,22 @@ def _epsilon(mechanism: Mechanism, steps: int) -> float:
     return float(_accountant(mechanism.adjacency).compose(mechanism.event(steps)).get_epsilon(mechanism.delta))
 
 
-def _accountant(adjacency: Adjacency, discretisation: float = _FINE):
-    dp_accounting, pld = _needed("dp_accounting"), _needed("dp_accounting.pld")
+def _accountant(adjacency: Adjacency, discretization: float = _FINE_GRID):
+    dp_accounting, pld = _require("dp_accounting"), _require("dp_accounting.pld")
     relation = {
         "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
         "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
         "add_remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     }
-    return pld.PLDAccountant(relation[adjacency], discretisation)
+    return pld.PLDAccountant(relation[adjacency], discretization)
 
 
-def _needed(module: str):
-    """A module that private training alone needs."""
+def _require(module: str):
+    """Import a module of the extra `privacy`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"private training needs {module.partition('.')[0]}, which is not there: pip install 'shiq_jax[privacy]'"
+            f"private training needs {module.partition('.')[0]}, which is not installed: "
+            "pip install 'shiq_jax[privacy]'"
         ) from error

@@ -1,4 +1,4 @@
-"""What a private run with Adam is told of itself by public data: the loss-improvement analysis at one state of it."""
+"""Loss-improvement diagnostics for private Adam, estimated on public data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shiq_jax.privacy.mechanism import Mechanism
 from shiq_jax.privacy.public_to_private import adam_state
 
 
-def monitor(
+def improvement_metrics(
     losses: Losses,
     params: Any,
     opt_state: optax.OptState,
@@ -27,31 +27,32 @@ def monitor(
     b2: float,
     probes: int = 16,
 ) -> dict[str, Float[Array, ""]]:
-    """What a private step could gain here, and what of that noise takes, in the metric of Adam, from public data alone.
+    """Estimate the improvement of a private Adam step with noise and without, on public data only.
 
     Args:
-        losses: of units, see `clipped_sum`.
-        params, opt_state: of the run; its optimiser has one Adam.
-        batches: pytree of arrays `[batches, units, ...]` of public data, two batches at least.
+        losses: per-unit losses, see `clipped_sum`.
+        params: current parameters of the run.
+        opt_state: current optimizer state, with exactly one Adam.
+        batches: pytree of arrays [batches, units, ...] of public data, two batches or more.
         key: jax key of Hutchinson's probes.
-        mechanism: of the private steps.
-        b2: Adam's.
-        probes: how many.
+        mechanism: mechanism of the private steps.
+        b2: decay rate of Adam's second moment.
+        probes: number of probes.
 
     Returns:
-        by name all of `Landscape` and `Improvement`, and `clipped`, the mean factor by which the clip rule scales.
+        All fields of `Landscape` and `Improvement`, and `clipped`, the mean factor of the clip rule.
     """
-    memory = adam_state(opt_state)
-    scale = adam_preconditioner(memory, b2)
-    # Before the first update nothing is known of the squares.
-    scale = jax.tree.map(lambda leaf: jnp.where(memory.count > 0, leaf, 1.0), scale)
-    found = landscape(
+    adam = adam_state(opt_state)
+    # Before the first update Adam has no second moments, so use the identity.
+    preconditioner = jax.tree.map(lambda leaf: jnp.where(adam.count > 0, leaf, 1.0), adam_preconditioner(adam, b2))
+    geometry = landscape(
         lambda params, batch: jnp.mean(losses(params, batch, None)), params, batches, key,
-        units=jax.tree.leaves(batches)[0].shape[1], probes=probes, preconditioner=scale,
+        units=jax.tree.leaves(batches)[0].shape[1], probes=probes, preconditioner=preconditioner,
     )  # fmt: skip
-    # Groups are clipped by their own norms; of the whole their rule is the nearest that can be said.
+    # Groups have a factor each; the factor of their rule on the whole gradient approximates the mean.
     rule = mechanism.clip.rule if isinstance(mechanism.clip, Groupwise) else mechanism.clip
-    one = jax.tree.map(lambda leaf: leaf[0], batches)
-    clipped = jnp.mean(rule(clipped_sum(losses, params, one, clip=rule, method="scan")[1]))
-    gain = improvement(found, mechanism.expected_batch, mechanism.noise_stddev, clipped)
-    return found._asdict() | gain._asdict() | {"clipped": clipped}
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    _, norms, _ = clipped_sum(losses, params, batch, clip=rule, method="scan")
+    clip_factor = jnp.mean(rule(norms))
+    result = improvement(geometry, mechanism.expected_batch, mechanism.noise_stddev, clip_factor)
+    return geometry._asdict() | result._asdict() | {"clipped": clip_factor}

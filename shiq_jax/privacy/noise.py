@@ -1,4 +1,4 @@
-"""Gaussian noise on a sum, once for all devices."""
+"""Gaussian noise on a sum of clipped gradients."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from jaxtyping import Array
 
 from shiq_jax.privacy.mechanism import Mechanism
 
-# Streams of one root key; the sampler's is apart, drawn on the host.
-NOISE = 1
+# Folded into the root key before the step number.
+NOISE_STREAM = 1
 
 
 def privatize(total: Any, mechanism: Mechanism, root: Array, step: Array) -> Any:
-    """(sum + noise) / expected batch: what may be released of a sum of clipped gradients.
+    """Compute (sum + noise) / expected batch, which may be released.
 
-    The noise is a function of the root key and the step, float32, drawn alike for each parameter however it is cut over
-    devices, so that replicas agree and shards do not repeat each other.
+    The noise is float32 and a function of root key, step and parameter shapes only. It does not depend on the
+    sharding: replicas get equal noise, shards independent noise.
 
     Args:
-        total: pytree, the sum over all devices.
-        mechanism: whose noise and divisor are taken.
+        total: pytree, the sum of clipped gradients over all devices.
+        mechanism: sets the standard deviation of the noise and the divisor.
         root: secret jax key of the run.
-        step: number of the step.
+        step: step number.
     """
     leaves, structure = jax.tree.flatten(total)
-    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, NOISE), step), len(leaves))
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, NOISE_STREAM), step), len(leaves))
     noisy = [
-        _with_noise(leaf.astype(jnp.float32), key, mechanism.noise_stddev) / mechanism.expected_batch
+        _add_noise(leaf.astype(jnp.float32), key, mechanism.noise_stddev) / mechanism.expected_batch
         for leaf, key in zip(leaves, keys)
     ]
     return jax.tree.unflatten(structure, noisy)
 
 
-def _with_noise(leaf: Array, key: Array, stddev: float) -> Array:
-    """A stack of matrices gets its noise one after the other: all at once would be most of the memory of a step."""
+def _add_noise(leaf: Array, key: Array, stddev: float) -> Array:
+    """Add Gaussian noise, one layer of a stack at a time: noise for all layers would dominate the memory of a step."""
     if leaf.ndim < 3:
         return leaf + stddev * jax.random.normal(key, leaf.shape, jnp.float32)
 

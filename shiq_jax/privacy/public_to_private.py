@@ -1,4 +1,4 @@
-"""First public data, then private: when to change over, with what memory, and what is mixed; arXiv 2402.18752."""
+"""Schedule from public to private data: mixing weights, switch criteria and optimizer reset; arXiv 2402.18752."""
 
 from __future__ import annotations
 
@@ -11,77 +11,75 @@ import jax.numpy as jnp
 import optax
 
 Reset = Literal["none", "momentum", "squares", "count"]
-# By name: step, steps in all, share of the data that is public -> weight of the public gradient.
-MIXING: dict[str, Callable[[int, int, float], float]] = {
-    # Public until the switch, then private.
+# Rule -> function of (step, number of steps, public share) that gives the weight of the public gradient.
+MIXING_RULES: dict[str, Callable[[int, int, float], float]] = {
+    # Public steps first, then private ones.
     "switch": lambda step, steps, share: float(step < share * steps),
-    # Private first, and the more public the later, when noise is most in the way (arXiv 2112.00193).
+    # More public weight in later steps, where noise hurts most (arXiv 2112.00193).
     "cosine": lambda step, steps, share: 1 - math.cos(math.pi * step / (2 * steps)),
-    # As a sample of all data would.
+    # Constant weight, equal to the public share of the data.
     "sample": lambda step, steps, share: share,
-    "only_public": lambda step, steps, share: 1.0,
-    "only_private": lambda step, steps, share: 0.0,
 }
 
 
 def mixing_weight(rule: str, step: int, steps: int, share: float) -> float:
-    """alpha_t in `alpha g_public + (1 - alpha) g_private`; a function of public numbers alone.
+    """Compute alpha_t of `alpha_t g_public + (1 - alpha_t) g_private`; reads no private data.
 
     Args:
-        rule: a name of `MIXING`.
-        step: from 0.
-        steps: of the whole run, both phases.
-        share: of steps before the switch, or of data that are public.
+        rule: a key of `MIXING_RULES`.
+        step: step number, from 0.
+        steps: number of steps of the whole run, public and private.
+        share: for "switch" the fraction of steps that are public, for "sample" the weight itself.
 
     Raises:
-        ValueError: there is no such rule, or the share is no share.
+        ValueError: the rule is unknown, or the share lies outside [0, 1].
     """
-    if rule not in MIXING:
-        raise ValueError(f"mixing rule {rule!r} is unknown; the rules are {', '.join(MIXING)}")
+    if rule not in MIXING_RULES:
+        raise ValueError(f"mixing rule {rule!r} is unknown; the rules are {', '.join(MIXING_RULES)}")
     if not 0 <= share <= 1:
-        raise ValueError(f"a share of public data lies in [0, 1], not {share}")
-    return MIXING[rule](step, steps, share)
+        raise ValueError(f"the share of public data must lie in [0, 1], not {share}")
+    return MIXING_RULES[rule](step, steps, share)
 
 
 def has_plateaued(losses: Sequence[float], window: int, tolerance: float) -> bool:
-    """Whether public held-out losses have fallen by less than `tolerance` over the last `window` of them."""
+    """Whether public held-out losses fell by less than `tolerance` over the last `window` evaluations."""
     return len(losses) > window and losses[-1 - window] - losses[-1] < tolerance
 
 
-def noise_is_affordable(slowdowns: Sequence[float], most: float = 2.0) -> bool:
-    """Whether noise would by now slow a private step by at most this factor, see `loss_improvement.Improvement`."""
-    return bool(slowdowns) and slowdowns[-1] <= most
+def noise_is_affordable(slowdowns: Sequence[float], max_slowdown: float = 2.0) -> bool:
+    """Whether the latest slowdown of a private step by noise, see `Improvement`, is at most `max_slowdown`."""
+    return bool(slowdowns) and slowdowns[-1] <= max_slowdown
 
 
 def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
-    """Adam's memory inside that of an optax chain; ValueError when there is none, or more than one."""
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
-    if len(found) != 1:
-        raise ValueError(f"the optimiser has {len(found)} memories of Adam; one is needed")
-    return found[0]
+    """Find the Adam state in the state of an optax chain; ValueError unless there is exactly one."""
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
+    if len(states) != 1:
+        raise ValueError(f"the optimizer has {len(states)} Adam states, but exactly one is needed: use adam or adamw")
+    return states[0]
 
 
 def reset_optimizer(opt_state: optax.OptState, reset: Reset = "momentum") -> optax.OptState:
-    """The optimiser's memory as the private phase begins with it.
+    """Reset a part of Adam's state for the private phase.
 
-    The momentum points where public gradients pointed and is forgotten; squares and count, by which steps are scaled,
-    are kept. The other resets are there to be compared.
+    The default drops the momentum, which points along public gradients, and keeps the second moments and the step
+    count, which set the step size. The other options serve for comparison.
 
     Args:
-        opt_state: of a chain with one Adam, which is left alone.
-        reset: what becomes 0: nothing, the first moment, the second one, or the count of steps.
+        opt_state: state of an optimizer with exactly one Adam; its other states are unchanged.
+        reset: part that is set to 0: none, the first moment, the second moment ("squares") or the step count.
     """
     field = {"momentum": "mu", "squares": "nu", "count": "count"}.get(reset)
     adam_state(opt_state)
     if field is None:
         return opt_state
 
-    def forget(node):
+    def reset_adam(node):
         if not _is_adam(node):
             return node
         return node._replace(**{field: jax.tree.map(jnp.zeros_like, getattr(node, field))})
 
-    return jax.tree.map(forget, opt_state, is_leaf=_is_adam)
+    return jax.tree.map(reset_adam, opt_state, is_leaf=_is_adam)
 
 
 def _is_adam(node: Any) -> bool:

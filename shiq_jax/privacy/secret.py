@@ -1,4 +1,4 @@
-"""The root key of a private run: made by the operating system, kept in a file of its own, and never anywhere else."""
+"""Root key of a private run, created from operating-system entropy and stored in its own file only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jaxtyping import Array
 from shiq_jax.errors import UserError
 from shiq_jax.sharding import hosts
 
-BYTES = 32
+KEY_BYTES = 32
 
 
 class Secret:
-    """Bytes that whoever knows them can take the noise off again with; printed as their fingerprint alone.
+    """Root key of a private run; anyone who holds it can subtract the noise. Its repr shows only the fingerprint.
 
     Args:
-        root: the bytes.
+        root: the key, as bytes.
     """
 
     def __init__(self, root: bytes):
@@ -31,67 +31,68 @@ class Secret:
 
     @classmethod
     def create(cls, path: Path) -> Secret:
-        """Fresh entropy in a new file that only its owner can read; UserError when there is a file already."""
+        """Write fresh entropy to a new file, readable by its owner only; UserError if the file exists."""
         _write_entropy(path)
         return cls(path.read_bytes())
 
     @classmethod
     def read(cls, path: Path) -> Secret:
-        """What `create` wrote; UserError when it is gone, cut short, or readable by others."""
+        """Read a file written by `create`; UserError if it is missing, truncated, or readable by others."""
         try:
             root, mode = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
         except OSError as error:
             raise UserError(
-                f"{path}, the secret of this private run, cannot be read ({error.strerror}): restore it, for with "
-                "another one the run would release its steps twice"
+                f"{path}, the secret of this private run, cannot be read ({error.strerror}): restore it, because with "
+                "another secret the run would release its steps a second time"
             ) from error
-        if len(root) != BYTES:
-            raise UserError(f"{path} holds {len(root)} bytes instead of {BYTES}: restore the secret of this run")
+        if len(root) != KEY_BYTES:
+            raise UserError(f"{path} holds {len(root)} bytes instead of {KEY_BYTES}: restore the secret of this run")
         if mode & 0o077:
             raise UserError(
-                f"{path} can be read by others (mode {mode:o}): its secret may be known; chmod 600 if it is not"
+                f"{path} is readable by others (mode {mode:o}): if the secret has not leaked, run chmod 600; otherwise "
+                "start a new run"
             )
         return cls(root)
 
     @classmethod
     def insecure(cls, seed: int) -> Secret:
-        """A secret that anybody can guess, for tests."""
+        """Derive a guessable secret from a seed, for tests."""
         return cls(hashlib.sha256(f"insecure {seed}".encode()).digest())
 
     @property
     def fingerprint(self) -> str:
-        """What tells this secret from others and gives nothing of it away."""
-        return self._derived("fingerprint").hex()[:16]
+        """Public identifier, from which the key cannot be computed."""
+        return self._derive("fingerprint").hex()[:16]
 
     @property
     def sampling(self) -> bytes:
-        """What chooses the batches, see `Mechanism.sample`."""
-        return self._derived("sampling")
+        """Key of the batch sampler, see `Mechanism.sample`."""
+        return self._derive("sampling")
 
     @property
     def noise(self) -> Array:
-        """The jax key of the noise, see `privatize`."""
-        words = np.frombuffer(self._derived("noise")[:8], np.uint32)
-        return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+        """Jax key of the noise, see `privatize`."""
+        key_data = np.frombuffer(self._derive("noise")[:8], np.uint32)
+        return jax.random.wrap_key_data(jnp.asarray(key_data), impl="threefry2x32")
 
-    def _derived(self, use: str) -> bytes:
-        return hashlib.sha256(use.encode() + b"\0" + self._root).digest()
+    def _derive(self, purpose: str) -> bytes:
+        return hashlib.sha256(purpose.encode() + b"\0" + self._root).digest()
 
     def __repr__(self) -> str:
         return f"Secret({self.fingerprint})"
 
 
-# Returns nothing: what a function of `on_writer` returns travels over the network.
+# Returns None, because `on_writer` broadcasts return values over the network.
 @hosts.on_writer
 def _write_entropy(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise UserError(
-            f"{path} holds the secret of another run: a secret is used for one run only, so name another file, or "
-            "remove this one if nothing was released with it"
+            f"{path} holds the secret of another run, and a secret must not be reused: name another file, or remove "
+            "this one if nothing was released with it"
         ) from None
     with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(BYTES))
+        file.write(secrets.token_bytes(KEY_BYTES))
         file.flush()
         os.fsync(file.fileno())

@@ -73,4 +73,4 @@ class Privacy:
         )  # fmt: skip
         if self.epsilon is not None:
             return Mechanism.calibrated(epsilon=self.epsilon, **known)
-        return Mechanism.sized(noise_multiplier=self.noise_multiplier, **known)
+        return Mechanism.from_noise_multiplier(noise_multiplier=self.noise_multiplier, **known)

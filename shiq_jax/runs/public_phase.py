@@ -10,7 +10,14 @@ import numpy as np
 import optax
 
 from shiq_jax.objectives import Objective
-from shiq_jax.privacy import Mechanism, has_plateaued, mixing_weight, monitor, noise_is_affordable, reset_optimizer
+from shiq_jax.privacy import (
+    Mechanism,
+    has_plateaued,
+    improvement_metrics,
+    mixing_weight,
+    noise_is_affordable,
+    reset_optimizer,
+)
 from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
@@ -114,7 +121,7 @@ class PublicData:
 
             def look(state: State, batches, key):
                 losses = UnitLosses(model, self._objective, state.frozen, state.targets)
-                return monitor(losses, state.trainable, state.opt_state, batches, key, **about)
+                return improvement_metrics(losses, state.trainable, state.opt_state, batches, key, **about)
 
             self._look = jax.jit(look)
         key = jax.random.fold_in(self._run.key(RngStream.CURVATURE), step)

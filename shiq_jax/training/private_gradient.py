@@ -76,8 +76,8 @@ def private_gradient(
     def add(total, piece):
         real = jnp.any(piece.real, axis=1)
         total, norms, values = clipped_sum(
-            losses, state.trainable, piece, clip=mechanism.clip, mask=real, onto=total, margin=rounding, method=method,
-            lanes=data_devices(model.mesh),
+            losses, state.trainable, piece, clip=mechanism.clip, mask=real, accumulator=total, margin=rounding,
+            method=method, shards=data_devices(model.mesh),
         )  # fmt: skip
         secret = {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
         return total, secret

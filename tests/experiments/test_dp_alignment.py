@@ -116,7 +116,7 @@ def test_the_kept_numbers_are_those_of_the_settings():
             assert run["parameters"] == 2 * 30 * (576 + 576 + 576 + 192)
             if not isinstance(kind, str):
                 accounts = run["accounts"]
-                spent = Mechanism.sized(
+                spent = Mechanism.from_noise_multiplier(
                     dataset_size=FULL.sizes.units, expected_batch=FULL.sizes.units, steps=FULL.steps, delta=FULL.delta,
                     noise_multiplier=accounts["noise_multiplier"], unit="user",
                 ).epsilon()  # fmt: skip

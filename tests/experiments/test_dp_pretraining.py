@@ -192,7 +192,7 @@ def test_single_steps_on_a_quadratic_gain_what_is_predicted():
     known = rng.normal(1, 0.5, (4096, width)).astype(np.float32)
     params = {"x": jnp.zeros(width)}
     # Wide enough that nothing is ever clipped.
-    mechanism = Mechanism.sized(
+    mechanism = Mechanism.from_noise_multiplier(
         dataset_size=4096, expected_batch=16, steps=1, delta=1e-5, noise_multiplier=0.12, clip=FlatClip(100.0)
     )
 

@@ -1,4 +1,4 @@
-"""Which method is taken where none is named."""
+"""The method that `method="auto"` chooses."""
 
 import importlib
 
@@ -8,52 +8,54 @@ import pytest
 
 from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, per_example
 
+MODULE = importlib.import_module("shiq_jax.privacy.clipped_sum")
+
 
 @pytest.fixture
-def taken(decoder, batch_of, example_losses, monkeypatch):
-    """`taken(...) -> name of the function that computes`; the program is traced and never run."""
+def chosen_method(decoder, make_batch, unit_losses, monkeypatch):
+    """Trace a clipped sum; return the function that computes it, and the units that are materialized at a time."""
 
-    def make(losses=None, batch=None, clip=FlatClip(1.0), budget=2**26, long=1024):
-        module = importlib.import_module("shiq_jax.privacy.clipped_sum")
-        monkeypatch.setattr(module, "BUDGET", budget)
-        monkeypatch.setattr(module, "LONG", {"otherwise": long})
-        called = []
+    def choose(losses=None, batch=None, clip=FlatClip(1.0), budget=2**26, long_unit=1024):
+        monkeypatch.setattr(MODULE, "BUDGET", budget)
+        monkeypatch.setattr(MODULE, "LONG_UNIT", {"default": long_unit})
+        calls = []
 
-        def spy(name, own):
-            def spied(*given):
-                called.append((name, given[5] if name == "instantiated" else None))
-                return own(*given)
+        def spy(name, original):
+            def wrapper(*args):
+                calls.append((name, args[5] if name == "materialized" else None))
+                return original(*args)
 
-            return spied
+            return wrapper
 
-        monkeypatch.setattr(module, "_instantiated", spy("instantiated", module._instantiated))
-        for name, own in module._BY_OPERATIONS.items():
-            monkeypatch.setitem(module._BY_OPERATIONS, name, spy(name, own))
+        monkeypatch.setattr(MODULE, "_materialized", spy("materialized", MODULE._materialized))
+        for name, original in MODULE._TRACKED_METHODS.items():
+            monkeypatch.setitem(MODULE._TRACKED_METHODS, name, spy(name, original))
         model, params = decoder("tied")
-        losses, batch = losses or example_losses(model, "pair"), batch or batch_of("pair")
+        losses, batch = losses or unit_losses(model, "pair"), batch or make_batch("pair")
         jax.eval_shape(lambda params: clipped_sum(losses, params, batch, clip=clip), params)
-        return called[0]
+        return calls[0]
 
-    return make
-
-
-def test_few_parameters_are_told_apart_at_once(taken):
-    assert taken() == ("instantiated", 6)
+    return choose
 
 
-def test_many_by_their_norms(taken):
-    assert taken(budget=1000) == ("ghost", None)
+def test_vmap_for_few_parameters(chosen_method):
+    assert chosen_method() == ("materialized", 6)
 
 
-def test_long_units_one_after_the_other(taken):
-    assert taken(long=8) == ("instantiated", 1)
+def test_ghost_for_many_parameters(chosen_method):
+    assert chosen_method(budget=1000) == ("ghost", None)
 
 
-def test_losses_that_hand_nothing_on_one_after_the_other(taken, decoder, batch_of, example_losses):
-    whole = example_losses(decoder("tied")[0], "pair")
-    one = per_example(lambda params, unit: whole(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0])
-    assert taken(losses=one, batch=jax.tree.map(jnp.asarray, batch_of("pair")), budget=1000) == ("instantiated", 1)
+def test_scan_for_long_units(chosen_method):
+    assert chosen_method(long_unit=8) == ("materialized", 1)
 
 
-def test_groups_by_each_operation(taken):
-    assert taken(clip=Groupwise(FlatClip(1.0), 20)) == ("group", None)
+def test_scan_for_losses_without_tracker(chosen_method, decoder, make_batch, unit_losses):
+    losses = unit_losses(decoder("tied")[0], "pair")
+    untracked = per_example(lambda params, unit: losses(params, jax.tree.map(lambda leaf: leaf[None], unit), None)[0])
+    batch = jax.tree.map(jnp.asarray, make_batch("pair"))
+    assert chosen_method(losses=untracked, batch=batch, budget=1000) == ("materialized", 1)
+
+
+def test_group_for_groupwise_rules(chosen_method):
+    assert chosen_method(clip=Groupwise(FlatClip(1.0), 20)) == ("group", None)

@@ -1,5 +1,6 @@
-"""What a step gains, against losses whose Hessian is known, and steps that were taken."""
+"""Loss-improvement estimates against losses with a known Hessian and against simulated steps."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,136 +14,140 @@ from shiq_jax.training.state import merge, partition
 
 SIZE, BATCHES, UNITS = 12, 64, 16
 RNG = np.random.default_rng(0)
-DRAWN = RNG.normal(size=(SIZE, SIZE))
-HESSIAN = jnp.asarray(DRAWN @ DRAWN.T / SIZE + 0.1 * np.eye(SIZE), jnp.float32)
-SPREAD = np.linspace(0.2, 1.5, SIZE)
+FACTOR = RNG.normal(size=(SIZE, SIZE))
+HESSIAN = jnp.asarray(FACTOR @ FACTOR.T / SIZE + 0.1 * np.eye(SIZE), jnp.float32)
+# Standard deviation of the units in each coordinate.
+STDDEV = np.linspace(0.2, 1.5, SIZE)
 
 
 def quadratic(params, batch):
-    """The mean over units of p'Hp / 2 - p'x: the gradient of a unit is Hp - x."""
+    """Mean over units x of p'Hp / 2 - p'x, where the gradient of a unit is Hp - x."""
     p = jnp.concatenate([params["a"], params["b"]])
     return 0.5 * p @ HESSIAN @ p - jnp.mean(batch @ p)
 
 
 @pytest.fixture(scope="module")
-def point():
+def params():
     return {"a": jnp.asarray(RNG.normal(size=5), jnp.float32), "b": jnp.asarray(RNG.normal(size=7), jnp.float32)}
 
 
 @pytest.fixture(scope="module")
 def batches():
-    return jnp.asarray(SPREAD * RNG.normal(size=(BATCHES, UNITS, SIZE)), jnp.float32)
+    return jnp.asarray(STDDEV * RNG.normal(size=(BATCHES, UNITS, SIZE)), jnp.float32)
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])
-def test_a_quadratic_where_all_is_known(preconditioned, point, batches):
+def test_landscape_of_a_quadratic(preconditioned, params, batches):
     scale = np.linspace(0.5, 2, SIZE) if preconditioned else np.ones(SIZE)
-    given = {"a": jnp.asarray(scale[:5], jnp.float32), "b": jnp.asarray(scale[5:], jnp.float32)}
-    found = landscape(
-        quadratic, point, batches, jax.random.key(0), units=UNITS, probes=4000,
-        preconditioner=given if preconditioned else None,
+    preconditioner = {"a": jnp.asarray(scale[:5], jnp.float32), "b": jnp.asarray(scale[5:], jnp.float32)}
+    geometry = landscape(
+        quadratic, params, batches, jax.random.key(0), units=UNITS, probes=4000,
+        preconditioner=preconditioner if preconditioned else None,
     )  # fmt: skip
-    p = np.concatenate([point["a"], point["b"]])
+    p = np.concatenate([params["a"], params["b"]])
     gradient = HESSIAN @ p - np.mean(batches, axis=(0, 1))
-    bent = scale[:, None] * np.asarray(HESSIAN) * scale
-    np.testing.assert_allclose(found.gradient, gradient @ (scale * gradient), rtol=1e-4)
-    np.testing.assert_allclose(found.curvature, gradient @ bent @ gradient, rtol=1e-4)
-    np.testing.assert_allclose(found.trace, np.trace(bent), rtol=0.03)
-    # Against the covariance that the units were drawn with.
-    np.testing.assert_allclose(found.sampling, np.sum(np.diag(bent) * SPREAD**2), rtol=0.25)
+    hessian = scale[:, None] * np.asarray(HESSIAN) * scale
+    np.testing.assert_allclose(geometry.gradient, gradient @ (scale * gradient), rtol=1e-4)
+    np.testing.assert_allclose(geometry.curvature, gradient @ hessian @ gradient, rtol=1e-4)
+    np.testing.assert_allclose(geometry.trace, np.trace(hessian), rtol=0.03)
+    # Compare with the true covariance of the units, then with the covariance of this sample.
+    np.testing.assert_allclose(geometry.sampling, np.sum(np.diag(hessian) * STDDEV**2), rtol=0.25)
     covariance = UNITS * np.cov(np.mean(batches, axis=1).T)
-    np.testing.assert_allclose(found.sampling, np.sum(bent * covariance), rtol=1e-3)
+    np.testing.assert_allclose(geometry.sampling, np.sum(hessian * covariance), rtol=1e-3)
 
 
 @pytest.mark.slow
-def test_a_decoder_against_its_whole_hessian(decoder, batch_of, example_losses):
-    """Through the model's own backward passes, which are differentiated once more."""
+def test_landscape_of_a_decoder(decoder, make_batch, unit_losses):
+    """Against central differences; differentiates the model's custom backward passes a second time."""
     model, params = decoder("biases")
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * leaf), params)
-    learned, rest = partition(params, lambda path: path[-2:] in (("query", "bias"), ("mlp_norm", "scale")))
-    losses, batch = example_losses(model, "trajectory"), batch_of("trajectory")
+    trainable, frozen = partition(params, lambda path: path[-2:] in (("query", "bias"), ("mlp_norm", "scale")))
+    losses, batch = unit_losses(model, "trajectory"), make_batch("trajectory")
     halves = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:16].reshape(2, 8, *leaf.shape[1:]), batch)
 
-    def loss(learned, batch):
-        return jnp.mean(losses(merge(learned, rest), batch, None))
+    def loss(trainable, batch):
+        return jnp.mean(losses(merge(trainable, frozen), batch, None))
 
-    found = landscape(loss, learned, halves, jax.random.key(0), units=8, probes=64)
-    flat, restore = ravel_pytree(learned)
+    geometry = landscape(loss, trainable, halves, jax.random.key(0), units=8, probes=64)
+    flat, unravel = ravel_pytree(trainable)
 
     @jax.jit
-    def gradient(flat):
+    def flat_gradient(flat):
         return ravel_pytree(
             jax.tree.map(lambda *leaves: sum(leaves) / 2, *(
-                jax.grad(loss)(restore(flat), jax.tree.map(lambda leaf: leaf[half], halves)) for half in (0, 1)
+                jax.grad(loss)(unravel(flat), jax.tree.map(lambda leaf: leaf[half], halves)) for half in (0, 1)
             ))
         )[0]  # fmt: skip
 
-    mine = gradient(flat)
-    step = 1e-3
-    # By central differences: forward mode does not go through the model's products.
-    bent = gradient(flat + step * mine / jnp.linalg.norm(mine)) - gradient(flat - step * mine / jnp.linalg.norm(mine))
-    expected = float(mine @ bent) * float(jnp.linalg.norm(mine)) / (2 * step)
-    np.testing.assert_allclose(found.gradient, mine @ mine, rtol=1e-4)
-    np.testing.assert_allclose(found.curvature, expected, rtol=0.02)
-    columns = jax.lax.map(
-        lambda at: (gradient(flat.at[at].add(step))[at] - gradient(flat.at[at].add(-step))[at]) / (2 * step),
+    gradient = flat_gradient(flat)
+    norm, step = jnp.linalg.norm(gradient), 1e-3
+    # Finite differences, because the custom VJPs of the model do not support forward mode.
+    difference = flat_gradient(flat + step * gradient / norm) - flat_gradient(flat - step * gradient / norm)
+    curvature = float(gradient @ difference) * float(norm) / (2 * step)
+    np.testing.assert_allclose(geometry.gradient, gradient @ gradient, rtol=1e-4)
+    np.testing.assert_allclose(geometry.curvature, curvature, rtol=0.02)
+    diagonal = jax.lax.map(
+        lambda i: (flat_gradient(flat.at[i].add(step))[i] - flat_gradient(flat.at[i].add(-step))[i]) / (2 * step),
         jnp.arange(len(flat)),
     )
-    assert abs(float(found.trace) - float(columns.sum())) < 0.3 * float(jnp.abs(columns).sum())
+    assert abs(float(geometry.trace) - float(diagonal.sum())) < 0.3 * float(jnp.abs(diagonal).sum())
 
 
-def test_the_gain_is_that_of_the_best_step(point, batches):
-    """Steps on the quadratic with clipped units and noise, averaged, at the rate that is said to be best and beside."""
-    batch, noise, clipped = 16, 3.0, 0.5
-    covariance, hessian = np.diag(SPREAD**2), np.asarray(HESSIAN, np.float64)
-    p = np.asarray(np.concatenate([point["a"], point["b"]]), np.float64)
+def test_improvement_matches_simulated_steps(params):
+    """Average noisy clipped steps on the quadratic, at the predicted best learning rate and at other ones."""
+    batch_size, noise_stddev, clip_factor = 16, 3.0, 0.5
+    covariance, hessian = np.diag(STDDEV**2), np.asarray(HESSIAN, np.float64)
+    p = np.asarray(np.concatenate([params["a"], params["b"]]), np.float64)
     gradient = hessian @ p
-    known = Landscape(
+    geometry = Landscape(
         gradient=gradient @ gradient, curvature=gradient @ hessian @ gradient, trace=np.trace(hessian),
         sampling=np.sum(hessian * covariance),
     )  # fmt: skip
-    found = jax.tree.map(float, improvement(known, batch, noise, clipped))
-    rng, draws = np.random.default_rng(1), 200_000
-    drawn = gradient + rng.normal(size=(draws, SIZE)) * SPREAD / np.sqrt(batch)
-    moved = clipped * drawn + noise * rng.normal(size=drawn.shape) / batch
+    predicted = jax.tree.map(float, improvement(geometry, batch_size, noise_stddev, clip_factor))
+    rng, samples = np.random.default_rng(1), 200_000
+    plain = gradient + rng.normal(size=(samples, SIZE)) * STDDEV / np.sqrt(batch_size)
+    private = clip_factor * plain + noise_stddev * rng.normal(size=plain.shape) / batch_size
 
-    def gained(rate, moved) -> float:
-        step = rate * moved
+    def mean_improvement(learning_rate, direction) -> float:
+        step = learning_rate * direction
         return float(np.mean(step @ gradient - 0.5 * np.einsum("ni,ij,nj->n", step, hessian, step)))
 
-    rate = found.learning_rate / clipped
-    np.testing.assert_allclose(gained(rate, moved), found.private, rtol=0.02)
-    assert gained(0.8 * rate, moved) < gained(rate, moved) and gained(1.2 * rate, moved) < gained(rate, moved)
-    plain = known.gradient / (known.curvature + known.sampling / batch)
-    np.testing.assert_allclose(gained(plain, drawn), found.plain, rtol=0.02)
-    np.testing.assert_allclose(found.slowdown, found.plain / found.private, rtol=1e-5)
-    np.testing.assert_allclose(found.decelerator, (noise / clipped) ** 2 * np.trace(hessian) / batch**2, rtol=1e-5)
+    rate = predicted.learning_rate / clip_factor
+    np.testing.assert_allclose(mean_improvement(rate, private), predicted.private, rtol=0.02)
+    assert mean_improvement(0.8 * rate, private) < mean_improvement(rate, private)
+    assert mean_improvement(1.2 * rate, private) < mean_improvement(rate, private)
+    plain_rate = geometry.gradient / (geometry.curvature + geometry.sampling / batch_size)
+    np.testing.assert_allclose(mean_improvement(plain_rate, plain), predicted.plain, rtol=0.02)
+    np.testing.assert_allclose(predicted.slowdown, predicted.plain / predicted.private, rtol=1e-5)
+    decelerator = (noise_stddev / clip_factor) ** 2 * np.trace(hessian) / batch_size**2
+    np.testing.assert_allclose(predicted.decelerator, decelerator, rtol=1e-5)
 
 
-def test_the_best_batch_gains_most_per_unit_and_the_critical_one_half_of_all():
-    known = Landscape(*map(jnp.float32, (2.0, 0.7, 5.0, 30.0)))
-    per_unit = {batch: float(improvement(known, batch, 4.0, 0.3).private) / batch for batch in range(1, 400)}
-    found = improvement(known, 1, 4.0, 0.3)
-    assert abs(max(per_unit, key=per_unit.get) - float(found.best_batch)) <= 1
-    most = float(improvement(known, 1e7, 4.0, 0.3).private)
-    half = float(improvement(known, float(found.critical_batch), 4.0, 0.3).private)
-    assert half == pytest.approx(most / 2, rel=1e-3)
-    # Without noise a larger batch never gains more per unit.
-    silent = [float(improvement(known, batch, 0.0).private) / batch for batch in (1, 2, 4, 8)]
-    assert silent == sorted(silent, reverse=True) and float(improvement(known, 4, 0.0).slowdown) == 1
+def test_best_and_critical_batch_sizes():
+    geometry = Landscape(*map(jnp.float32, (2.0, 0.7, 5.0, 30.0)))
+    per_unit = {size: float(improvement(geometry, size, 4.0, 0.3).private) / size for size in range(1, 400)}
+    result = improvement(geometry, 1, 4.0, 0.3)
+    assert abs(max(per_unit, key=per_unit.get) - float(result.best_batch)) <= 1
+    limit = float(improvement(geometry, 1e7, 4.0, 0.3).private)
+    critical = float(improvement(geometry, float(result.critical_batch), 4.0, 0.3).private)
+    assert critical == pytest.approx(limit / 2, rel=1e-3)
+    # Without noise the improvement per unit falls with the batch size.
+    noiseless = [float(improvement(geometry, size, 0.0).private) / size for size in (1, 2, 4, 8)]
+    assert noiseless == sorted(noiseless, reverse=True)
+    assert float(improvement(geometry, 4, 0.0).slowdown) == 1
 
 
-def test_one_batch_has_no_variance(point, batches):
-    with pytest.raises(ValueError, match="two batches at least"):
-        landscape(quadratic, point, batches[:1], jax.random.key(0), units=UNITS)
+def test_a_single_batch_is_rejected(params, batches):
+    with pytest.raises(ValueError, match="at least two batches, not 1"):
+        landscape(quadratic, params, batches[:1], jax.random.key(0), units=UNITS)
 
 
-def test_the_preconditioner_is_what_adam_multiplies_by(point):
-    """With no momentum the update is -rate * P g, whatever came before."""
-    rule = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(1.0, b1=0.0, b2=0.9))
-    state = rule.init(point)
-    for number in range(3):
-        grads = jax.tree.map(lambda leaf: jnp.cos(leaf + number), point)
-        updates, state = rule.update(grads, state, jax.tree.map(jnp.zeros_like, point))
+def test_preconditioner_matches_adam(params):
+    """Without momentum Adam's update is -learning_rate * P g, for any history."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(1.0, b1=0.0, b2=0.9))
+    state = optimizer.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda leaf: jnp.cos(leaf + step), params)
+        updates, state = optimizer.update(grads, state, jax.tree.map(jnp.zeros_like, params))
     scale = adam_preconditioner(adam_state(state), 0.9)
-    jax.tree.map(lambda u, s, g: np.testing.assert_allclose(u, -s * g, rtol=1e-4), updates, scale, grads)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda s, g: -s * g, scale, grads), rtol=1e-4)

@@ -1,14 +1,15 @@
-"""What a mechanism costs against published numbers, and that it does what it is accounted for."""
+"""Epsilon of a mechanism against published numbers, calibration, and the distribution of its samples."""
 
 import dataclasses
 
+import chex
 import numpy as np
 import pytest
 from scipy import stats
 
 from shiq_jax.errors import UserError
-from shiq_jax.privacy import AutoS, FlatClip, Groupwise, Mechanism, NormalizedClip, mechanism
-from shiq_jax.privacy.mechanism import largest_batch
+from shiq_jax.privacy import AutoS, FlatClip, Groupwise, Mechanism, NormalizedClip
+from shiq_jax.privacy.mechanism import _accountant, default_largest_batch
 
 MNIST = Mechanism(
     dataset_size=60_000, expected_batch=256, steps=14_062, noise_multiplier=1.1, delta=1e-5, largest_batch=400
@@ -29,32 +30,34 @@ KEY = bytes(range(32))
         (600, 1.0, 1000, 1.828),
     ],
 )
-def test_epsilons_of_poisson_sampling(batch, sigma, steps, epsilon):
-    """Of privacy loss distributions, delta 1e-5: the rows of tensorflow/privacy's tutorials and others."""
-    # Eight standard deviations above the mean nothing is cut to speak of.
-    largest = int(batch + 8 * batch**0.5)
-    found = dataclasses.replace(
-        MNIST, expected_batch=batch, noise_multiplier=sigma, steps=steps, largest_batch=largest
-    ).epsilon()
-    np.testing.assert_allclose(found, epsilon, atol=max(2e-3, 1e-3 * epsilon))
+def test_epsilon_of_poisson_sampling(batch, sigma, steps, epsilon):
+    """Against published PLD numbers at delta 1e-5, some from the tutorials of tensorflow/privacy."""
+    # With eight standard deviations of headroom truncation is negligible.
+    mechanism = dataclasses.replace(
+        MNIST, expected_batch=batch, noise_multiplier=sigma, steps=steps, largest_batch=int(batch + 8 * batch**0.5)
+    )
+    np.testing.assert_allclose(mechanism.epsilon(), epsilon, atol=max(2e-3, 1e-3 * epsilon))
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (10.0, 100)])
-def test_the_gaussian_mechanism_has_its_closed_form(sigma, steps):
-    every = dataclasses.replace(
+def test_gaussian_mechanism_matches_closed_form(sigma, steps):
+    full_batch = dataclasses.replace(
         MNIST, dataset_size=100, expected_batch=100, largest_batch=100, noise_multiplier=sigma, steps=steps
     )
-    np.testing.assert_allclose(every.epsilon(), 4.37718, atol=1e-3)
+    np.testing.assert_allclose(full_batch.epsilon(), 4.37718, atol=1e-3)
 
 
-@pytest.mark.parametrize(("places", "epsilon"), [(256, 12.63), (320, 2.409), (352, 2.3817)])
-def test_truncation_costs(places, epsilon):
-    found = dataclasses.replace(MNIST, largest_batch=places).epsilon()
-    np.testing.assert_allclose(found, epsilon, rtol=2e-3)
-    assert largest_batch(60_000, 256) == 352
+@pytest.mark.parametrize(("largest_batch", "epsilon"), [(256, 12.63), (320, 2.409), (352, 2.3817)])
+def test_truncation_increases_epsilon(largest_batch, epsilon):
+    mechanism = dataclasses.replace(MNIST, largest_batch=largest_batch)
+    np.testing.assert_allclose(mechanism.epsilon(), epsilon, rtol=2e-3)
 
 
-def test_replacing_a_unit_costs_more_than_leaving_it_out():
+def test_default_largest_batch():
+    assert default_largest_batch(60_000, 256) == 352
+
+
+def test_epsilon_of_replace_one():
     np.testing.assert_allclose(dataclasses.replace(MNIST, adjacency="replace_one").epsilon(), 4.221, rtol=2e-3)
 
 
@@ -67,53 +70,53 @@ def test_replacing_a_unit_costs_more_than_leaving_it_out():
     ],
 )  # fmt: skip
 def test_calibration_finds_the_least_noise(epsilon, numbers):
-    """Within half a percent, be it many times the sensitivity or a tenth of it."""
+    """Within 0.5%, for noise multipliers from 0.1 to hundreds."""
     numbers = dict(zip(("dataset_size", "expected_batch", "steps"), numbers))
-    found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, **numbers)
-    assert found.epsilon() <= epsilon
-    assert dataclasses.replace(found, noise_multiplier=0.995 * found.noise_multiplier).epsilon() > epsilon
+    mechanism = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, **numbers)
+    assert mechanism.epsilon() <= epsilon
+    assert dataclasses.replace(mechanism, noise_multiplier=0.995 * mechanism.noise_multiplier).epsilon() > epsilon
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "sigma"), [(2, 1.224), (3, 0.968)])
-def test_calibration(epsilon, sigma):
-    found = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
-    np.testing.assert_allclose(found.noise_multiplier, sigma, rtol=5e-3)
-    assert found.epsilon() <= epsilon
-    assert dataclasses.replace(found, noise_multiplier=0.995 * found.noise_multiplier).epsilon() > epsilon
-    assert found.largest_batch == 352
+def test_calibration_matches_published_noise(epsilon, sigma):
+    mechanism = Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=60_000, expected_batch=256, steps=14_062)
+    np.testing.assert_allclose(mechanism.noise_multiplier, sigma, rtol=5e-3)
+    assert mechanism.epsilon() <= epsilon
+    assert dataclasses.replace(mechanism, noise_multiplier=0.995 * mechanism.noise_multiplier).epsilon() > epsilon
+    assert mechanism.largest_batch == 352
 
 
 @pytest.mark.slow
-def test_epsilon_grows_with_steps_and_sampling_and_falls_with_noise():
+def test_epsilon_is_monotonic():
     small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50, largest_batch=100, steps=10)
-    costs = [small.epsilon(steps) for steps in (0, 1, 10)]
-    assert costs[0] == 0 and costs == sorted(set(costs))
+    epsilons = [small.epsilon(steps) for steps in (0, 1, 10)]
+    assert epsilons[0] == 0 and epsilons == sorted(set(epsilons))
     assert dataclasses.replace(small, expected_batch=80).epsilon() > small.epsilon()
     assert dataclasses.replace(small, noise_multiplier=1.5).epsilon() < small.epsilon()
     assert dataclasses.replace(small, noise_multiplier=0.0).epsilon() == np.inf
 
 
-CHANGES = {
+CHANGED_FIELDS = {
     "dataset_size": 999, "expected_batch": 51.0, "steps": 99, "noise_multiplier": 1.2, "largest_batch": 101,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", CHANGES)
-def test_every_number_of_the_run_is_accounted_for(field):
+@pytest.mark.parametrize("field", CHANGED_FIELDS)
+def test_event_depends_on_every_number(field):
     small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50.0, largest_batch=100, steps=100)
-    other = dataclasses.replace(small, **{field: CHANGES[field]})
-    assert repr(other.event()) != repr(small.event())
+    changed = dataclasses.replace(small, **{field: CHANGED_FIELDS[field]})
+    assert repr(changed.event()) != repr(small.event())
 
 
 @pytest.mark.parametrize("field", ["delta", "adjacency"])
-def test_what_is_no_part_of_the_event_is_part_of_epsilon(field):
+def test_epsilon_depends_on_delta_and_adjacency(field):
     small = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50.0, largest_batch=100, steps=100)
-    other = dataclasses.replace(small, **{field: {"delta": 1e-6, "adjacency": "replace_one"}[field]})
-    assert other.epsilon() > small.epsilon()
+    changed = dataclasses.replace(small, **{field: {"delta": 1e-6, "adjacency": "replace_one"}[field]})
+    assert changed.epsilon() > small.epsilon()
 
 
-def test_the_clip_rule_sets_the_noise():
+def test_noise_scales_with_sensitivity():
     for clip, sensitivity in (
         (FlatClip(0.3), 0.3), (AutoS(2.0), 2.0), (Groupwise(FlatClip(0.5), 9), 0.5), (NormalizedClip(0.5), 1.0),
         (Groupwise(NormalizedClip(0.5), 9), 1.0),
@@ -121,122 +124,118 @@ def test_the_clip_rule_sets_the_noise():
         assert dataclasses.replace(MNIST, clip=clip).noise_stddev == pytest.approx(1.1 * sensitivity)
 
 
-def test_every_unit_is_drawn_with_the_same_probability_and_alone():
-    """Inclusion of each unit, of pairs of units, and the size, against their distributions."""
+def test_samples_follow_poisson_sampling():
+    """Batch sizes, inclusion of units and joint inclusion of pairs of units against their distributions."""
     units, batch, steps = 40, 10, 4000
     mechanism = Mechanism(
         dataset_size=units, expected_batch=batch, steps=steps, noise_multiplier=1.0, delta=1e-5, largest_batch=14
     )
-    drawn = np.zeros((steps, units), bool)
+    included = np.zeros((steps, units), bool)
     for step in range(steps):
-        chosen, real = mechanism.sample(KEY, step)
-        assert chosen.shape == real.shape == (14,)
-        assert len(set(chosen[real])) == real.sum() and not chosen[~real].any()
-        drawn[step, chosen[real]] = True
-    sizes = drawn.sum(1)
-    law = stats.binom(units, batch / units)
-    expected = np.append(law.pmf(np.arange(14)), law.sf(13))
+        sampled, mask = mechanism.sample(KEY, step)
+        assert sampled.shape == mask.shape == (14,)
+        assert len(set(sampled[mask])) == mask.sum() and not sampled[~mask].any()
+        included[step, sampled[mask]] = True
+    sizes = included.sum(1)
+    binomial = stats.binom(units, batch / units)
+    expected = np.append(binomial.pmf(np.arange(14)), binomial.sf(13))
     counts = np.bincount(sizes, minlength=15)
-    big = expected * steps > 5
-    grouped = [np.append(each[big], each[~big].sum()) for each in (counts, expected * steps)]
-    assert stats.chisquare(*grouped).pvalue > 1e-3
-    # Cutting at 14 takes a little from the probability of each.
-    q = np.sum(np.minimum(np.arange(units + 1), 14) * law.pmf(np.arange(units + 1))) / units
-    deviations = (drawn.mean(0) - q) / np.sqrt(q * (1 - q) / steps)
+    frequent = expected * steps > 5
+    merged = [np.append(bins[frequent], bins[~frequent].sum()) for bins in (counts, expected * steps)]
+    assert stats.chisquare(*merged).pvalue > 1e-3
+    # Truncation at 14 lowers the inclusion probability a little.
+    q = np.sum(np.minimum(np.arange(units + 1), 14) * binomial.pmf(np.arange(units + 1))) / units
+    deviations = (included.mean(0) - q) / np.sqrt(q * (1 - q) / steps)
     assert np.abs(deviations).max() < 4
-    first, second = drawn[:, ::2], drawn[:, 1::2]
-    together = (first & second).mean(0)
-    assert np.abs(together - q * q).max() < 4 * np.sqrt(q * q / steps)
+    first, second = included[:, ::2], included[:, 1::2]
+    joint = (first & second).mean(0)
+    assert np.abs(joint - q * q).max() < 4 * np.sqrt(q * q / steps)
 
 
-def test_a_sample_is_a_function_of_the_key_and_the_step():
+def test_sample_is_a_function_of_key_and_step():
     mechanism = dataclasses.replace(MNIST, dataset_size=1000, expected_batch=50, largest_batch=100)
-    for one, other in zip(mechanism.sample(KEY, 7), mechanism.sample(KEY, 7)):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(mechanism.sample(KEY, 7), mechanism.sample(KEY, 7))
     assert np.any(mechanism.sample(KEY, 7)[0] != mechanism.sample(KEY, 8)[0])
     assert np.any(mechanism.sample(KEY, 7)[0] != mechanism.sample(bytes(32), 7)[0])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "complaint"),
+    ("fields", "message"),
     [
         ({"delta": 1.0}, r"delta must lie in \(0, 1\)"),
-        ({"expected_batch": 60_001}, "an expected batch of 60001 cannot be drawn from 60000 units"),
-        ({"dataset_size": 0}, "dataset_size must be a whole number of at least 1, not 0"),
-        ({"expected_batch": float("nan")}, "an expected batch of nan cannot be drawn from 60000 units"),
-        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
-        ({"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
-        ({"largest_batch": 0}, "largest_batch must be a whole number of at least 1, not 0"),
+        ({"expected_batch": 60_001}, r"expected_batch must lie in \(0, 60000\], the number of units, not 60001"),
+        ({"dataset_size": 0}, "dataset_size must be a positive integer, not 0"),
+        ({"expected_batch": float("nan")}, r"expected_batch must lie in \(0, 60000\], the number of units, not nan"),
+        ({"steps": 0}, "steps must be a positive integer, not 0"),
+        ({"steps": 2.5}, "steps must be a positive integer, not 2.5"),
+        ({"largest_batch": 0}, "largest_batch must be a positive integer, not 0"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier must be finite"),
         ({"adjacency": "remove"}, "adjacency must be zero_out or replace_one or add_remove, not 'remove'"),
         ({"adjacency": "add_remove"}, "largest_batch must be at least the dataset_size 60000, not 400"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(wrong, complaint):
-    with pytest.raises(UserError, match=complaint):
-        dataclasses.replace(MNIST, **wrong)
+def test_invalid_fields_are_rejected(fields, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MNIST, **fields)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "complaint"),
+    ("fields", "message"),
     [
-        ({"dataset_size": 0}, "dataset_size must be a whole number of at least 1, not 0"),
-        ({"dataset_size": -3}, "dataset_size must be a whole number of at least 1, not -3"),
-        ({"dataset_size": 99.5}, "dataset_size must be a whole number of at least 1, not 99.5"),
-        ({"dataset_size": float("inf")}, "dataset_size must be a whole number of at least 1, not inf"),
-        ({"expected_batch": -1}, "an expected batch of -1 cannot be drawn from 100 units"),
-        ({"expected_batch": 0}, "an expected batch of 0 cannot be drawn from 100 units"),
-        ({"expected_batch": 101}, "an expected batch of 101 cannot be drawn from 100 units"),
-        ({"expected_batch": float("nan")}, "an expected batch of nan cannot be drawn from 100 units"),
-        ({"multiple": 0}, "multiple must be a whole number of at least 1, not 0"),
-        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"dataset_size": 0}, "dataset_size must be a positive integer, not 0"),
+        ({"dataset_size": -3}, "dataset_size must be a positive integer, not -3"),
+        ({"dataset_size": 99.5}, "dataset_size must be a positive integer, not 99.5"),
+        ({"dataset_size": float("inf")}, "dataset_size must be a positive integer, not inf"),
+        ({"expected_batch": -1}, r"expected_batch must lie in \(0, 100\], the number of units, not -1"),
+        ({"expected_batch": 0}, r"expected_batch must lie in \(0, 100\], the number of units, not 0"),
+        ({"expected_batch": 101}, r"expected_batch must lie in \(0, 100\], the number of units, not 101"),
+        ({"expected_batch": float("nan")}, r"expected_batch must lie in \(0, 100\], the number of units, not nan"),
+        ({"multiple": 0}, "multiple must be a positive integer, not 0"),
+        ({"steps": 0}, "steps must be a positive integer, not 0"),
         ({"delta": 0}, r"delta must lie in \(0, 1\), not 0"),
     ],
 )
-def test_they_are_refused_before_anything_is_computed_of_them(wrong, complaint):
-    numbers = {"dataset_size": 100, "expected_batch": 10, "steps": 5, "delta": 1e-5, "multiple": 4} | wrong
-    for make in (
-        lambda: Mechanism.sized(noise_multiplier=1.0, **numbers), lambda: Mechanism.calibrated(epsilon=1.0, **numbers),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=complaint):
-            make()
+def test_constructors_reject_invalid_numbers(fields, message):
+    numbers = {"dataset_size": 100, "expected_batch": 10, "steps": 5, "delta": 1e-5, "multiple": 4} | fields
+    with pytest.raises(UserError, match=message):
+        Mechanism.from_noise_multiplier(noise_multiplier=1.0, **numbers)
+    with pytest.raises(UserError, match=message):
+        Mechanism.calibrated(epsilon=1.0, **numbers)
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """A list that grows by one for every accountant that is asked."""
-    calls, real = [], mechanism._accountant
+def accountant_calls(monkeypatch):
+    """The arguments of every accountant that is created."""
+    calls = []
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return real(*arguments)
+    def spy(*args):
+        calls.append(args)
+        return _accountant(*args)
 
-    monkeypatch.setattr(mechanism, "_accountant", counted)
+    monkeypatch.setattr("shiq_jax.privacy.mechanism._accountant", spy)
     return calls
 
 
-def test_an_epsilon_that_no_noise_gives_is_refused(asked):
-    with pytest.raises(UserError, match=r"makes 1000 steps \(1e-09, 1e-30\)-private: ask for a larger epsilon"):
+def test_unreachable_epsilon_is_rejected(accountant_calls):
+    with pytest.raises(UserError, match=r"makes 1000 steps \(1e-09, 1e-30\)-private: choose a larger epsilon"):
         Mechanism.calibrated(epsilon=1e-9, delta=1e-30, dataset_size=10, expected_batch=10, steps=1000)
-    # At a first guess and at the most that is tried, by coarse steps and by fine ones.
-    assert len(asked) == 4
+    # The initial noise and the upper bound, each on the coarse and on the fine grid.
+    assert len(accountant_calls) == 4
 
 
-def test_an_epsilon_that_next_to_no_noise_gives_is_refused(asked):
-    with pytest.raises(
-        UserError, match="a noise_multiplier of 0.05, cost less than the epsilon 100000.0: ask for a sm"
-    ):
+def test_epsilon_that_needs_no_noise_is_rejected(accountant_calls):
+    with pytest.raises(UserError, match="noise_multiplier of only 0.05 cost less than the epsilon 100000.0: choose a"):
         Mechanism.calibrated(epsilon=1e5, delta=1e-5, dataset_size=10, expected_batch=10, steps=1)
-    assert len(asked) == 3
+    assert len(accountant_calls) == 3
 
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, float("nan"), float("inf")])
-def test_an_epsilon_that_is_none_is_refused(epsilon):
+def test_invalid_epsilon_is_rejected(epsilon):
     with pytest.raises(UserError, match=f"epsilon must be positive and finite, not {epsilon}"):
         Mechanism.calibrated(epsilon=epsilon, delta=1e-5, dataset_size=1000, expected_batch=10, steps=10)
 
 
-def test_a_bug_is_not_taken_for_an_epsilon_that_no_noise_gives(monkeypatch):
+def test_calibration_does_not_swallow_exceptions(monkeypatch):
     def broken(self, steps=None):
         raise KeyError("a bug")
 

@@ -1,10 +1,11 @@
-"""A private run as a user has it: what it leaves, what it keeps to itself, and what it refuses."""
+"""Private runs end to end: files they write, secrecy, resumption and rejected options."""
 
 import json
 import os
 import shutil
 import stat
 
+import chex
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 import train
 from shiq_jax.runs import private_run
 from shiq_jax.runs.metrics import MetricsLog
+from shiq_jax.training.checkpoints import Checkpoints
 
 PRIVATE = ["--privacy.noise-multiplier", "2", "--privacy.delta", "1e-2"]
 OPTIONS = [
@@ -32,15 +34,16 @@ def files(tmp_path_factory):
     return root
 
 
-def arguments(tiny, files, out, *more, private=PRIVATE):
+def arguments(tiny, files, out, *extra, private=PRIVATE):
     data = ["--data", str(files / "data.jsonl"), "--evaluation.data", str(files / "public.jsonl")]
-    return ["dpo", "--model", tiny, *data, "--output-dir", str(out), *OPTIONS, *private, *more]
+    return ["dpo", "--model", tiny, *data, "--output-dir", str(out), *OPTIONS, *private, *extra]
 
 
-def refusal(given, capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        train.main(given)
-    assert stop.value.code == 2
+def error_message(args, capsys) -> str:
+    """Run `train.py` with invalid arguments; return what it prints to stderr."""
+    with pytest.raises(SystemExit) as exit_info:
+        train.main(args)
+    assert exit_info.value.code == 2
     return capsys.readouterr().err
 
 
@@ -50,92 +53,91 @@ def rows_of(run, stage="update"):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, files, tmp_path_factory):
+def completed_run(tiny, files, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     train.main(arguments(tiny, files, run, private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"]))
     return run
 
 
-def test_it_spends_what_it_was_given_and_says_nothing_of_the_data(finished):
-    updates = rows_of(finished)
+def test_run_spends_epsilon_and_logs_no_private_metrics(completed_run):
+    updates = rows_of(completed_run)
     assert len(updates) == 6
     spent = [row["epsilon"] for row in updates]
     assert spent == sorted(set(spent)) and 2.9 < spent[-1] <= 3
-    # Batches are samples of unlike size, which nothing tells.
-    told = {"stage", "step", "grad_norm", "param_norm", "epsilon", "learning_rate", "seconds", "compiled"}
-    assert all(set(row) == told for row in updates)
-    assert json.loads((finished / "summary.json").read_text())["tokens_per_second"] is None
-    about = json.loads((finished / "privacy.json").read_text())
-    assert about["dataset_size"] == 24 and about["expected_batch"] == 4 and about["unit"] == "pair"
-    assert about["epsilon"] == spent[-1] and not about["insecure"] and not about["shown"]
+    # No metric may reveal the size of a sampled batch.
+    public_metrics = {"stage", "step", "grad_norm", "param_norm", "epsilon", "learning_rate", "seconds", "compiled"}
+    assert all(set(row) == public_metrics for row in updates)
+    assert json.loads((completed_run / "summary.json").read_text())["tokens_per_second"] is None
+    account = json.loads((completed_run / "privacy.json").read_text())
+    assert account["dataset_size"] == 24 and account["expected_batch"] == 4 and account["unit"] == "pair"
+    assert account["epsilon"] == spent[-1] and not account["insecure"] and not account["shown"]
 
 
-def test_what_may_be_shown_says_nothing_by_which_rows_could_be_tried(finished):
-    """Whoever knows all rows but one could compare the digest of what he thinks that it was."""
-    digest = json.loads((finished / "config.json").read_text())["data_digest"]
-    shown = [finished / "metrics.jsonl", finished / "privacy.json"]
-    shown += [file for name in ("export", "checkpoints", "samples") for file in (finished / name).rglob("*")]
-    assert sum(file.is_file() for file in shown) > 10
-    assert not any(digest.encode() in file.read_bytes() for file in shown if file.is_file())
+def test_publishable_files_omit_the_data_digest(completed_run):
+    """The digest would allow a membership test by someone who has all rows but one."""
+    digest = json.loads((completed_run / "config.json").read_text())["data_digest"]
+    publishable = [completed_run / "metrics.jsonl", completed_run / "privacy.json"]
+    publishable += [file for name in ("export", "checkpoints", "samples") for file in (completed_run / name).rglob("*")]
+    assert sum(file.is_file() for file in publishable) > 10
+    assert not any(digest.encode() in file.read_bytes() for file in publishable if file.is_file())
 
 
-def test_the_secret_is_nowhere_else(finished):
-    path = finished / "secret.key"
+def test_secret_is_stored_in_one_file_only(completed_run):
+    path = completed_run / "secret.key"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     root = path.read_bytes()
-    for file in finished.rglob("*"):
+    for file in completed_run.rglob("*"):
         if file.is_file() and file != path:
             content = file.read_bytes()
             assert root not in content and root.hex().encode() not in content, file
 
 
-def test_every_checkpoint_says_what_was_spent(finished):
-    from shiq_jax.training.checkpoints import Checkpoints
-
-    shelf = Checkpoints(finished / "checkpoints", read_only=True)
-    about, fingerprint = shelf.metadata(6), json.loads((finished / "privacy.json").read_text())["secret"]
-    assert about["epsilon"] == rows_of(finished)[-1]["epsilon"] and about["privacy"]["secret"] == fingerprint
-    assert about["privacy"]["noise_multiplier"] > 0
+def test_checkpoints_record_epsilon_spent(completed_run):
+    metadata = Checkpoints(completed_run / "checkpoints", read_only=True).metadata(6)
+    fingerprint = json.loads((completed_run / "privacy.json").read_text())["secret"]
+    assert metadata["epsilon"] == rows_of(completed_run)[-1]["epsilon"]
+    assert metadata["privacy"]["secret"] == fingerprint
+    assert metadata["privacy"]["noise_multiplier"] > 0
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(tiny, files, tmp_path, monkeypatch, capsys):
-    """Same secret, same samples and noise: nothing is released twice with other noise."""
-    given = ["--privacy.insecure-deterministic", "--seed", "3"]
-    train.main(arguments(tiny, files, tmp_path / "whole", *given))
-    written = MetricsLog.write
+def test_resume_is_bitwise(tiny, files, tmp_path, monkeypatch):
+    """A resumed run repeats samples and noise, so no step is released twice with different noise."""
+    deterministic = ["--privacy.insecure-deterministic", "--seed", "3"]
+    train.main(arguments(tiny, files, tmp_path / "uninterrupted", *deterministic))
+    original = MetricsLog.write
 
-    def stopped(log, stage, step, **values):
+    def interrupt(log, stage, step, **values):
         if stage == "update" and step == 4:
             raise KeyboardInterrupt
-        written(log, stage, step, **values)
+        original(log, stage, step, **values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", stopped)
+        patch.setattr(MetricsLog, "write", interrupt)
         with pytest.raises(SystemExit):
-            train.main(arguments(tiny, files, tmp_path / "parts", *given))
-    train.main(arguments(tiny, files, tmp_path / "parts", *given, "--resume"))
-    whole, parts = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "parts"))
-    for name, leaf in whole.items():
-        np.testing.assert_array_equal(leaf, parts[name], err_msg=name)
+            train.main(arguments(tiny, files, tmp_path / "resumed", *deterministic))
+    train.main(arguments(tiny, files, tmp_path / "resumed", *deterministic, "--resume"))
+    chex.assert_trees_all_equal(
+        *(load_file(tmp_path / name / "export" / "model.safetensors") for name in ("uninterrupted", "resumed"))
+    )
 
 
 @pytest.mark.slow
-def test_two_runs_are_unlike(tiny, files, finished, tmp_path):
-    """Another secret, other samples and other noise, with the same options."""
+def test_runs_with_equal_options_differ(tiny, files, completed_run, tmp_path):
+    """Each run has its own secret, hence its own samples and noise."""
     train.main(
         arguments(tiny, files, tmp_path / "again", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
     )
-    first, second = (load_file(run / "export" / "model.safetensors") for run in (finished, tmp_path / "again"))
+    first, second = (load_file(run / "export" / "model.safetensors") for run in (completed_run, tmp_path / "again"))
     assert all(np.any(leaf != second[name]) for name, leaf in first.items())
 
 
-def test_a_run_that_was_stopped_before_it_had_both_files_goes_on(tiny, files, tmp_path, monkeypatch):
-    def stopped(path, value):
+def test_resume_after_interruption_between_secret_and_account(tiny, files, tmp_path, monkeypatch):
+    def interrupt(path, value):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(private_run, "write_json", stopped)
+        patch.setattr(private_run, "write_json", interrupt)
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "run"))
     assert (tmp_path / "run" / "secret.key").exists() and not (tmp_path / "run" / "privacy.json").exists()
@@ -143,21 +145,21 @@ def test_a_run_that_was_stopped_before_it_had_both_files_goes_on(tiny, files, tm
     assert len(rows_of(tmp_path / "run")) == 6
 
 
-def test_users_are_units_when_they_are_asked_for(tiny, files, tmp_path):
+def test_users_as_units_and_logged_private_metrics(tiny, files, tmp_path):
     train.main(
         arguments(
             tiny, files, tmp_path / "run", "--privacy.unit", "user", "--batch-size", "2", "--privacy.log-private",
         )
     )  # fmt: skip
-    about = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert about["dataset_size"] == 5 and about["unit"] == "user"
-    told = [row["private/norm"] for row in rows_of(tmp_path / "run")]
-    assert any(np.isfinite(told)) and all(norm > 0 for norm in told if np.isfinite(norm))
+    account = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert account["dataset_size"] == 5 and account["unit"] == "user"
+    norms = [row["private/norm"] for row in rows_of(tmp_path / "run")]
+    assert any(np.isfinite(norms)) and all(norm > 0 for norm in norms if np.isfinite(norm))
     assert "private/loss" in rows_of(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize(
-    ("more", "complaint"),
+    ("extra", "message"),
     [
         (["--seed", "1"], "a seed that is known takes the noise off again"),
         (["--batch-size", "25"], "a batch of 25 is larger than the data of 24 units"),
@@ -166,29 +168,29 @@ def test_users_are_units_when_they_are_asked_for(tiny, files, tmp_path):
         (["--loss.use-weighting", "--privacy.groupwise"], "the loss dpo reads more than log-probabilities"),
     ],
 )
-def test_refusals(more, complaint, tiny, files, tmp_path, capsys):
-    assert complaint in refusal(arguments(tiny, files, tmp_path / "run", *more), capsys)
+def test_unsupported_options_are_rejected(extra, message, tiny, files, tmp_path, capsys):
+    assert message in error_message(arguments(tiny, files, tmp_path / "run", *extra), capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_by_the_mean_of_other_answers_are_refused(tiny, files, tmp_path, capsys):
+def test_labels_from_group_means_are_rejected(tiny, files, tmp_path, capsys):
     rows = [{"prompt": "p", "completion": text, "reward": len(text)} for text in ("a", "bb", "ccc")]
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = arguments(tiny, files, tmp_path / "run", "--loss.name", "apo_zero_unpaired")
-    given = ["kto", *given[1:3], "--data", str(tmp_path / "scored.jsonl"), *given[5:]]
-    assert "belong to other units" in refusal(given, capsys)
-    given[given.index("--batch-size") + 1] = "2"
-    train.main([*given, "--threshold", "1.5"])
+    args = arguments(tiny, files, tmp_path / "run", "--loss.name", "apo_zero_unpaired")
+    args = ["kto", *args[1:3], "--data", str(tmp_path / "scored.jsonl"), *args[5:]]
+    assert "belong to other units" in error_message(args, capsys)
+    args[args.index("--batch-size") + 1] = "2"
+    train.main([*args, "--threshold", "1.5"])
     assert json.loads((tmp_path / "run" / "privacy.json").read_text())["dataset_size"] == 3
 
 
-def test_an_evaluation_takes_public_data_only(tiny, files, tmp_path, capsys):
-    given = ["dpo", "--model", tiny, "--data", str(files / "data.jsonl"), "--output-dir", str(tmp_path / "run")]
-    assert "give public prompts with --evaluation.data" in refusal([*given, *OPTIONS, *PRIVATE], capsys)
+def test_evaluation_requires_public_data(tiny, files, tmp_path, capsys):
+    args = ["dpo", "--model", tiny, "--data", str(files / "data.jsonl"), "--output-dir", str(tmp_path / "run")]
+    assert "give public prompts with --evaluation.data" in error_message([*args, *OPTIONS, *PRIVATE], capsys)
 
 
-def test_options_that_make_no_sense(tiny, files, tmp_path, capsys):
-    for private, complaint in (
+def test_invalid_options_are_rejected(tiny, files, tmp_path, capsys):
+    for private, message in (
         (["--privacy.epsilon", "3"], "needs a delta"),
         (["--privacy.epsilon", "3", "--privacy.delta", "2"], "delta must lie in (0, 1)"),
         (["--privacy.epsilon", "-3", "--privacy.delta", "1e-3"], "epsilon must be positive"),
@@ -197,62 +199,62 @@ def test_options_that_make_no_sense(tiny, files, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "run", private=private))
-        assert complaint in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_secret_that_is_gone_or_data_that_have_changed_end_a_run(tiny, files, finished, tmp_path, capsys):
+def test_resume_without_secret_or_with_other_data_is_rejected(tiny, files, completed_run, tmp_path, capsys):
     run = tmp_path / "copy"
-    shutil.copytree(finished, run)
+    shutil.copytree(completed_run, run)
     (run / "summary.json").unlink()
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "checkpoints")
     os.remove(run / "secret.key")
     resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
-    assert "the secret of this private run, cannot be read" in refusal(resume, capsys)
+    assert "the secret of this private run, cannot be read" in error_message(resume, capsys)
     assert (run / "privacy.json").exists()
-    shutil.copy(finished / "secret.key", run / "secret.key")
-    about = json.loads((run / "privacy.json").read_text())
-    (run / "privacy.json").write_text(json.dumps(about | {"dataset_size": 23}))
-    assert "accounts for dataset_size 23" in refusal(resume, capsys)
+    shutil.copy(completed_run / "secret.key", run / "secret.key")
+    account = json.loads((run / "privacy.json").read_text())
+    (run / "privacy.json").write_text(json.dumps(account | {"dataset_size": 23}))
+    assert "accounts for dataset_size 23" in error_message(resume, capsys)
 
 
-@pytest.mark.parametrize("lost", ["metrics.jsonl", "checkpoints", None])
-def test_a_run_whose_account_is_gone_releases_nothing_again(lost, tiny, files, finished, tmp_path, capsys):
-    """Another secret would give its steps other noise; what was released is seen by checkpoints or rows."""
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "checkpoints", None])
+def test_resume_without_account_is_rejected(missing, tiny, files, completed_run, tmp_path, capsys):
+    """Checkpoints or metrics show that steps were released; a new secret would release them with different noise."""
     run = tmp_path / "copy"
-    shutil.copytree(finished, run)
+    shutil.copytree(completed_run, run)
     os.remove(run / "privacy.json")
     os.remove(run / "summary.json")
     shutil.rmtree(run / "export")
-    if lost:
-        shutil.rmtree(run / lost) if (run / lost).is_dir() else os.remove(run / lost)
+    if missing:
+        shutil.rmtree(run / missing) if (run / missing).is_dir() else os.remove(run / missing)
     secret = (run / "secret.key").read_bytes()
     resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
-    assert "privacy.json is gone, which accounts for what this run has released" in refusal(resume, capsys)
+    assert "privacy.json is gone, which accounts for what this run has released" in error_message(resume, capsys)
     assert (run / "secret.key").read_bytes() == secret
 
 
-def test_a_checkpoint_of_another_secret_is_refused(tiny, files, finished, tmp_path, capsys):
+def test_checkpoint_of_another_secret_is_rejected(tiny, files, completed_run, tmp_path, capsys):
     run = tmp_path / "copy"
-    shutil.copytree(finished, run)
+    shutil.copytree(completed_run, run)
     os.remove(run / "summary.json")
     shutil.rmtree(run / "export")
-    own = json.loads((run / "privacy.json").read_text())["secret"]
+    fingerprint = json.loads((run / "privacy.json").read_text())["secret"]
     for path in (run / "checkpoints").rglob("_CHECKPOINT_METADATA"):
-        path.write_text(path.read_text().replace(own, "0" * 16))
+        path.write_text(path.read_text().replace(fingerprint, "0" * 16))
     resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
-    said = refusal(resume, capsys)
-    assert f"accounts for secret '{'0' * 16}'" in said and "restore the secret that it was begun with" in said
+    message = error_message(resume, capsys)
+    assert f"accounts for secret '{'0' * 16}'" in message and "restore the secret that it was begun with" in message
 
 
-def test_a_run_that_anybody_can_look_into_says_so(tiny, files, tmp_path):
+def test_account_records_options_that_void_epsilon(tiny, files, tmp_path):
     train.main(arguments(tiny, files, tmp_path / "run", "--privacy.insecure-deterministic", "--privacy.log-private"))
-    about = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert about["insecure"] and about["shown"]
+    account = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert account["insecure"] and account["shown"]
 
 
 @pytest.mark.slow
-def test_delta_that_means_nothing_is_warned_about(tiny, files, tmp_path, capsys):
+def test_large_delta_gives_a_warning(tiny, files, tmp_path, capsys):
     train.main(
         arguments(tiny, files, tmp_path / "run", private=["--privacy.noise-multiplier", "2", "--privacy.delta", "0.1"])
     )

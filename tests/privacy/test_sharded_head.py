@@ -1,4 +1,4 @@
-"""The tracked head on a mesh: its numbers, and that the vocabulary stays cut."""
+"""The tracked head on a mesh: same results, and the vocabulary stays sharded."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ CLIP = FlatClip(0.5)
 
 
 @pytest.fixture(scope="module")
-def program(decoder, batch_of, example_losses):
-    """`program(variant, method, mesh) -> (compiled clipped sum, its arguments)`, on trajectories."""
+def compiled_sum(decoder, make_batch, unit_losses):
+    """Compile a clipped sum over trajectories; return the program and its arguments."""
 
     def make(variant, method, mesh=None):
         model, params = decoder(variant)
-        batch = batch_of("trajectory")
+        batch = make_batch("trajectory")
         if mesh is not None:
             model = dataclasses.replace(model, mesh=make_mesh(mesh))
             shapes = model.abstract_params()
-            params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, shapes)
+            params = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), params, shapes)
             batch = jax.tree.map(
                 lambda leaf: jax.device_put(
                     leaf, named_sharding(model.mesh, ("rows", *(None,) * (leaf.ndim - 1)), leaf.shape)
@@ -31,34 +31,34 @@ def program(decoder, batch_of, example_losses):
                 batch,
             )
         clip = Groupwise(CLIP, count_groups(params)) if method == "group" else CLIP
-        losses = example_losses(model, "trajectory")
-        summed = jax.jit(lambda params, batch: clipped_sum(losses, params, batch, clip=clip, method=method)[:2])
-        return summed.lower(params, batch).compile(), (params, batch)
+        losses = unit_losses(model, "trajectory")
+        function = jax.jit(lambda params, batch: clipped_sum(losses, params, batch, clip=clip, method=method)[:2])
+        return function.lower(params, batch).compile(), (params, batch)
 
     return make
 
 
-@pytest.mark.parametrize("variant", ["many words", "untied"])
+@pytest.mark.parametrize("variant", ["large vocabulary", "untied"])
 @pytest.mark.parametrize(("method", "mesh"), [("ghost", "fsdp=2,tensor=4"), ("bk", "replica=2,fsdp=2,tensor=2")])
-def test_devices_change_nothing(method, mesh, variant, program, relative, monkeypatch):
+def test_result_is_independent_of_mesh(method, mesh, variant, compiled_sum, relative_error, monkeypatch):
     monkeypatch.setattr(ghost_vocabulary, "BUDGET", 1000)
-    alone, given = program(variant, method)
-    cut, placed = program(variant, method, mesh)
-    (total, norms), (found, cut_norms) = alone(*given), cut(*placed)
-    np.testing.assert_allclose(norms, cut_norms, rtol=1e-4)
-    assert relative(found, total) < 1e-4
+    single, args = compiled_sum(variant, method)
+    sharded, sharded_args = compiled_sum(variant, method, mesh)
+    (total, norms), (sharded_total, sharded_norms) = single(*args), sharded(*sharded_args)
+    np.testing.assert_allclose(norms, sharded_norms, rtol=1e-4)
+    assert relative_error(sharded_total, total) < 1e-4
 
 
-def test_groups_change_nothing_either(program, relative):
-    alone, given = program("many words", "group")
-    cut, placed = program("many words", "group", "fsdp=2,tensor=2")
-    assert relative(cut(*placed)[0], alone(*given)[0]) < 1e-4
+def test_groupwise_result_is_independent_of_mesh(compiled_sum, relative_error):
+    single, args = compiled_sum("large vocabulary", "group")
+    sharded, sharded_args = compiled_sum("large vocabulary", "group", "fsdp=2,tensor=2")
+    assert relative_error(sharded(*sharded_args)[0], single(*args)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["ghost", "bk"])
-def test_no_device_has_the_whole_head(method, program, monkeypatch):
-    """Features are gathered, words are not: nothing on a device has a column for each of the 152."""
-    # Several parts of the vocabulary, as a real one has.
+def test_head_is_not_gathered(method, compiled_sum, monkeypatch):
+    """Features may be all-gathered, but no array on a device spans the vocabulary of 152."""
+    # A small budget splits the vocabulary into several chunks, as for a real model.
     monkeypatch.setattr(ghost_vocabulary, "BUDGET", 1000)
-    text = program("many words", method, "fsdp=2,tensor=4")[0].as_text()
+    text = compiled_sum("large vocabulary", method, "fsdp=2,tensor=4")[0].as_text()
     assert "[16,38]" in text and ",152]" not in text

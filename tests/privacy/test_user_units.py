@@ -1,4 +1,4 @@
-"""Users as units: all examples of one share a row and have one gradient, that of their own mean loss."""
+"""Users as units: all examples of a user share a row and are clipped as one gradient, that of their mean loss."""
 
 import functools
 
@@ -17,148 +17,154 @@ from shiq_jax.training.private_batches import PrivateBatches, units_of
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
-# How many answers each group has, user by user.
+# User -> number of answers in each group.
 USERS = {"one": [2], "two": [3, 2], "four": [2, 2, 3, 2], "three": [2, 4, 2], "another": [3]}
-CASES = {"trajectory": "biases", "pair": "untied", "group": "tied"}
-KINDS = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
+VARIANTS = {"trajectory": "biases", "pair": "untied", "group": "tied"}
+OBJECTIVE_NAMES = {"trajectory": "shiq", "pair": "dpo", "group": "vargrad"}
 
 
 @pytest.fixture(scope="module")
-def owned(tmp_path_factory, answer):
-    """Groups of answers that belong to users; some have prompts in common."""
+def user_buffer(tmp_path_factory, make_record):
+    """Groups of answers with user ids; some users share prompts."""
     rng, records = np.random.default_rng(0), []
     for user, sizes in USERS.items():
-        for number, size in enumerate(sizes):
+        for index, size in enumerate(sizes):
             prompt = rng.integers(5, size=rng.integers(2, 5))
-            records += [answer(rng, prompt, 6, group=f"{number} of {user}", user=user) for _ in range(size)]
-    buffer = Buffer.create(tmp_path_factory.mktemp("owned") / "buffer")
-    # The records of a user need not stand together.
-    buffer.append([records[place] for place in rng.permutation(len(records))])
+            records += [make_record(rng, prompt, 6, group=f"{index} of {user}", user=user) for _ in range(size)]
+    buffer = Buffer.create(tmp_path_factory.mktemp("users") / "buffer")
+    # Shuffle, because records of a user need not be contiguous.
+    buffer.append([records[index] for index in rng.permutation(len(records))])
     return buffer
 
 
 @pytest.fixture(scope="module")
-def statistics(owned, statistics_of):
-    return statistics_of(owned)
+def statistics(user_buffer, make_statistics):
+    return make_statistics(user_buffer)
 
 
 @pytest.fixture(scope="module")
-def drawn(owned, statistics):
-    """(units, a batch of all of them, in the sampler's order, and three places without one)."""
+def units_and_batch(user_buffer, statistics):
+    """Make (units, a batch of all of them in sampled order, padded with three empty rows)."""
 
     @functools.cache
     def make(unit):
-        units = units_of(owned, unit, "user")
-        mechanism = Mechanism.sized(
+        units = units_of(user_buffer, unit, "user")
+        mechanism = Mechanism.from_noise_multiplier(
             dataset_size=len(units), expected_batch=len(units), multiple=4, steps=1, noise_multiplier=0.0, delta=1e-2,
             clip=FlatClip(1.0), unit="user",
         )  # fmt: skip
         secret = Secret.insecure(0)
-        batches = PrivateBatches(owned, units, mechanism, secret, references={"reference": statistics})
-        numbers, real = mechanism.sample(secret.sampling, 0)
-        assert sorted(numbers[real]) == list(range(len(units)))
-        return [units[number] for number in numbers[real]], batches(0).batch
+        batches = PrivateBatches(user_buffer, units, mechanism, secret, references={"reference": statistics})
+        sampled, mask = mechanism.sample(secret.sampling, 0)
+        assert sorted(sampled[mask]) == list(range(len(units)))
+        return [units[index] for index in sampled[mask]], batches(0).batch
 
     return make
 
 
 @pytest.fixture(scope="module")
-def gradients(owned, statistics, drawn, decoder):
-    """(loss of every user, its gradient): the examples one to a row, added up by hand."""
+def user_gradients(user_buffer, statistics, units_and_batch, decoder):
+    """Make (loss, gradient) of every user from batches with one example per row."""
 
     @functools.cache
     def make(unit):
-        model, params = decoder(CASES[unit])
-        objective = OBJECTIVES[KINDS[unit]].configure(beta=0.5)
+        model, params = decoder(VARIANTS[unit])
+        objective = OBJECTIVES[OBJECTIVE_NAMES[unit]].configure(beta=0.5)
 
         def loss(params, batch):
             out = jax.vmap(jax.vmap(objective.loss))(build_examples(model, objective, params, {}, batch))
-            value, weight = (jnp.sum(jnp.where(batch.real, each, 0)) for each in (out.value, out.weight))
+            value, weight = (jnp.sum(jnp.where(batch.real, leaf, 0)) for leaf in (out.value, out.weight))
             return value / weight
 
-        units = drawn(unit)[0]
-        most = max(map(len, units))
-        shape = plan(owned, [(example,) for examples in units for example in examples], multiple=8)._replace(slots=1)
-        gradient = jax.jit(jax.value_and_grad(loss))
-        found = []
+        units = units_and_batch(unit)[0]
+        max_examples = max(map(len, units))
+        shape = plan(user_buffer, [(example,) for examples in units for example in examples], multiple=8)._replace(
+            slots=1
+        )
+        value_and_grad = jax.jit(jax.value_and_grad(loss))
+        results = []
         for examples in units:
             batch = pack(
                 [(example,) for example in examples],
-                owned,
+                user_buffer,
                 shape,
                 references={"reference": statistics},
-                rows_multiple=most,
+                rows_multiple=max_examples,
             ).batch
-            assert batch.real.sum() == len(examples) and batch.real.shape == (most, 1)
-            found.append(jax.device_get(gradient(params, batch)))
-        return found
+            assert batch.real.sum() == len(examples) and batch.real.shape == (max_examples, 1)
+            results.append(jax.device_get(value_and_grad(params, batch)))
+        return results
 
     return make
 
 
-def test_users_have_unlike_numbers_of_examples(drawn):
-    for unit, numbers in (("trajectory", [2, 3, 5, 8, 9]), ("pair", [1, 1, 2, 3, 4]), ("group", [1, 1, 2, 3, 4])):
-        units, batch = drawn(unit)
-        assert sorted(map(len, units)) == numbers
-        # Everything of a user is in a row of its own, and the places without a user hold nothing.
+def test_each_row_holds_all_examples_of_a_user(units_and_batch):
+    for unit, counts in (("trajectory", [2, 3, 5, 8, 9]), ("pair", [1, 1, 2, 3, 4]), ("group", [1, 1, 2, 3, 4])):
+        units, batch = units_and_batch(unit)
+        assert sorted(map(len, units)) == counts
+        # The last three rows are padding.
         assert batch.real.sum(axis=1).tolist() == [*map(len, units), 0, 0, 0]
 
 
-def length_of(tree) -> float:
+def norm(tree) -> float:
     return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "scan"])
-@pytest.mark.parametrize("unit", CASES)
-def test_the_whole_gradient_of_a_user_is_clipped(method, unit, drawn, gradients, decoder, example_losses, relative):
-    model, params = decoder(CASES[unit])
-    batch, known = drawn(unit)[1], gradients(unit)
-    norms = np.array([length_of(grads) for _, grads in known])
-    clip = FlatClip(float(np.median(norms)))
-    factors = np.minimum(1, clip.clip_norm / norms)
+@pytest.mark.parametrize("unit", VARIANTS)
+def test_methods_clip_the_gradient_of_a_user(
+    method, unit, units_and_batch, user_gradients, decoder, unit_losses, relative_error
+):
+    model, params = decoder(VARIANTS[unit])
+    batch, expected = units_and_batch(unit)[1], user_gradients(unit)
+    expected_norms = np.array([norm(grads) for _, grads in expected])
+    clip = FlatClip(float(np.median(expected_norms)))
+    factors = np.minimum(1, clip.clip_norm / expected_norms)
     assert 0 < (factors < 1).sum() < len(factors)
-    losses, mask = example_losses(model, unit), np.any(batch.real, axis=1)
-    total, found, values = jax.jit(
+    losses, mask = unit_losses(model, unit), np.any(batch.real, axis=1)
+    total, norms, values = jax.jit(
         lambda params: clipped_sum(losses, params, batch, clip=clip, mask=mask, method=method)
     )(params)
-    np.testing.assert_allclose(found[: len(norms)], norms, rtol=1e-5)
-    np.testing.assert_allclose(values[: len(norms)], [value for value, _ in known], rtol=1e-5)
-    wanted = jax.tree.map(lambda *leaves: np.tensordot(factors, np.stack(leaves), 1), *(grads for _, grads in known))
-    assert relative(total, wanted) < 1e-5
+    users = len(expected)
+    np.testing.assert_allclose(norms[:users], expected_norms, rtol=1e-5)
+    np.testing.assert_allclose(values[:users], [value for value, _ in expected], rtol=1e-5)
+    expected_total = jax.tree.map(
+        lambda *leaves: np.tensordot(factors, np.stack(leaves), 1), *(grads for _, grads in expected)
+    )
+    assert relative_error(total, expected_total) < 1e-5
 
 
-def test_groupwise_clipping_of_users(drawn, gradients, decoder, example_losses, relative):
-    """Each parameter of each layer by itself, of all examples of the user together."""
-    model, params = decoder(CASES["pair"])
-    batch = drawn("pair")[1]
+def test_groupwise_clipping_of_users(units_and_batch, user_gradients, decoder, unit_losses, relative_error):
+    model, params = decoder(VARIANTS["pair"])
+    batch = units_and_batch("pair")[1]
     clip = Groupwise(FlatClip(1.0), count_groups(params))
 
     def clipped(path, *leaves):
         leaf = np.stack(leaves)
-        lead = 2 if path[0].key == "layers" else 1
-        norms = np.sqrt(np.sum(np.square(leaf), axis=tuple(range(lead, leaf.ndim)), keepdims=True))
-        return np.sum(clip.per_group(norms) * leaf, axis=0)
+        leading_axes = 2 if path[0].key == "layers" else 1
+        norms = np.sqrt(np.sum(np.square(leaf), axis=tuple(range(leading_axes, leaf.ndim)), keepdims=True))
+        return np.sum(clip.group_rule(norms) * leaf, axis=0)
 
-    wanted = jax.tree_util.tree_map_with_path(clipped, *(grads for _, grads in gradients("pair")))
-    losses, mask = example_losses(model, "pair"), np.any(batch.real, axis=1)
+    expected_total = jax.tree_util.tree_map_with_path(clipped, *(grads for _, grads in user_gradients("pair")))
+    losses, mask = unit_losses(model, "pair"), np.any(batch.real, axis=1)
     total, *_ = jax.jit(lambda params: clipped_sum(losses, params, batch, clip=clip, mask=mask))(params)
-    assert relative(total, wanted) < 1e-5
+    assert relative_error(total, expected_total) < 1e-5
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_an_update_takes_rows_of_users(microbatches, drawn, gradients, decoder, relative):
-    model, params = decoder(CASES["pair"])
+def test_update_with_users_as_units(microbatches, units_and_batch, user_gradients, decoder, relative_error):
+    model, params = decoder(VARIANTS["pair"])
     mechanism = Mechanism(
-        dataset_size=50, expected_batch=4, steps=1, noise_multiplier=0.0, delta=1e-3, largest_batch=8, clip=FlatClip(0.5),
-        unit="user",
+        dataset_size=50, expected_batch=4, steps=1, noise_multiplier=0.0, delta=1e-3, largest_batch=8,
+        clip=FlatClip(0.5), unit="user",
     )  # fmt: skip
-    objective, rule = OBJECTIVES["dpo"].configure(beta=0.5), optax.sgd(1.0)
-    state = init_state(model, jax.tree.map(jnp.array, params), rule)
-    update = make_update(model, objective, rule, privacy=mechanism, microbatches=microbatches, method="ghost")
-    state, _ = update(state, drawn("pair")[1], private_key=jax.random.key(5))
-    moved = jax.tree.map(lambda old, new: old - np.asarray(new), params, jax.device_get(state.params()))
-    grads = [grads for _, grads in gradients("pair")]
-    factors = [min(1, 0.5 / length_of(each)) / 4 for each in grads]
-    wanted = jax.tree.map(lambda *leaves: np.tensordot(factors, np.stack(leaves), 1), *grads)
-    assert relative(moved, wanted) < 1e-4
+    objective, optimizer = OBJECTIVES["dpo"].configure(beta=0.5), optax.sgd(1.0)
+    state = init_state(model, jax.tree.map(jnp.array, params), optimizer)
+    update = make_update(model, objective, optimizer, privacy=mechanism, microbatches=microbatches, method="ghost")
+    state, _ = update(state, units_and_batch("pair")[1], private_key=jax.random.key(5))
+    gradient = jax.tree.map(lambda old, new: old - np.asarray(new), params, jax.device_get(state.params()))
+    grads = [grads for _, grads in user_gradients("pair")]
+    factors = [min(1, 0.5 / norm(user_grads)) / 4 for user_grads in grads]
+    expected = jax.tree.map(lambda *leaves: np.tensordot(factors, np.stack(leaves), 1), *grads)
+    assert relative_error(gradient, expected) < 1e-4
