@@ -17,7 +17,7 @@ from experiments import interruption
 from shiq_jax import stopping
 from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
-from shiq_jax.replay.locks import exclusive
+from shiq_jax.replay.locks import exclusive_lock
 from shiq_jax.runs import sampling
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.training import evaluation, reference
@@ -324,10 +324,10 @@ def test_a_lock_outlives_the_removal_of_its_file(tmp_path):
     file, order = tmp_path / "lock", []
 
     def late():
-        with exclusive(file, create=True, waiting=lambda: order.append("waiting")) as held:
+        with exclusive_lock(file, create=True, on_wait=lambda: order.append("waiting")) as held:
             order.append(held and file.exists())
 
-    with exclusive(file, create=True):
+    with exclusive_lock(file, create=True):
         thread = threading.Thread(target=late)
         thread.start()
         while not order:
@@ -336,5 +336,5 @@ def test_a_lock_outlives_the_removal_of_its_file(tmp_path):
     thread.join()
     assert order == ["waiting", True]
     file.unlink()
-    with pytest.raises(FileNotFoundError), exclusive(file):
+    with pytest.raises(FileNotFoundError), exclusive_lock(file):
         pass
