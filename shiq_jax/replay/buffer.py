@@ -54,7 +54,7 @@ class Buffer:
 
     @classmethod
     def open(cls, path: str | Path) -> "Buffer":
-        """Open an existing buffer; raises UserError if it is not a buffer, or a file is missing or has the wrong size."""
+        """Open a buffer; raises UserError if it is not one, or a file is missing or has the wrong size."""
         path = Path(path)
         manifest = Manifest.load(path)
         for entry in [*manifest.shards, *manifest.sidecars()]:
@@ -185,7 +185,8 @@ class Buffer:
         for entry in [*self.manifest.shards, *self.manifest.sidecars()]:
             if storage.checksum(self.path / entry["file"]) != entry["crc32"]:
                 raise UserError(
-                    f"{self.path / entry['file']} is corrupt: its checksum does not match the manifest; restore the file."
+                    f"{self.path / entry['file']} is corrupt: its checksum does not match the manifest; restore the "
+                    "file."
                 )
 
     # ---- statistics ----

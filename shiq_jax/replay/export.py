@@ -114,7 +114,7 @@ def to_dataset(buffer: Buffer) -> "datasets.Dataset":
 
 
 def from_dataset(dataset: "datasets.Dataset") -> Iterator[Record]:
-    """Yield the records of a dataset in the format of `to_dataset`; raises UserError if a required column is missing."""
+    """Yield the records of a dataset with the columns of `to_dataset`; raises UserError if one is missing."""
     names = [field.name for field in storage.RECORD_SCHEMA]
     for name in ("tokens", "action_mask", "rewards", "group"):
         if name not in dataset.column_names:

@@ -130,7 +130,8 @@ def check_available(path: Path) -> None:
     files = [file.name for file in path.glob("*") if file.name != NAME + TEMPORARY]
     if records := [name for name in files if name.startswith("records-")]:
         raise UserError(
-            f"{path} contains {min(records)} of a replay buffer without its {NAME}; restore the manifest or remove the shards."
+            f"{path} contains {min(records)} of a replay buffer without its {NAME}; restore the manifest or remove the "
+            "shards."
         )
     if files:
         raise UserError(

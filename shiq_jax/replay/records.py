@@ -27,8 +27,8 @@ class Record:
 
     Attributes:
         tokens: int32[N], prompt and completion.
-        action_mask: bool[N], True at tokens sampled from the policy. The first entry is False, because no logits predict
-            the first token.
+        action_mask: bool[N], True at tokens sampled from the policy. The first entry is False, because no logits
+            predict the first token.
         rewards: float32[A], the reward of each action; a sequence reward is assigned to the last action.
         behaviour_logp: float32[A] or None, log-probability in nats under the sampling distribution (after temperature,
             top-k and top-p).

@@ -31,7 +31,7 @@ def pack_groups(
     unit: str,
     share_prompts: bool = True,
     *,
-    max_pack_group: int | None = None,
+    max_examples: int | None = None,
     row_length: int | None = None,
 ) -> PackGroups:
     """The pack groups of a buffer, in order of first appearance of their groups.
@@ -42,7 +42,7 @@ def pack_groups(
             gives one (chosen, rejected) example, see `select_pair`; groups without a pair are counted in `left_out`.
             "group": each group is one example.
         share_prompts: False puts every trajectory into its own pack group; pairs and groups always share their prompt.
-        max_pack_group: maximum number of examples per pack group; larger groups of trajectories are split.
+        max_examples: maximum number of examples per pack group; larger groups of trajectories are split.
         row_length: maximum number of tokens per pack group, where shared tokens count once; larger groups of
             trajectories are split between the sequences with the shortest shared prefix. `plan` rejects single
             sequences, pairs and groups that are still too long.
@@ -51,7 +51,7 @@ def pack_groups(
         raise ValueError(f"unit is {unit!r}; choose one of {', '.join(UNITS)}.")
     if not share_prompts and unit != "trajectory":
         raise ValueError(f"share_prompts=False requires unit 'trajectory', but unit is {unit!r}.")
-    for name, value in (("max_pack_group", max_pack_group), ("row_length", row_length)):
+    for name, value in (("max_examples", max_examples), ("row_length", row_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a positive number.")
     groups = group_members(buffer.group_ids())
@@ -62,7 +62,7 @@ def pack_groups(
     if not share_prompts:
         return PackGroups(((number,),) for number in range(len(buffer)))
 
-    return PackGroups(trajectory_groups(groups, buffer, buffer.lengths(), row_length, max_pack_group))
+    return PackGroups(trajectory_groups(groups, buffer, buffer.lengths(), row_length, max_examples))
 
 
 def trajectory_groups(

@@ -93,9 +93,9 @@ def check_length(tree: Tree, length: int) -> None:
         numbers = [number for example in tree.pack_group for number in example]
         longest = int(np.argmax([len(path) for path in tree.trie.paths]))
         raise UserError(
-            f"a pack group of {len(numbers)} sequences has {size} tokens, but a row holds {length} (its longest sequence, "
-            f"record {numbers[longest]}, has {len(tree.trie.paths[longest])}); increase the row length, or shorten or "
-            "split the sequences."
+            f"a pack group of {len(numbers)} sequences has {size} tokens, but a row holds {length} (its longest "
+            f"sequence, record {numbers[longest]}, has {len(tree.trie.paths[longest])}); increase the row length, or "
+            "shorten or split the sequences."
         )
 
 

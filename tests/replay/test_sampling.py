@@ -73,7 +73,7 @@ def test_units_on_a_buffer_small_enough_to_see(make_buffer):
     buffer = buffer_of(make_buffer, [("a", 1), ("b", 5), ("a", 3), ("a", 3), ("c", 2), ("b", 5), ("a", 1)])
     assert pack_groups(buffer, "trajectory") == [((0,), (2,), (3,), (6,)), ((1,), (5,)), ((4,),)]
     assert pack_groups(buffer, "trajectory", share_prompts=False) == [((k,),) for k in range(7)]
-    assert pack_groups(buffer, "trajectory", max_pack_group=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
+    assert pack_groups(buffer, "trajectory", max_examples=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
     assert pack_groups(buffer, "group") == [((0, 2, 3, 6),), ((1, 5),), ((4,),)]
     pairs = pack_groups(buffer, "pair")
     assert pairs == [((2, 0),)] and pairs.left_out == 2
@@ -111,7 +111,7 @@ def test_split_groups_fit_and_lose_nobody(lists, row_length, most, tmp_path_fact
         Record(tokens=[1, *tokens], action_mask=[0] + [1] * len(tokens), rewards=[0.0] * len(tokens), group="g")
         for tokens in lists
     )
-    parts = pack_groups(buffer, "trajectory", max_pack_group=most, row_length=row_length)
+    parts = pack_groups(buffer, "trajectory", max_examples=most, row_length=row_length)
     assert sorted(number for part in parts for (number,) in part) == list(range(len(lists)))
     for part in parts:
         assert len(part) <= (most or len(lists))
@@ -128,6 +128,6 @@ def test_arguments_that_mean_nothing_are_refused(make_buffer):
         pack_groups(buffer, "triple")
     with pytest.raises(ValueError, match="share_prompts=False"):
         pack_groups(buffer, "pair", share_prompts=False)
-    for name in ("max_pack_group", "row_length"):
+    for name in ("max_examples", "row_length"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             pack_groups(buffer, "trajectory", **{name: 0})
