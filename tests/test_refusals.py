@@ -180,7 +180,7 @@ MODELS = {
 }
 DATA = {
     "no file": (without("data.jsonl"), "data.jsonl does not exist"),
-    "nothing": (rows(), "data.jsonl holds no rows"),
+    "nothing": (rows(), "data.jsonl has no rows"),
     "cut": (cut("data.jsonl", -9), "line 8 is not JSON"),
     "no UTF-8": (put("data.jsonl", b'{"prompt": "\xff"}'), "line 1 is not UTF-8"),
     "no object": (rows(ROWS[0], [1]), "line 2 holds a JSON list"),

@@ -81,7 +81,7 @@ def test_a_trained_policy_is_evaluated_on_such_rows(trained, tmp_path):
 def test_unscored_answers_ask_for_a_function_and_its_mistakes_name_row_and_answer(tiny, scorer, tmp_path, capsys):
     data = ["--model", tiny, "--data", str(DATA / "ranked.jsonl"), "--output-dir", str(tmp_path / "run"), *SMALL]
     message = refusal(["shiq", *data], capsys)
-    assert "line 1: the row has no scores: ranks are no rewards" in message and "--reward module:function" in message
+    assert "line 1: the row has no scores: ranks are not rewards" in message and "--reward module:function" in message
     message = refusal(["shiq", *data, "--reward", "own_scores:broken"], capsys)
     assert "line 3" in message and "Spell cat." in message and "'kat'" in message and "finite" in message
     assert not (tmp_path / "run").exists()
