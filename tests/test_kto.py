@@ -149,7 +149,7 @@ def test_a_buffer_keeps_its_labels(finished, tiny, tmp_path, capsys):
 
 
 MISTAKES = {
-    "one prompt": ([row | {"prompt": "say"} for row in ROWS], [], "have one prompt: give more prompts"),
+    "one prompt": ([row | {"prompt": "say"} for row in ROWS], [], "have the same prompt: add prompts"),
     "no labels": ([ROWS[0], {"prompt": "a", "completion": "b"}], [], "line 2: field 'label' is missing"),
     "ties": ([{"prompt": p, "completion": "b", "reward": 1} for p in "ab"], [], "no answer is better or worse"),
     "a threshold for labels": (ROWS, ["--threshold", "1"], "has labels: leave it out"),

@@ -22,7 +22,7 @@ ULTRAFEEDBACK, BINARIZED, RANKED = (
     DIRECTORY / f"{name}.jsonl" for name in ("ultrafeedback", "ultrafeedback_binarized", "ranked")
 )
 TOKENIZER = tiny_tokenizer()
-SCORED_ROW = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
+SCORED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
 
 
 def write(path, rows):
@@ -208,14 +208,14 @@ def test_parquet_gives_the_same_records_as_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([SCORED_ROW | {"scores": [1]}], "line 1: field 'scores' has 1 entries for 2 answers"),
-        ([SCORED_ROW | {"scores": [1, math.inf]}], "line 1: field 'scores' holds inf: expected finite numbers"),
-        ([SCORED_ROW | {"responses": ["a", {"response": "b"}]}], "line 1: field 'responses' mixes text with objects"),
-        ([SCORED_ROW | {"responses": [{"score": 1}, {"response": "b"}]}], "line 1: field 'responses', answer 1 has no text"),
-        ([{name: SCORED_ROW[name] for name in ("responses", "scores")}], "line 1: field 'prompt' is missing"),
-        ([{name: SCORED_ROW[name] for name in ("prompt", "responses")}], "line 1: the row has no scores: .*--reward"),
-        ([SCORED_ROW, {"prompt": "p", "completions": [{"text": "a", "overall_score": 1}]}], "line 2: .*'scores', .*--score"),
-        ([SCORED_ROW, {"prompt": "p", "completion": "a", "reward": 1}], "line 2: .*one scale"),
+        ([SCORED | {"scores": [1]}], "line 1: field 'scores' has 1 entries for 2 answers"),
+        ([SCORED | {"scores": [1, math.inf]}], "line 1: field 'scores' holds inf: expected finite numbers"),
+        ([SCORED | {"responses": ["a", {"response": "b"}]}], "line 1: field 'responses' mixes text with objects"),
+        ([SCORED | {"responses": [{"score": 1}, {"response": "b"}]}], "line 1: field 'responses', answer 1 has no text"),
+        ([{name: SCORED[name] for name in ("responses", "scores")}], "line 1: field 'prompt' is missing"),
+        ([{name: SCORED[name] for name in ("prompt", "responses")}], "line 1: the row has no scores: .*--reward"),
+        ([SCORED, {"prompt": "p", "completions": [{"text": "a", "overall_score": 1}]}], "line 2: .*'scores', .*--score"),
+        ([SCORED, {"prompt": "p", "completion": "a", "reward": 1}], "line 2: .*one scale"),
     ],
 )  # fmt: skip
 def test_invalid_answers_are_reported_with_their_line(data, message, tmp_path):
@@ -251,7 +251,7 @@ def test_prompts_of_answer_rows():
 @pytest.mark.parametrize("score", [math.nan, None, "N/A", "", True])
 def test_answers_without_a_numeric_score_are_left_out(score, tmp_path):
     context = ImportContext()
-    path = write(tmp_path / "data.jsonl", [SCORED_ROW | {"scores": [score, "2.5"]}])
+    path = write(tmp_path / "data.jsonl", [SCORED | {"scores": [score, "2.5"]}])
     (record,) = trajectories(path, TOKENIZER, context)
     assert decode(record)[1] == "b" and record.rewards[-1] == 2.5
     assert +context.left_out == Counter({"answers without a number in 'scores'": 1})
