@@ -187,8 +187,8 @@ DATA = {
     "a field missing": (rows(ROWS[0], {"prompt": "a", "completion": "b"}), "line 2: field 'reward' is missing"),
     "a field of another type": (rows(ROWS[0] | {"prompt": 3}), "line 1: field 'prompt' is of type int"),
     "an empty completion": (rows(ROWS[0] | {"completion": ""}), "line 1: field 'completion' is empty"),
-    "a reward that is NaN": (rows(ROWS[0], ROWS[1] | {"reward": float("nan")}), "line 2: field 'reward' holds NaN"),
-    "a reward that is infinite": (rows(ROWS[0] | {"reward": -1e39}), "line 1: field 'reward' holds -1e+39"),
+    "a reward that is NaN": (rows(ROWS[0], ROWS[1] | {"reward": float("nan")}), "line 2: field 'reward' contains NaN"),
+    "a reward that is infinite": (rows(ROWS[0] | {"reward": -1e39}), "line 1: field 'reward' contains -1e+39"),
     "a token's reward that is NaN": (
         rows(TOKENS | {"rewards": [0, 0, 0, float("nan")]}),
         "line 1: record (group 'a'): rewards is nan at action 1",

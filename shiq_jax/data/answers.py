@@ -259,4 +259,4 @@ def _parse_number(value: Any, name: str) -> float | None:
 
 
 def _too_large(value: Any, name: str) -> float:
-    raise UserError(f"field {name!r} holds {str(value)[:60]}: expected finite numbers")
+    raise UserError(f"field {name!r} contains {str(value)[:60]}: expected finite numbers")

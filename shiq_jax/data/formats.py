@@ -239,7 +239,7 @@ def _completion_record(row: Mapping[str, Any], tokenizer, context: ImportContext
         )
     for value in values:
         if not isinstance(value, int | float) or not abs(value) <= _MAX_REWARD:
-            raise UserError(f"field {name!r} holds {json.dumps(value, default=str)[:60]}: expected finite numbers")
+            raise UserError(f"field {name!r} contains {json.dumps(value, default=str)[:60]}: expected finite numbers")
     feedback = {"label": bool(row["label"])} if context.score is None and row.get("label") in (0, 1) else {}
     if context.score is not None and not isinstance(reward, list):
         feedback["score"] = float(reward)
@@ -252,7 +252,7 @@ def _labeled_record(row: Mapping[str, Any], tokenizer) -> Record:
     check_completion("completion", require_field(row, "completion", "the labeled answer"))
     label = row["label"]
     if not isinstance(label, int | float) or label not in (0, 1):
-        raise UserError(f"field 'label' holds {json.dumps(label, default=str)[:60]}: expected {_LABEL_FORMAT}")
+        raise UserError(f"field 'label' is {json.dumps(label, default=str)[:60]}: expected {_LABEL_FORMAT}")
     encoded = _encode(tokenizer, row, row["completion"])
     return _record(row, encoded, [float(label)], _group(row), label=bool(label))
 

@@ -18,7 +18,7 @@ class ImportContext:
     Attributes:
         score: name of the score field; by default `reward`, or the first of `answers.SCORE_FIELDS` in the row.
         reward: reward function (row, answer text) -> reward for sources without scores.
-        vocab_size: upper bound on token ids; None skips this check.
+        vocab_size: token ids must be less than this; None skips the check.
         accept: filter of valid records. It may raise UserError, to which the reader adds the location of the row.
         left_out: number of answers or prompts without a record, by reason.
         score_source: field of the first row that has scores, or "" for the reward function; None before the first row.

@@ -90,7 +90,7 @@ class Buffer:
 
         Args:
             records: consumed one shard at a time.
-            vocab_size: upper bound on token ids; None skips this check.
+            vocab_size: token ids must be less than this; None skips the check.
             check: whether to `validate` each record; pass False for records that are already validated.
         """
         self._begin_writing()

@@ -27,7 +27,7 @@ def plan(
 ) -> BatchShape:
     """Choose a batch shape that fits every batch of these pack groups; reads each record once.
 
-    A row holds somewhat more actions and examples than the average full row needs.
+    The number of actions and slots per row includes a margin above the average.
 
     Args:
         records: the buffer, another container indexed by record number, or a `Trees`; see `pack`.

@@ -91,7 +91,7 @@ def validate(record: Record, vocab_size: int | None = None, name: str = "record"
 
     Args:
         record: the record.
-        vocab_size: upper bound on token ids; None skips this check.
+        vocab_size: token ids must be less than this; None skips the check.
         name: what the error message calls the record.
     """
     tokens, mask = record.tokens, record.action_mask

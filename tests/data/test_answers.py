@@ -209,7 +209,7 @@ def test_parquet_gives_the_same_records_as_jsonl(tmp_path):
     ("data", "message"),
     [
         ([SCORED | {"scores": [1]}], "line 1: field 'scores' has 1 entries for 2 answers"),
-        ([SCORED | {"scores": [1, math.inf]}], "line 1: field 'scores' holds inf: expected finite numbers"),
+        ([SCORED | {"scores": [1, math.inf]}], "line 1: field 'scores' contains inf: expected finite numbers"),
         ([SCORED | {"responses": ["a", {"response": "b"}]}], "line 1: field 'responses' mixes text with objects"),
         ([SCORED | {"responses": [{"score": 1}, {"response": "b"}]}], "line 1: field 'responses', answer 1 has no text"),
         ([{name: SCORED[name] for name in ("responses", "scores")}], "line 1: field 'prompt' is missing"),

@@ -63,10 +63,10 @@ def make_groups():
 
 @pytest.fixture
 def make_buffer(tmp_path):
-    def make(records, name="buffer", parts=1):
+    def make(records, name="buffer", shards=1):
         buffer = Buffer.create(tmp_path / name)
-        for part in np.array_split(np.arange(len(records)), parts):
-            buffer.append([records[index] for index in part])
+        for indices in np.array_split(np.arange(len(records)), shards):
+            buffer.append([records[index] for index in indices])
         return buffer
 
     return make

@@ -58,7 +58,7 @@ def test_returns_do_not_depend_on_the_position_in_a_shard(make_buffer):
 def test_read_preserves_order_and_repetition(make_record, make_buffer):
     rng = np.random.default_rng(1)
     records = [make_record(rng) for _ in range(7)]
-    buffer = make_buffer(records, parts=3)
+    buffer = make_buffer(records, shards=3)
     indices = np.array([6, 0, 3, 3, 2])
     assert buffer.read(indices) == [records[index] for index in indices]
     for index in (7, -1):
@@ -153,7 +153,7 @@ def test_create_rejects_occupied_paths(make_record, make_buffer, tmp_path):
 
 def test_open_reports_truncated_and_missing_shards(make_record, make_buffer):
     rng = np.random.default_rng(7)
-    buffer = make_buffer([make_record(rng) for _ in range(4)], parts=2)
+    buffer = make_buffer([make_record(rng) for _ in range(4)], shards=2)
     shard = buffer.record_files()[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-20])

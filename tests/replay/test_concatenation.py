@@ -21,7 +21,7 @@ def annotate(buffer, identity, value):
 def test_concatenates_records_and_statistics(make_groups, make_buffer, tmp_path):
     rng = np.random.default_rng(0)
     parts = [make_groups(rng, groups=3) for _ in range(3)]
-    buffers = [make_buffer(part, name=f"part{k}", parts=k + 1) for k, part in enumerate(parts)]
+    buffers = [make_buffer(part, name=f"part{k}", shards=k + 1) for k, part in enumerate(parts)]
     for k, buffer in enumerate(buffers[:2]):
         annotate(buffer, FIRST, -1.0 - k)
     buffers[2].adopt_sampler_statistics(FIRST)
@@ -43,7 +43,7 @@ def test_concatenates_records_and_statistics(make_groups, make_buffer, tmp_path)
 
 def test_interrupted_call_can_be_repeated(make_groups, make_buffer, tmp_path, monkeypatch):
     records = make_groups(np.random.default_rng(1))
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     replace = os.replace
 
     def interrupted_replace(source, target):

@@ -73,7 +73,7 @@ def test_invalid_fields_are_rejected(change, message):
 
 def test_jsonl_has_one_line_per_record(make_groups, make_buffer, tmp_path):
     records = make_groups(np.random.default_rng(0), feedback=True)
-    assert to_jsonl(make_buffer(records, parts=2), tmp_path / "out.jsonl") == len(records)
+    assert to_jsonl(make_buffer(records, shards=2), tmp_path / "out.jsonl") == len(records)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [record_from_json(json.loads(line)) for line in lines] == records
 
@@ -82,7 +82,7 @@ def test_dataset_round_trip(make_groups, make_buffer, tmp_path):
     import datasets
 
     records = make_groups(np.random.default_rng(1), feedback=True)
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     opened = datasets.Dataset.from_file(str(buffer.record_files()[0]))
     assert opened["tokens"][0] == records[0].tokens.tolist() and len(opened) == len(buffer.shards[0])
     dataset = to_dataset(buffer)

@@ -13,12 +13,12 @@ def record(**changes):
 
 
 def test_lists_are_converted_to_the_stored_dtypes():
-    made = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
-    assert (made.tokens.dtype, made.action_mask.dtype) == (np.int32, np.bool_)
-    assert {getattr(made, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {
+    result = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
+    assert (result.tokens.dtype, result.action_mask.dtype) == (np.int32, np.bool_)
+    assert {getattr(result, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {
         np.dtype(np.float32)
     }
-    validate(made, vocab_size=5)
+    validate(result, vocab_size=5)
 
 
 def test_equality_is_bitwise():

@@ -17,7 +17,7 @@ def test_summary_matches_the_records(make_buffer):
         )
         for k in range(5)
     ]
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     summary = buffer.describe()
     counts = {key: summary[key] for key in ("sequences", "groups", "users", "tokens", "actions", "shards")}
     assert counts == dict(sequences=5, groups=3, users=1, tokens=25, actions=10, shards=2)
@@ -32,7 +32,7 @@ def test_summary_matches_the_records(make_buffer):
 
 def test_report_shows_statistics_and_their_coverage(make_record, make_buffer):
     rng = np.random.default_rng(0)
-    buffer = make_buffer([make_record(rng, length=40) for _ in range(4)], parts=2)
+    buffer = make_buffer([make_record(rng, length=40) for _ in range(4)], shards=2)
     assert "none; annotate the buffer" in buffer.report()
     record = buffer[0]
     identity = Identity(weights="ab12", dtype="float32")

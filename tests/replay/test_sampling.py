@@ -31,8 +31,12 @@ def test_schedule_is_stateless(seed, steps):
 def test_orders_are_uniform_and_depend_on_seed_and_epoch():
     size = 50
     first, second = Schedule(size, size, 3).indices(0), Schedule(size, size, 3).indices(1)
-    other = Schedule(size, size, 4).indices(0)
-    assert not np.array_equal(first, second) and not np.array_equal(first, other) and not np.array_equal(second, other)
+    other_seed = Schedule(size, size, 4).indices(0)
+    assert (
+        not np.array_equal(first, second)
+        and not np.array_equal(first, other_seed)
+        and not np.array_equal(second, other_seed)
+    )
     counts = Counter(tuple(Schedule(3, 3, seed).indices(0)) for seed in range(1200))
     assert len(counts) == 6
     # A chi-square statistic with 5 degrees of freedom exceeds 20.5 with probability 0.001.

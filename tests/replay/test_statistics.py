@@ -28,7 +28,7 @@ def test_identity_does_not_depend_on_key_order():
 
 
 def test_interrupted_annotation_resumes(make_groups, make_buffer):
-    buffer = make_buffer(make_groups(np.random.default_rng(0)), parts=3)
+    buffer = make_buffer(make_groups(np.random.default_rng(0)), shards=3)
     assert buffer.missing_statistics(FIRST) == [0, 1, 2]
     buffer.write_statistics(FIRST, 1, fake_statistics(buffer, 1))
     with pytest.raises(UserError, match=r"weights=ab12 for only 1 of 3 shards; finish"):
@@ -66,7 +66,7 @@ def test_buffer_stores_several_identities(make_groups, make_buffer):
 
 def test_sampler_statistics_are_adopted_without_a_copy(make_groups, make_buffer):
     records = make_groups(np.random.default_rng(4))
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     size = buffer.bytes
     buffer.adopt_sampler_statistics(FIRST)
     buffer.adopt_sampler_statistics(FIRST)
@@ -84,7 +84,7 @@ def test_sampler_statistics_are_adopted_without_a_copy(make_groups, make_buffer)
 def test_adoption_requires_lse_in_every_record(make_record, make_buffer):
     rng = np.random.default_rng(5)
     records = [make_record(rng), make_record(rng), make_record(rng, statistics=False)]
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     with pytest.raises(UserError, match="record 2 has no lse from its sampler.*annotate"):
         buffer.adopt_sampler_statistics(FIRST)
     assert Buffer.open(buffer.path).identities() == []
@@ -93,7 +93,7 @@ def test_adoption_requires_lse_in_every_record(make_record, make_buffer):
 @pytest.mark.parametrize("rename", range(2))
 def test_interrupted_write_loses_only_its_shard(make_groups, make_buffer, monkeypatch, rename):
     records = make_groups(np.random.default_rng(6))
-    buffer = make_buffer(records, parts=2)
+    buffer = make_buffer(records, shards=2)
     buffer.write_statistics(FIRST, 0, fake_statistics(buffer, 0))
     replace, calls = os.replace, itertools.count()
 
