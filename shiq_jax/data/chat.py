@@ -1,8 +1,8 @@
-"""From prompts and completions, plain or conversational, to tokens and the mask of the tokens a policy chooses.
+"""Tokenization of prompts and completions, plain or conversational, with their action masks.
 
-A prompt is a text or a list of messages `{"role", "content"}`. A completion is a text, or the messages that follow the
-prompt: assistant turns, and between them tool or user turns, which are context and not actions. Every assistant turn
-ends in the token with which a policy stops, and that token is an action like the others.
+A prompt is text or a list of messages `{"role", "content"}`. A completion is text, or the messages that follow the
+prompt: assistant turns, which are actions, and tool or user turns between them, which are context. Every assistant turn
+ends with a stop token, which is an action too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import numpy as np
 from shiq_jax.errors import UserError, check_not_lfs_pointer
 
 Prompt = str | Sequence[Mapping[str, Any]]
-_MARK = "0MARK0"
+_SENTINEL = "0MARK0"
 
 
 class Encoded(NamedTuple):
-    """A tokenised sequence: tokens int32[N], action_mask bool[N], turn_ends int32[turns].
+    """A tokenized sequence.
 
-    `turn_ends` holds, for each assistant turn, the index in `tokens` of its last action.
+    Attributes:
+        tokens: int32[N].
+        action_mask: bool[N].
+        turn_ends: int32[turns], index in `tokens` of the last action of each assistant turn.
     """
 
     tokens: np.ndarray
@@ -32,11 +35,14 @@ class Encoded(NamedTuple):
 
 
 def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
-    """The transformers tokenizer of a model directory or of a hub id.
+    """Load a transformers tokenizer.
 
-    vocab_size: of the model, when it is known.
-    Raises UserError when there is no tokenizer, or it has a token that lies outside the model's vocabulary. (Vocabularies
-    that are larger than their tokenizer are common: they are filled up to a round number.)
+    Args:
+        path_or_hub_id: a model directory or a hub id.
+        vocab_size: vocabulary size of the model, or None. It may exceed the tokenizer's, because models pad it.
+
+    Raises:
+        UserError: there is no tokenizer, or it has token ids outside the model's vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -51,44 +57,53 @@ def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
         if Path(name).is_dir():
             for file in sorted(Path(name).glob("*token*")):
                 check_not_lfs_pointer(file)
-            found = ", ".join(sorted(entry.name for entry in Path(name).iterdir())) or "nothing"
+            files = ", ".join(sorted(entry.name for entry in Path(name).iterdir())) or "nothing"
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{name} holds no tokenizer that transformers can load ({reason}; it holds: {found}): expected "
-                "tokenizer.json or another tokenizer format beside config.json; save one there with "
-                "tokenizer.save_pretrained"
+                f"{name} has no tokenizer that transformers can load ({reason}; it contains: {files}): expected "
+                "tokenizer.json or another tokenizer format; save one there with tokenizer.save_pretrained"
             ) from error
         raise UserError(
-            f"{name!r} is neither a directory with a tokenizer nor a hub id that can be reached now: check the "
-            "spelling, or download the model and pass its directory"
+            f"{name!r} is neither a directory with a tokenizer nor a reachable hub id: check the spelling, or download "
+            "the model and pass its directory"
         ) from error
     if not len(tokenizer):
         raise UserError(
-            f"the tokenizer of {name} has no tokens: expected a trained vocabulary; copy the right tokenizer.json"
+            f"the tokenizer of {name} has an empty vocabulary: copy the tokenizer.json that the model was trained with"
         )
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if vocab_size is not None and number >= vocab_size:
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size is not None and token_id >= vocab_size:
         raise UserError(
-            f"the tokenizer of {name} gives {token!r} the id {number}, and the model has a vocabulary of {vocab_size}: "
-            "expected the tokenizer that the model was trained with; copy its files beside config.json"
+            f"the tokenizer of {name} maps {token!r} to id {token_id}, but the model has a vocabulary of {vocab_size}: "
+            "expected the tokenizer that the model was trained with; copy its files into the model directory"
         )
     return tokenizer
 
 
 def encode_prompt(tokenizer, prompt: Prompt, tools: Sequence[Mapping] | None = None) -> list[int]:
-    """Token ids from which a policy starts to generate; at least one.
+    """Tokenize a prompt for generation.
 
-    A text is opened as the tokenizer opens texts (with BOS where it has one); messages go through the chat template,
-    with the header of the assistant's turn at the end. `tools` are function descriptions for templates that take them.
+    Text gets the tokenizer's BOS token, if it adds one. Messages are rendered by the chat template with the generation
+    prompt at the end.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        prompt: text or messages.
+        tools: function descriptions for the chat template.
+
+    Raises:
+        UserError: the prompt has no tokens.
     """
     if isinstance(prompt, str):
         tokens = _encode_text(tokenizer, prompt)
     else:
-        tokens = tokenizer(_render(tokenizer, prompt, tools, open_turn=True), add_special_tokens=False).input_ids
+        tokens = tokenizer(
+            _render(tokenizer, prompt, tools, add_generation_prompt=True), add_special_tokens=False
+        ).input_ids
     if not tokens:
         raise UserError(
-            "a prompt is empty and the tokenizer adds no token at its start, so the first action would have no "
-            "predictor: give the prompt some text"
+            "a prompt is empty and the tokenizer adds no BOS token, so no logits predict the first action: add text to "
+            "the prompt"
         )
     return list(tokens)
 
@@ -96,18 +111,21 @@ def encode_prompt(tokenizer, prompt: Prompt, tools: Sequence[Mapping] | None = N
 def encode_completion(
     tokenizer, prompt: Prompt, completion: str | Sequence[Mapping], tools: Sequence[Mapping] | None = None
 ) -> Encoded:
-    """Tokens of prompt and completion, the mask of the completion's actions, and where its turns end.
+    """Tokenize a prompt with its completion.
+
+    A text completion ends with EOS if the prompt is text, and with `end_of_turn` if it is messages; the token is
+    appended if it is missing.
 
     Args:
-      tokenizer: from `load_tokenizer`.
-      prompt: text or messages; its tokens are those of `encode_prompt`, so completions of one prompt share them.
-      completion: text (one assistant turn), or messages of which the assistant's are actions, each with its closing
-        token; the rest of the conversation and the template's own text are context.
-      tools: passed to the chat template.
+        tokenizer: from `load_tokenizer`.
+        prompt: text or messages; its tokens equal `encode_prompt`, so all completions of a prompt share them.
+        completion: text (one assistant turn) or messages. Assistant turns with their closing tokens are actions; other
+            turns and the template's text are context.
+        tools: function descriptions for the chat template.
 
-    Text is closed by `end_of_turn` after messages and by the tokenizer's EOS after a text, unless it ends so already.
-    Raises UserError when the completion has no assistant turn, or when the template renders a turn differently once later
-    turns follow, so that no single sequence of tokens is what the policy saw.
+    Raises:
+        UserError: the completion has no assistant turn, or the template renders earlier turns differently once later
+            turns follow, so that no single token sequence matches the context of every turn.
     """
     if isinstance(completion, str):
         return _encode_single(tokenizer, prompt, completion, tools)
@@ -117,7 +135,7 @@ def encode_completion(
 
 
 def encode_text(tokenizer, text: str) -> Encoded:
-    """A whole text as one turn, closed by EOS: every token is an action but the first, which nothing predicts."""
+    """Tokenize text as a single turn that ends with EOS; every token except the first is an action."""
     tokens = _encode_text(tokenizer, text)
     if not tokens or tokens[-1] != _eos(tokenizer):
         tokens.append(_eos(tokenizer))
@@ -125,31 +143,35 @@ def encode_text(tokenizer, text: str) -> Encoded:
 
 
 def end_of_turn(tokenizer) -> int:
-    """The id of the token that closes an assistant turn: the template's, or EOS for tokenizers without a template."""
+    """Id of the token that closes an assistant turn in the chat template; EOS if there is none."""
     text = ""
     if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        text = _render(tokenizer, turns, None, open_turn=False).rpartition(_MARK)[2]
-    special = _special_ids(tokenizer)
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+        text = _render(tokenizer, turns, None, add_generation_prompt=False).rpartition(_SENTINEL)[2]
+    special_ids = _special_ids(tokenizer)
     for token in tokenizer(text, add_special_tokens=False).input_ids if text else ():
-        if token in special:
+        if token in special_ids:
             return int(token)
     return _eos(tokenizer)
 
 
 def stop_tokens(tokenizer, model: str | Path | None = None) -> tuple[int, ...]:
-    """All ids after which generation stops, sorted: EOS, the chat template's end of turn, and those the model names.
+    """Sorted ids of all stop tokens: EOS, the chat template's end of turn, and the model's `eos_token_id`.
 
-    `model` is a directory or hub id; its generation_config.json (or, without one, its config.json) may list more EOS
-    ids. Raises UserError when that file is not a JSON object.
+    Args:
+        tokenizer: from `load_tokenizer`.
+        model: a directory or hub id, whose generation_config.json (or else config.json) is read; or None.
+
+    Raises:
+        UserError: the configuration file is not a JSON object or its `eos_token_id` is invalid.
     """
-    named = _named_stops(model) if model is not None else None
-    stops = [named] if isinstance(named, int) else named or []
+    eos = _config_eos(model) if model is not None else None
+    stops = [eos] if isinstance(eos, int) else eos or []
     return tuple(sorted({end_of_turn(tokenizer), _eos(tokenizer), *stops}))
 
 
-def _named_stops(model: str | Path) -> int | list[int] | None:
-    """The `eos_token_id` of a model's settings, None when it has none."""
+def _config_eos(model: str | Path) -> int | list[int] | None:
+    """The `eos_token_id` in the model's configuration, or None."""
     for name in ("generation_config.json", "config.json"):
         file = Path(model) / name if Path(model).is_dir() else _hub_file(str(model), name)
         if file is not None and Path(file).is_file():
@@ -157,10 +179,10 @@ def _named_stops(model: str | Path) -> int | list[int] | None:
                 stops = json.loads(Path(file).read_text()).get("eos_token_id")
             except (ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{file} is not a JSON object: expected the model's settings; download it again"
+                    f"{file} is not a JSON object: expected the model's configuration; download it again"
                 ) from error
             if not all(isinstance(stop, int) for stop in (stops if isinstance(stops, list) else [stops or 0])):
-                raise UserError(f"{file} has the eos_token_id {stops!r}: expected a token id, or a list of them")
+                raise UserError(f"{file} has the eos_token_id {stops!r}: expected a token id or a list of token ids")
             return stops
     return None
 
@@ -177,34 +199,36 @@ def _hub_file(name: str, file: str) -> str | None:
 def _eos(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer names no EOS token, so no completion could end: set eos_token in its tokenizer_config.json"
+            "the tokenizer has no EOS token, so completions cannot end: set eos_token in its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
 
 
 def _special_ids(tokenizer) -> set[int]:
-    # Closing tokens are often only marked special in the list of added tokens, not named as a role.
+    # End-of-turn tokens are often marked special only among the added tokens.
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def _encode_text(tokenizer, text: str) -> list[int]:
     tokens = list(tokenizer(text).input_ids)
-    bare = tokenizer(text, add_special_tokens=False).input_ids
-    # Some tokenizers close every text with EOS, which would end a prompt before its completion.
-    if tokens and tokens[-1] == tokenizer.eos_token_id and (not bare or bare[-1] != tokens[-1]):
+    without_special = tokenizer(text, add_special_tokens=False).input_ids
+    # Some tokenizers append EOS to every text, which would end a prompt before its completion.
+    if tokens and tokens[-1] == tokenizer.eos_token_id and (not without_special or without_special[-1] != tokens[-1]):
         tokens = tokens[:-1]
     return tokens
 
 
-def _render(tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None, *, open_turn: bool) -> str:
-    """The chat template's text of these messages, with the assistant's header at the end when `open_turn`."""
+def _render(
+    tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None, *, add_generation_prompt: bool
+) -> str:
+    """Render messages with the chat template; `add_generation_prompt` appends the header of an assistant turn."""
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "a prompt or completion is a list of messages, but the tokenizer has no chat template: give plain text, "
-            "or a model directory whose tokenizer has one"
+            "a prompt or completion is a list of messages, but the tokenizer has no chat template: use plain text, or "
+            "a model whose tokenizer has one"
         )
     if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise UserError(
@@ -216,25 +240,24 @@ def _render(tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | N
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] if tools else None,
             tokenize=False,
-            add_generation_prompt=open_turn,
+            add_generation_prompt=add_generation_prompt,
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
-            f"the tokenizer's chat template refuses a conversation with the roles {roles} ({error}): expected roles "
+            f"the tokenizer's chat template rejects a conversation with the roles {roles} ({error}): expected roles "
             "and contents that the template supports"
         ) from error
 
 
-def _continue(tokenizer, text: str, tokens: list[int], addition: str, *, plain: bool) -> list[int]:
+def _encode_continuation(tokenizer, text: str, tokens: list[int], addition: str, *, plain: bool) -> list[int]:
     """Tokens of `addition` after `text`, whose tokens are `tokens`.
 
-    Tokenising both at once gives what the policy would have been trained on, and spares tokenizers that open every text
-    with a space; where the boundary falls inside a token, the addition is tokenised alone and the prompt stays as it
-    is.
+    Tokenizes both together, because some tokenizers add a space at the start of every text. If the boundary falls
+    inside a token, tokenizes `addition` alone, so that the tokens of `text` do not change.
     """
-    whole = text + addition
-    joint = _encode_text(tokenizer, whole) if plain else tokenizer(whole, add_special_tokens=False).input_ids
+    full = text + addition
+    joint = _encode_text(tokenizer, full) if plain else tokenizer(full, add_special_tokens=False).input_ids
     if joint[: len(tokens)] == tokens and len(joint) > len(tokens):
         return list(joint[len(tokens) :])
     return list(tokenizer(addition, add_special_tokens=False).input_ids)
@@ -243,8 +266,8 @@ def _continue(tokenizer, text: str, tokens: list[int], addition: str, *, plain: 
 def _encode_single(tokenizer, prompt: Prompt, completion: str, tools: Sequence[Mapping] | None) -> Encoded:
     plain = isinstance(prompt, str)
     tokens = encode_prompt(tokenizer, prompt, tools)
-    text = prompt if plain else _render(tokenizer, prompt, tools, open_turn=True)
-    answer = _continue(tokenizer, text, tokens, completion, plain=plain) if completion else []
+    text = prompt if plain else _render(tokenizer, prompt, tools, add_generation_prompt=True)
+    answer = _encode_continuation(tokenizer, text, tokens, completion, plain=plain) if completion else []
     stop = _eos(tokenizer) if plain else end_of_turn(tokenizer)
     if not answer or answer[-1] != stop:
         answer.append(stop)
@@ -255,7 +278,8 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in completion]
     if "assistant" not in roles:
         raise UserError(
-            f"a completion has the roles {roles}: expected at least one assistant message, for only those are actions"
+            f"a completion has the roles {roles}: expected at least one assistant message, because only those are "
+            "actions"
         )
     last = max(index for index, role in enumerate(roles) if role == "assistant")
     stop = end_of_turn(tokenizer)
@@ -265,10 +289,14 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
         nonlocal text, tokens
         if not rendered.startswith(text):
             raise UserError(
-                f"the tokenizer's chat template rewrites earlier turns when {reason}, so one sequence of tokens "
-                "cannot be what the policy saw at every turn: give one record per turn, or a template that only appends"
+                f"the tokenizer's chat template rewrites earlier turns when {reason}, so no single token sequence "
+                "matches the context of every turn: use one row per turn, or a template that only appends"
             )
-        new = _continue(tokenizer, text, tokens, rendered[len(text) :], plain=False) if rendered != text else []
+        new = (
+            _encode_continuation(tokenizer, text, tokens, rendered[len(text) :], plain=False)
+            if rendered != text
+            else []
+        )
         text, tokens = rendered, tokens + new
         return new
 
@@ -276,8 +304,12 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
         if roles[index] != "assistant":
             continue
         history = prompt + completion[:index]
-        pieces.append((advance(_render(tokenizer, history, tools, open_turn=True), "a turn is opened"), False))
-        turn = advance(_render(tokenizer, history + [completion[index]], tools, open_turn=False), "a turn is added")
+        pieces.append(
+            (advance(_render(tokenizer, history, tools, add_generation_prompt=True), "a turn is opened"), False)
+        )
+        turn = advance(
+            _render(tokenizer, history + [completion[index]], tools, add_generation_prompt=False), "a turn is added"
+        )
         if stop in turn:
             end = len(turn) - turn[::-1].index(stop)
             pieces += [(turn[:end], True), (turn[end:], False)]
@@ -285,8 +317,8 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
             pieces.append((turn + [stop], True))
         else:
             raise UserError(
-                "the tokenizer's chat template closes an assistant turn with no token of its own, so a policy could "
-                "not end it: use a template that closes turns, or one record per turn"
+                "the tokenizer's chat template closes an assistant turn without a special token, so a policy cannot "
+                "end it: use a template that closes turns, or one row per turn"
             )
     while not pieces[-1][1]:
         pieces.pop()
@@ -294,7 +326,7 @@ def _encode_turns(tokenizer, prompt: list, completion: list, tools: Sequence[Map
 
 
 def _assemble(pieces: list[tuple[list[int], bool]]) -> Encoded:
-    """Concatenate pieces of tokens, each wholly actions or wholly context."""
+    """Concatenate pieces of tokens, each either all actions or all context."""
     tokens = [token for piece, _ in pieces for token in piece]
     mask = [is_action for piece, is_action in pieces for _ in piece]
     ends, position = [], 0

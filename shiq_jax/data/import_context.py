@@ -1,4 +1,4 @@
-"""The options of a reader of data files, and what it counts."""
+"""Options and counts of a data import."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from shiq_jax.replay.records import Record, validate
 
 @dataclasses.dataclass
 class ImportContext:
-    """The options with which one source is read, and what was left out of it.
+    """Options and counts of importing one source.
 
     Attributes:
-        score: the field that holds scores; by default `reward`, or the first of `answers.SCORES` that a row knows.
-        reward: scores the text of an answer to a row, for sources without scores.
-        vocab_size: when given, token ids must lie below it.
-        accept: whether a valid record is wanted; it may raise UserError, to which the row's place is added.
-        left_out: how many answers or prompts gave no record, by reason.
-        scale: where the scores of the source stand, settled by its first row: a field, or "" for `reward`.
+        score: name of the score field; by default `reward`, or the first of `answers.SCORE_FIELDS` in the row.
+        reward: reward function (row, answer text) -> reward for sources without scores.
+        vocab_size: token ids must be less than this; None skips the check.
+        accept: filter of valid records. It may raise UserError, to which the reader adds the location of the row.
+        left_out: number of answers or prompts without a record, by reason.
+        score_source: field of the first row that has scores, or "" for the reward function; None before the first row.
     """
 
     score: str | None = None
@@ -29,29 +29,34 @@ class ImportContext:
     vocab_size: int | None = None
     accept: Callable[[Record], bool] = lambda record: True
     left_out: Counter = dataclasses.field(default_factory=Counter)
-    scale: str | None = None
+    score_source: str | None = None
 
-    def wanted(self, record: Record) -> bool:
-        """Whether a record that was read is wanted; raises UserError when it is not valid.
+    def validate_and_accept(self, record: Record) -> bool:
+        """Validate a record and return whether `accept` keeps it; raises UserError if it is invalid.
 
-        Every reader asks this of each record that it made, once; nothing else validates them.
+        Readers call this once per record; it is the only validation of imported records.
         """
         validate(record, self.vocab_size)
         return self.accept(record)
 
-    def settle(self, field: str | None, otherwise: str) -> bool:
-        """Whether scores stand in `field`; if in None, `reward` gives them. All rows of a source must agree.
+    def check_score_source(self, field: str | None, hint: str) -> bool:
+        """Check that all rows take their scores from the same source; returns whether that is a field.
 
-        Raises UserError when there are no scores and no `reward`, `otherwise` being what to do then, or when rows differ.
+        Args:
+            field: the field with the scores of the current row; None if `reward` computes them.
+            hint: what to do if there are no scores and no `reward`, for the error message.
+
+        Raises:
+            UserError: there are no scores and no `reward`, or the source differs from that of previous rows.
         """
         if field is None and self.reward is None:
-            raise UserError(f"the row has no scores: {otherwise}")
-        if self.scale is None:
-            self.scale = field or ""
-        if self.scale != (field or ""):
-            names = [repr(name) if name else "no field" for name in (self.scale, field)]
+            raise UserError(f"the row has no scores: {hint}")
+        if self.score_source is None:
+            self.score_source = field or ""
+        if self.score_source != (field or ""):
+            previous, current = (repr(name) if name else "no field" for name in (self.score_source, field))
             raise UserError(
-                f"the scores of rows before this one stand in {names[0]}, of this one in {names[1]}: give rows whose "
-                "scores are on one scale, or name the field of all with --score"
+                f"previous rows have their scores in {previous}, but this row has them in {current}: use rows with "
+                "scores on one scale, or select the field with --score"
             )
         return field is not None

@@ -1,7 +1,7 @@
-"""What is prompt and what is answer in a preference, in the spellings that preference data sets use.
+"""Separation of prompt and answers in preference pairs, in the formats of common preference datasets.
 
-Answers are text or messages; messages hold the answer alone, or the whole conversation with the prompt at its head; the
-prompt may be text, messages, or absent, and is then what both conversations share.
+Answers are text or messages; messages are the answer alone or the full conversation including the prompt. The prompt is
+text or messages; if it is missing, it is the shared beginning of both conversations.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ Messages = list[dict[str, Any]]
 
 
 def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, str | Messages]:
-    """Prompt, chosen answer and rejected answer of a row with `chosen`, `rejected` and, as a rule, `prompt`.
+    """Split a row with `chosen`, `rejected` and usually `prompt` into prompt, chosen answer and rejected answer.
 
-    The prompt comes back as text only when the answers are text. Raises UserError when a field is missing, the kinds do
-    not go together, or whole conversations do not continue the prompt.
+    Text prompts become a user message unless the answers are text.
+
+    Raises:
+        UserError: a field is missing, the answers are of different types, or the conversations do not start with the
+            prompt.
     """
     for name in ("chosen", "rejected"):
         if name not in row:
@@ -44,27 +47,27 @@ def split_pair(row: Mapping[str, Any]) -> tuple[str | Messages, str | Messages, 
         base = list(prompt)
     else:
         raise UserError(
-            "field 'prompt' is neither text nor messages: expected one of them, or no prompt beside conversations"
+            "field 'prompt' is neither text nor messages: expected one of them, or no prompt with conversations"
         )
-    if _continues(chosen, base) and _continues(rejected, base):
+    if _starts_with(chosen, base) and _starts_with(rejected, base):
         return base, chosen[len(base) :], rejected[len(base) :]
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         return base, chosen, rejected
-    shared, first, second = _split_shared(chosen, rejected)
-    # A system message is often put in front of a prompt that is given as text.
-    if not _continues(shared[-len(base) :], base):
+    shared, chosen_answer, rejected_answer = _split_shared(chosen, rejected)
+    # Conversations often start with a system message that a text prompt does not include.
+    if not _starts_with(shared[-len(base) :], base):
         raise UserError(
             "fields 'chosen' and 'rejected' are conversations that do not begin with the prompt: expected the answers "
-            "alone, or the prompt's messages and then the answers"
+            "alone, or the prompt's messages followed by the answers"
         )
-    return shared, first, second
+    return shared, chosen_answer, rejected_answer
 
 
 def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[str | Messages, str, str]:
     if prompt is None:
         shared = len(os.path.commonprefix([chosen, rejected]))
-        # The shared part ends at a word, so that no token is cut in two; both answers keep at least a character. A
-        # space goes to the answers, for most vocabularies write a word with the space before it.
+        # End the prompt at a word boundary, so that no token is split. A space is left to the answers, because most
+        # tokenizers attach it to the following word. Both answers keep at least one character.
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
         while shared > 0 and not chosen[shared - 1].isspace():
             shared -= 1
@@ -84,7 +87,7 @@ def _split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, Messa
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
         shared += 1
-    # What comes after the prompt begins with the assistant.
+    # The answers must start with an assistant turn.
     while shared and chosen[shared]["role"] != "assistant":
         shared -= 1
     if not shared:
@@ -103,9 +106,9 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _continues(conversation: Sequence[Mapping], base: Sequence[Mapping]) -> bool:
+def _starts_with(conversation: Sequence[Mapping], base: Sequence[Mapping]) -> bool:
     return len(conversation) >= len(base) > 0 and all(map(_same, conversation, base))
 
 
-def _same(one: Mapping, other: Mapping) -> bool:
-    return one.get("role") == other.get("role") and one.get("content") == other.get("content")
+def _same(left: Mapping, right: Mapping) -> bool:
+    return left.get("role") == right.get("role") and left.get("content") == right.get("content")

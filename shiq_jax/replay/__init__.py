@@ -1,4 +1,4 @@
-"""Records, the buffer that keeps them on disk, the order in which they are drawn, and their packing into batches."""
+"""Records, the on-disk replay buffer, batch schedules, and packing into fixed-shape batches."""
 
 from shiq_jax.replay.buffer import Buffer
 from shiq_jax.replay.concatenation import concatenate

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file, which the kernel lets go of however its process ends."""
+"""Exclusive file locks that the kernel releases when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# How file systems say that they know no such locks.
+# Errors of file systems that do not support flock.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, *, create: bool = False, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Hold the lock of a file; it may be taken off the disk while it is held.
+def exclusive_lock(path: Path, *, create: bool = False, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold an exclusive lock on a file.
+
+    The file may be deleted while the lock is held; the next holder then locks the file that replaces it.
 
     Args:
-        path: the file; what it holds is left alone.
-        create: make the file if it is missing.
-        waiting: called once before waiting for another holder; without it there is no waiting.
+        path: the file; its contents are not changed.
+        create: create the file if it is missing.
+        on_wait: called once before waiting for another holder; None raises BlockingIOError instead of waiting.
 
     Yields:
-        True, or False where the file system knows no locks and nothing is held.
+        True, or False if the file system does not support locks and none is held.
 
     Raises:
-        BlockingIOError: another holds the lock, and there is no `waiting`.
-        FileNotFoundError: there is no such file.
+        BlockingIOError: the lock is held elsewhere and `on_wait` is None.
+        FileNotFoundError: the file does not exist and `create` is False.
     """
     while True:
         descriptor = _open(path, os.O_CREAT if create else 0)
         try:
-            held = _lock(descriptor, waiting)
-            # A holder may have removed the file after it was opened here; its name then means another file, or none.
-            if not held or _is(path, descriptor):
+            held = _lock(descriptor, on_wait)
+            # The previous holder may have deleted the file after it was opened here; then lock its replacement.
+            if not held or _is_current(path, descriptor):
                 yield held
                 return
         finally:
@@ -43,20 +45,20 @@ def exclusive(path: Path, *, create: bool = False, waiting: Callable[[], None] |
 
 def _open(path: Path, flags: int) -> int:
     try:
-        # Network file systems give such a lock to those only who may write.
+        # NFS grants exclusive locks only on descriptors that are open for writing.
         return os.open(path, os.O_RDWR | flags, 0o666)
     except PermissionError:
         return os.open(path, os.O_RDONLY)
 
 
-def _lock(descriptor: int, waiting: Callable[[], None] | None) -> bool:
+def _lock(descriptor: int, on_wait: Callable[[], None] | None) -> bool:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting is None:
+            if on_wait is None:
                 raise
-            waiting()
+            on_wait()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
@@ -65,7 +67,8 @@ def _lock(descriptor: int, waiting: Callable[[], None] | None) -> bool:
     return True
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def _is_current(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     return False

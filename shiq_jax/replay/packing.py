@@ -1,7 +1,8 @@
-"""PackGroups of examples laid out in rows of equal length, each token once, each distinct action once.
+"""Packing of examples into rows of equal length; shared prefixes and shared actions are stored once.
 
-A pack_group becomes a `Trie`, a row a forest of tries. Key `k` of a row is visible to query `q` exactly when `k <= q` and
-`enter[k] <= enter[q] < exit[k]`; pack_groups of one row have disjoint intervals, and padding sees only padding.
+The sequences of a pack group form a `Trie`, and a packed row is a forest of tries. Key `k` is visible to query `q` iff
+`k <= q` and `enter[k] <= enter[q] < exit[k]`. Pack groups in a row have disjoint intervals, and padding attends only to
+padding.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,23 +21,22 @@ from shiq_jax.replay.trees import Records, Tree, Trees, check_length
 
 
 class Batch(NamedTuple):
-    """What an update step reads; numpy arrays as `pack` makes them.
+    """Input of an update step; `pack` returns numpy arrays.
 
-    The hidden states at `predictors` predict `targets`; the statistics of these distinct actions [rows, A], taken by
-    `gather`, are the policy's TokenStats [rows, slots, K, T].
+    The hidden states at `predictors` predict `targets`. Indexing their token statistics [rows, A] with `gather` gives
+    the policy's TokenStats [rows, slots, K, T].
 
     Attributes:
         tokens: int32[rows, L].
-        positions: int32[rows, L], along the path from the beginning of a sequence.
+        positions: int32[rows, L], the position of each token in its sequence.
         intervals: int32[rows, L, 2], (enter, exit) of each token.
         predictors: int32[rows, A], row index of the token before each distinct action; 0 at padding.
-        targets: int32[rows, A], the token id of that action; 0 at padding.
+        targets: int32[rows, A], token id of each distinct action; 0 at padding.
         gather: int32[rows, slots, K, T], index into the A axis for each action of each sequence; -1 at padding.
-        example: leading axes [rows, slots]; action_mask is `gather >= 0`, rewards float32[rows, slots, K, T],
-            references name -> TokenStats float32[rows, slots, K, T], None without any; 0 at padding;
-            labels bool[rows, slots, K], the records' labels, and without these whether their rewards sum to more
-            than 0.
-        real: bool[rows, slots], the slots that hold an example.
+        example: leading axes [rows, slots]. action_mask is `gather >= 0`. rewards is float32[rows, slots, K, T] and
+            references maps names to TokenStats of that shape (None if there are none), with 0 at padding. labels is
+            bool[rows, slots, K]: the label of each record, or whether its return is positive if it has none.
+        real: bool[rows, slots], False at padding slots.
     """
 
     tokens: Int32[np.ndarray, "rows L"]
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """Sizes that all batches of a run share, so that few programs are compiled."""
+    """Sizes shared by all batches of a run, so that few programs are compiled."""
 
     length: int  # L, tokens per row
     actions: int  # A, distinct actions per row
@@ -60,12 +60,12 @@ class BatchShape(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A batch and where it came from.
+    """A batch and the records in it.
 
     Attributes:
         batch: see `Batch`.
-        members: int[rows, slots, K], the record number of each sequence; -1 where there is none.
-        fill: the share of the row places that hold a token.
+        members: int[rows, slots, K], the record number of each sequence; -1 at padding.
+        fill: fraction of the token positions that are not padding.
     """
 
     batch: Batch
@@ -74,7 +74,7 @@ class Packed(NamedTuple):
 
 
 Statistic = tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]
-# Whatever gives (logp, lse) of a record by its number.
+# (logp, lse) of a record by its number.
 RecordStatistics = StoredStatistics | Mapping[int, Statistic] | Sequence[Statistic]
 References = Mapping[str, RecordStatistics]
 NO_REFERENCES: References = MappingProxyType({})
@@ -88,91 +88,98 @@ def pack(
     references: References = NO_REFERENCES,
     rows_multiple: int = 1,
 ) -> Packed:
-    """Lays pack_groups out in as few rows as first-fit, longest first, finds.
+    """Pack pack groups into rows by first-fit decreasing.
 
     Args:
-        batch: the pack_groups of one step.
-        records: whatever gives the Record of a record number by `records[number]`, such as the buffer itself; or
-            their `Trees`, which are built once for all batches.
-        shape: from `plan`; raises UserError when a pack_group exceeds it.
-        references: by name, the statistics that fill `Example.references`: whatever gives (logp, lse) float32[A] by
-            record number.
-        rows_multiple: rows come in a multiple of this, and in few different numbers (`row_count`); padding rows hold
-            nothing.
+        batch: the pack groups of one step.
+        records: the buffer, or another container indexed by record number; or a `Trees`, which reuses tries across
+            batches.
+        shape: from `plan`.
+        references: maps each name in `Example.references` to a container of (logp, lse) float32[A], indexed by record
+            number.
+        rows_multiple: the number of rows is padded to a multiple of this, and to few distinct values (`row_count`).
+
+    Raises:
+        UserError: a pack group exceeds `shape`.
     """
     if not batch:
-        raise ValueError("the batch holds no pack_group; give at least one.")
-    built = Trees.of(records)
-    trees = [built[pack_group] for pack_group in batch]
+        raise ValueError("the batch is empty; give at least one pack group.")
+    tree_cache = Trees.wrap(records)
+    trees = [tree_cache[pack_group] for pack_group in batch]
     for tree in trees:
-        _check(tree, shape)
+        _check_shape(tree, shape)
     layout = first_fit([tree.demand for tree in trees], shape)
     rows = row_count(len(layout), rows_multiple)
-    out = _blank(rows, shape, references)
-    for row, contents in enumerate(layout):
-        _fill_row(out, row, [trees[number] for number in contents], references)
+    out = _empty_batch(rows, shape, references)
+    for row, indices in enumerate(layout):
+        _fill_row(out, row, [trees[index] for index in indices], references)
     tokens = sum(len(tree.trie.tokens) for tree in trees)
     return Packed(out.batch, out.members, tokens / (rows * shape.length))
 
 
 def full_rows(tokens: Int[np.ndarray, "rows length"]) -> Batch:
-    """A batch of sequences of one length, each a row and an example, of which all tokens but the first are actions."""
+    """A batch with one sequence of full length per row, in which every token except the first is an action."""
     rows, length = tokens.shape
-    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    gather = places[:, None, None, :-1]
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    gather = positions[:, None, None, :-1]
     return Batch(
-        tokens=tokens.astype(np.int32), positions=places, predictors=places[:, :-1],
-        # Nothing branches off: all later tokens see each token.
-        intervals=np.stack([np.zeros_like(places), np.ones_like(places)], axis=-1),
+        tokens=tokens.astype(np.int32), positions=positions, predictors=positions[:, :-1],
+        # One sequence per row: the interval [0, 1) makes attention causal.
+        intervals=np.stack([np.zeros_like(positions), np.ones_like(positions)], axis=-1),
         targets=tokens[:, 1:].astype(np.int32), gather=gather, real=np.ones((rows, 1), bool),
         example=Example(action_mask=np.ones(gather.shape, bool), rewards=np.zeros(gather.shape, np.float32)),
     )  # fmt: skip
 
 
 def row_count(rows: int, multiple: int = 1) -> int:
-    """`rows` rounded up to a multiple, and further to one of eight multiples per octave: at most an eighth more."""
+    """Round `rows` up to a multiple, and to one of eight sizes per power of two, which adds at most an eighth."""
     units = -(-rows // multiple)
     step = 1 << max(units.bit_length() - 4, 0)
     return round_up(units, step) * multiple
 
 
-def _check(tree: Tree, shape: BatchShape) -> None:
+def _check_shape(tree: Tree, shape: BatchShape) -> None:
     check_length(tree, shape.length)
-    found = {
+    sizes = {
         "actions": len(tree.actions),
         "slots": len(tree.pack_group),
         "sequences": max(map(len, tree.pack_group)),
         "steps": max(map(len, tree.ranks)),
     }
-    for name, size in found.items():
+    for name, size in sizes.items():
         if size > getattr(shape, name):
             raise UserError(
-                f"the pack_group of record {tree.pack_group[0][0]} needs {name}={size} and the shape has "
-                f"{name}={getattr(shape, name)}; make the shape with plan() from all the pack_groups in use."
+                f"the pack group of record {tree.pack_group[0][0]} needs {name}={size}, but the batch shape has "
+                f"{name}={getattr(shape, name)}; call plan() with all pack groups in use."
             )
 
 
 def first_fit(demands: Sequence[tuple[int, int, int]], shape: BatchShape) -> list[list[int]]:
-    """For each row the numbers of what lies in it: longest first, each in the first row that has room in all three."""
+    """First-fit decreasing by tokens: the indices of the items in each row.
+
+    Args:
+        demands: (tokens, distinct actions, slots) of each item.
+        shape: capacity of a row.
+    """
     rows: list[list[int]] = []
-    left = np.zeros((len(demands), 3), np.int64)
-    for number in sorted(range(len(demands)), key=lambda number: -demands[number][0]):
-        fits = (left[: len(rows)] >= demands[number]).all(1)
+    free = np.zeros((len(demands), 3), np.int64)
+    for index in sorted(range(len(demands)), key=lambda index: -demands[index][0]):
+        fits = (free[: len(rows)] >= demands[index]).all(1)
         row = int(np.argmax(fits)) if fits.any() else len(rows)
         if row == len(rows):
-            left[row] = shape.length, shape.actions, shape.slots
+            free[row] = shape.length, shape.actions, shape.slots
             rows.append([])
-        rows[row].append(number)
-        left[row] -= demands[number]
+        rows[row].append(index)
+        free[row] -= demands[index]
     return rows
 
 
-def _blank(rows: int, shape: BatchShape, names: Iterable[str]) -> Packed:
+def _empty_batch(rows: int, shape: BatchShape, names: Iterable[str]) -> Packed:
     def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
         return np.zeros((rows, *axes), dtype)
 
-    dense = (shape.slots, shape.sequences, shape.steps)
-    references = {name: TokenStats(*(zeros(*dense, dtype=np.float32) for _ in range(2))) for name in names}
+    action_axes = (shape.slots, shape.sequences, shape.steps)
+    references = {name: TokenStats(*(zeros(*action_axes, dtype=np.float32) for _ in range(2))) for name in names}
     intervals = zeros(shape.length, 2)
     intervals[..., 1] = 1
     batch = Batch(
@@ -181,12 +188,12 @@ def _blank(rows: int, shape: BatchShape, names: Iterable[str]) -> Packed:
         intervals=intervals,
         predictors=zeros(shape.actions),
         targets=zeros(shape.actions),
-        gather=np.full((rows, *dense), -1, np.int32),
+        gather=np.full((rows, *action_axes), -1, np.int32),
         example=Example(
-            action_mask=zeros(*dense, dtype=np.bool_),
-            rewards=zeros(*dense, dtype=np.float32),
+            action_mask=zeros(*action_axes, dtype=np.bool_),
+            rewards=zeros(*action_axes, dtype=np.float32),
             references=references or None,
-            labels=zeros(*dense[:2], dtype=np.bool_),
+            labels=zeros(*action_axes[:2], dtype=np.bool_),
         ),
         real=zeros(shape.slots, dtype=np.bool_),
     )
@@ -194,49 +201,53 @@ def _blank(rows: int, shape: BatchShape, names: Iterable[str]) -> Packed:
 
 
 def _fill_row(out: Packed, row: int, trees: Sequence[Tree], references: References) -> None:
-    """Writes the trees one after another, moving token indices, action indices and sequence numbers along."""
+    """Write trees into a row one after another, offsetting token indices, action indices and sequence numbers."""
     batch = out.batch
     token = action = slot = number = 0
     for tree in trees:
-        trie, size, acts = tree.trie, len(tree.trie.tokens), len(tree.actions)
+        trie, size, num_actions = tree.trie, len(tree.trie.tokens), len(tree.actions)
         batch.tokens[row, token : token + size] = trie.tokens
         batch.positions[row, token : token + size] = trie.depth
         batch.intervals[row, token : token + size, 0] = trie.enter + number
         batch.intervals[row, token : token + size, 1] = trie.exit + number
-        batch.predictors[row, action : action + acts] = trie.parent[tree.actions] + token
-        batch.targets[row, action : action + acts] = trie.tokens[tree.actions]
+        batch.predictors[row, action : action + num_actions] = trie.parent[tree.actions] + token
+        batch.targets[row, action : action + num_actions] = trie.tokens[tree.actions]
         sequences = zip(tree.records, tree.ranks, strict=True)
         for example in tree.pack_group:
             batch.real[row, slot] = True
             for k, member in enumerate(example):
                 out.members[row, slot, k] = member
-                known = {name: statistics[member] for name, statistics in references.items()}
+                statistics = {name: reference[member] for name, reference in references.items()}
                 record, ranks = next(sequences)
-                _fill_sequence(batch, (row, slot, k), ranks + action, record, known)
+                _fill_sequence(batch, (row, slot, k), ranks + action, record, statistics)
             slot += 1
-        token, action, number = token + size, action + acts, number + len(tree.ranks)
+        token, action, number = token + size, action + num_actions, number + len(tree.ranks)
     batch.intervals[row, token:] = (number, number + 1)
 
 
 def _fill_sequence(
-    batch: Batch, place: tuple[int, int, int], actions: np.ndarray, record: Record, known: Mapping[str, Statistic]
+    batch: Batch,
+    index: tuple[int, int, int],
+    actions: np.ndarray,
+    record: Record,
+    statistics: Mapping[str, Statistic],
 ) -> None:
     count = len(actions)
-    batch.gather[place][:count] = actions
-    batch.example.action_mask[place][:count] = True
-    batch.example.rewards[place][:count] = record.rewards
+    batch.gather[index][:count] = actions
+    batch.example.action_mask[index][:count] = True
+    batch.example.rewards[index][:count] = record.rewards
     label = record.label
-    batch.example.labels[place] = record.rewards.sum(dtype=np.float64) > 0 if label is None else label
-    for name, (logp, lse) in known.items():
+    batch.example.labels[index] = record.rewards.sum(dtype=np.float64) > 0 if label is None else label
+    for name, (logp, lse) in statistics.items():
         if len(logp) != count or len(lse) != count:
             raise ValueError(
-                f"statistics of {len(logp)} and {len(lse)} actions came with a record of {count}; give the (logp, lse) "
-                f"of {name!r} by the same record numbers."
+                f"reference {name!r} has {len(logp)} logp and {len(lse)} lse values for a record with {count} actions; "
+                "index its statistics by the same record numbers."
             )
         stats = batch.example.references[name]
-        stats.logp[place][:count], stats.lse[place][:count] = logp, lse
+        stats.logp[index][:count], stats.lse[index][:count] = logp, lse
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not less than `value`."""
+    """The smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple

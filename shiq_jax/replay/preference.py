@@ -1,4 +1,4 @@
-"""Which two answers to a prompt make a pair."""
+"""Selection of a preference pair among the answers to a prompt."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,24 @@ import numpy as np
 from jaxtyping import Float
 
 
-def chosen_and_rejected(
+def select_pair(
     chosen: Sequence[bool | None],
     ranks: Sequence[float | None],
     scores: Sequence[float | None],
     returns: Float[np.ndarray, " answers"],
 ) -> tuple[int, int] | None:
-    """Places of the chosen and the rejected answer among those to one prompt; None when none is better than another.
+    """Indices of the chosen and the rejected answer to a prompt; None if no answer is preferred to another.
 
-    What the data say decides: `chosen`, then ranks where answers have ranks and no scores, then returns, which are the
-    scores where there are any. Among equals the earlier answer counts.
+    `chosen` flags take precedence, then ranks (if every answer has one and an answer has no score), then returns. Ties
+    are broken in favor of the earlier answer.
 
     Args:
-        chosen, ranks, scores: of the records, see `Record`.
-        returns: the sum of rewards of each record.
+        chosen, ranks, scores: the fields of each answer's `Record`.
+        returns: the sum of rewards of each answer.
     """
-    if any(side is not None for side in chosen):
-        sides = list(chosen)
-        return (sides.index(True), sides.index(False)) if {True, False} <= set(sides) else None
+    if any(flag is not None for flag in chosen):
+        flags = list(chosen)
+        return (flags.index(True), flags.index(False)) if {True, False} <= set(flags) else None
     if None not in ranks and None in scores:
         best, worst = min(ranks), max(ranks)
         return (list(ranks).index(best), list(ranks).index(worst)) if best < worst else None

@@ -1,4 +1,4 @@
-"""What a buffer holds, as plain values and as text, and what it will take on disk."""
+"""Summary of a buffer as JSON values and as text, and an estimate of its size on disk."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from shiq_jax.replay.buffer import Buffer
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
-_SHOWN = 24
+_MAX_SAMPLE_TOKENS = 24
 
-# Six list columns and three text columns with 64-bit offsets, two numbers, and a byte of truth values.
+# 64-bit offsets of six list and three string columns, two 64-bit numbers, and one byte for two booleans.
 _BYTES_PER_SEQUENCE = 9 * 8 + 2 * 8 + 1
-# The Arrow schema and batch headers.
-_BYTES_PER_SHARD, _BYTES_PER_SIDECAR = 2700, 800
+# Arrow schema and record batch headers.
+_BYTES_PER_RECORD_SHARD, _BYTES_PER_STATISTICS_SHARD = 2700, 800
 
 
 def describe(buffer: "Buffer") -> dict[str, Any]:
-    """Plain JSON values about the buffer.
+    """Summarize a buffer as JSON values.
 
     Keys: path, schema_version, sequences, groups, users, tokens, actions, bytes, shards; `group_size`, `length`,
-    `actions_per_sequence` and `return` with mean and quantiles; `coverage`, the records that carry each optional
+    `actions_per_sequence` and `return` with mean and quantiles; `coverage`, the number of records with each optional
     column; `statistics`, one {"digest", "identity", "sequences"} per identity; `sample`, the first record.
     """
     groups, users = buffer.group_ids(), buffer.user_ids()
@@ -40,27 +40,32 @@ def describe(buffer: "Buffer") -> dict[str, Any]:
         "actions": int(actions.sum()),
         "bytes": buffer.bytes,
         "shards": len(shards),
-        "group_size": _summary(sizes),
-        "length": _summary(lengths),
-        "actions_per_sequence": _summary(actions),
-        "return": _summary(buffer.returns()),
+        "group_size": _mean_and_quantiles(sizes),
+        "length": _mean_and_quantiles(lengths),
+        "actions_per_sequence": _mean_and_quantiles(actions),
+        "return": _mean_and_quantiles(buffer.returns()),
         "coverage": buffer.coverage(),
         "statistics": [
-            {"digest": made.digest, "identity": dict(made), "sequences": sum(len(shards[number]) for number in numbers)}
-            for made, numbers in buffer.identities()
+            {
+                "digest": identity.digest,
+                "identity": dict(identity),
+                "sequences": sum(len(shards[number]) for number in numbers),
+            }
+            for identity, numbers in buffer.identities()
         ],
         "sample": _sample(buffer) if len(buffer) else None,
     }
 
 
-def render(facts: dict[str, Any]) -> str:
-    """The facts of `describe`, a line each."""
+def render(summary: dict[str, Any]) -> str:
+    """Format the summary from `describe` as text."""
     lines = [
-        f"replay buffer {facts['path']} (schema version {facts['schema_version']})",
-        f"  sequences   {facts['sequences']:,} in {facts['groups']:,} groups"
-        + (f" of {facts['users']:,} users" if facts["users"] else ""),
-        f"  tokens      {facts['tokens']:,}, of which {facts['actions']:,} are actions",
-        f"  disk        {_size(facts['bytes'])} in {facts['shards']} shard" + ("" if facts["shards"] == 1 else "s"),
+        f"replay buffer {summary['path']} (schema version {summary['schema_version']})",
+        f"  sequences   {summary['sequences']:,} in {summary['groups']:,} groups"
+        + (f" of {summary['users']:,} users" if summary["users"] else ""),
+        f"  tokens      {summary['tokens']:,}, of which {summary['actions']:,} are actions",
+        f"  disk        {_format_bytes(summary['bytes'])} in {summary['shards']} shard"
+        + ("" if summary["shards"] == 1 else "s"),
     ]
     for label, key in (
         ("group size", "group_size"),
@@ -68,21 +73,22 @@ def render(facts: dict[str, Any]) -> str:
         ("actions", "actions_per_sequence"),
         ("return", "return"),
     ):
-        if facts[key]:
-            lines.append(f"  {label:<11} " + ", ".join(f"{name} {value:.4g}" for name, value in facts[key].items()))
-    total = facts["sequences"]
+        if summary[key]:
+            lines.append(f"  {label:<11} " + ", ".join(f"{name} {value:.4g}" for name, value in summary[key].items()))
+    total = summary["sequences"]
     lines.append(
         "  records with "
-        + ", ".join(f"{name} {count:,}" for name, count in facts["coverage"].items())
+        + ", ".join(f"{name} {count:,}" for name, count in summary["coverage"].items())
         + f" (of {total:,})"
     )
     lines.append(
-        "  statistics" + ("" if facts["statistics"] else "  none; annotate the buffer before training with a reference")
+        "  statistics"
+        + ("" if summary["statistics"] else "  none; annotate the buffer before training with a reference")
     )
-    for made in facts["statistics"]:
-        identity = ", ".join(f"{key}={value}" for key, value in sorted(made["identity"].items()))
-        lines.append(f"    {made['digest'][:12]}  {made['sequences']:,} of {total:,} sequences: {identity}")
-    if sample := facts["sample"]:
+    for entry in summary["statistics"]:
+        identity = ", ".join(f"{key}={value}" for key, value in sorted(entry["identity"].items()))
+        lines.append(f"    {entry['digest'][:12]}  {entry['sequences']:,} of {total:,} sequences: {identity}")
+    if sample := summary["sample"]:
         lines.append(
             f"  first record: group {sample['group']}, {sample['length']} tokens, return {sample['return']:.4g}"
         )
@@ -92,7 +98,7 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summary(values: np.ndarray) -> dict[str, float]:
+def _mean_and_quantiles(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     quantiles = np.quantile(values, list(QUANTILES.values()))
@@ -104,14 +110,15 @@ def _sample(buffer: "Buffer") -> dict[str, Any]:
     marked = [
         f"{token}*" if action else f"{token}" for token, action in zip(record.tokens, record.action_mask, strict=True)
     ]
-    # The end holds the actions, so a long sequence shows its two ends.
-    shown = marked if len(marked) <= _SHOWN else [*marked[: _SHOWN // 2], "...", *marked[-_SHOWN // 2 :]]
+    # Show both ends of a long sequence, because the actions are at its end.
+    half = _MAX_SAMPLE_TOKENS // 2
+    shown = marked if len(marked) <= _MAX_SAMPLE_TOKENS else [*marked[:half], "...", *marked[-half:]]
     prompt = record.prompt if record.prompt is None or len(record.prompt) <= 200 else record.prompt[:200] + "..."
     total = float(record.rewards.astype(np.float64).sum())
     return {"group": record.group, "length": len(marked), "return": total, "tokens": shown, "prompt": prompt}
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -123,17 +130,19 @@ def _size(count: int) -> str:
 def estimate_bytes(
     sequences: int, tokens: int, actions: int, statistics: int = 1, *, sampler_statistics: int = 3, text_bytes: int = 0
 ) -> int:
-    """Bytes that a buffer will take on disk, before anything is written.
+    """Estimate the size of a buffer on disk, in bytes.
 
     Args:
-        sequences: records, of `tokens` tokens and `actions` actions altogether.
-        statistics: how many models will annotate the buffer (`write_statistics`); adopted statistics take no space.
-        sampler_statistics: how many of behaviour_logp, logp and lse the records carry.
-        text_bytes: UTF-8 bytes of all groups, prompts and users; a prompt is stored with each of its records.
+        sequences: number of records.
+        tokens: total number of tokens.
+        actions: total number of actions.
+        statistics: number of models whose statistics are written (`write_statistics`); adopted ones take no space.
+        sampler_statistics: how many of behaviour_logp, logp and lse the records have.
+        text_bytes: UTF-8 bytes of all groups, prompts and users; every record stores its prompt.
     """
     shards = -(-sequences // storage.SHARD_ROWS)
     records = (
         _BYTES_PER_SEQUENCE * sequences + tokens * 4 + tokens // 8 + 4 * actions * (1 + sampler_statistics) + text_bytes
     )
     annotations = statistics * (2 * 8 * sequences + 2 * 4 * actions)
-    return records + annotations + shards * (_BYTES_PER_SHARD + _BYTES_PER_SIDECAR * statistics)
+    return records + annotations + shards * (_BYTES_PER_RECORD_SHARD + _BYTES_PER_STATISTICS_SHARD * statistics)

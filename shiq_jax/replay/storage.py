@@ -1,6 +1,6 @@
-"""Files of the buffer: atomic writing, and Arrow shards that are mapped into memory and read as numpy views.
+"""Files of the buffer: atomic writes, and Arrow shards that are memory-mapped and read as numpy views.
 
-A shard is one Arrow stream with one record batch, which `datasets.Dataset.from_file` opens as well.
+A shard is an Arrow stream with one record batch; `datasets.Dataset.from_file` opens it too.
 """
 
 import os
@@ -17,7 +17,7 @@ from shiq_jax.sharding import hosts
 
 TEMPORARY = ".tmp"
 
-# Annotation can be interrupted between shards, so a shard is at most minutes of a large model's work.
+# An interrupted annotation resumes at a shard, so a shard must take a large model at most minutes.
 SHARD_ROWS = 4096
 SHARD_BYTES = 64 << 20
 
@@ -27,7 +27,7 @@ _INT, _FLOAT, _BOOL, _TEXT = (
     pa.large_list(pa.bool_()),
     pa.large_string(),
 )
-_RECORDS_1 = pa.schema(
+_RECORD_SCHEMA_1 = pa.schema(
     [
         pa.field("tokens", _INT, nullable=False),
         pa.field("action_mask", _BOOL, nullable=False),
@@ -40,25 +40,25 @@ _RECORDS_1 = pa.schema(
         pa.field("user", _TEXT),
     ]
 )
-RECORDS = pa.schema(
+RECORD_SCHEMA = pa.schema(
     [
-        *_RECORDS_1,
+        *_RECORD_SCHEMA_1,
         pa.field("chosen", pa.bool_()),
         pa.field("label", pa.bool_()),
         pa.field("rank", pa.float64()),
         pa.field("score", pa.float64()),
     ]
 )
-# The columns of record shards by the schema version of the buffer that wrote them.
-RECORD_SCHEMAS = {1: _RECORDS_1, 2: RECORDS}
-ANNOTATIONS = pa.schema([pa.field("logp", _FLOAT, nullable=False), pa.field("lse", _FLOAT, nullable=False)])
+# Schemas of record shards by schema version.
+RECORD_SCHEMAS = {1: _RECORD_SCHEMA_1, 2: RECORD_SCHEMA}
+STATISTICS_SCHEMA = pa.schema([pa.field("logp", _FLOAT, nullable=False), pa.field("lse", _FLOAT, nullable=False)])
 
 
 @hosts.on_writer
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
-    """Makes `path` hold what `write` writes, or leaves it as it was; returns the bytes written.
+    """Replace the file at `path` with the output of `write`, or leave it unchanged; returns the number of bytes.
 
-    The bytes reach the disk under a temporary name before the name is changed, and the directory is synchronised after.
+    Writes to a temporary file, syncs it to disk, renames it, and syncs the directory.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -69,7 +69,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
             size = file.tell()
         os.replace(temporary, path)
     except BaseException as error:
-        # What a full disk could take of the file would only keep it full.
+        # Free the disk space of a partial file.
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
@@ -79,7 +79,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes names created or changed in the directory survive a power failure."""
+    """Sync a directory to disk, so that created and renamed files survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,15 +89,15 @@ def sync_directory(path: Path) -> None:
 
 @hosts.on_writer
 def write_shard(path: Path, schema: pa.Schema, columns: dict[str, Sequence]) -> dict[str, int]:
-    """Writes one shard atomically; returns {"rows", "bytes", "crc32"} for the manifest.
+    """Write one shard atomically; returns {"rows", "bytes", "crc32"} for the manifest.
 
     Args:
-        path: the file to make.
-        schema: `RECORDS` or `ANNOTATIONS`.
-        columns: for each field a list with one entry per row: a flat array, a string, a number, a truth value, or None
-            where the field allows it.
+        path: the file to create.
+        schema: `RECORD_SCHEMA` or `STATISTICS_SCHEMA`.
+        columns: for each field a list with one entry per row: an array for list columns, otherwise a string, number or
+            boolean; None for null.
     """
-    batch = pa.record_batch([_arrow(field, columns[field.name]) for field in schema], schema=schema)
+    batch = pa.record_batch([_to_arrow(field, columns[field.name]) for field in schema], schema=schema)
 
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
@@ -117,7 +117,7 @@ def checksum(path: Path) -> int:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file atomically, a few megabytes at a time."""
+    """Copy a file atomically, in chunks of a few megabytes."""
 
     def write(file: BinaryIO) -> None:
         with open(source, "rb") as origin:
@@ -128,9 +128,9 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 class Shard:
-    """One mapped shard; its numbers are read-only numpy views of the file, made without copying.
+    """A memory-mapped shard; list columns are read as numpy views of the file, without copying.
 
-    Raises UserError naming the file when it is missing, truncated, of another schema, or has other than `rows` rows.
+    Raises UserError if the file is missing or truncated, has another schema, or does not have `rows` rows.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, rows: int):
@@ -139,26 +139,26 @@ class Shard:
             self._batch.validate()
         except FileNotFoundError as error:
             raise UserError(
-                f"{path} is missing, though the manifest lists it; restore the file or make the buffer anew."
+                f"{path} is missing, but the manifest lists it; restore the file or rebuild the buffer."
             ) from error
         except (pa.ArrowException, OSError, StopIteration) as error:
-            raise UserError(f"{path} is truncated or corrupt; restore the file or make the buffer anew.") from error
+            raise UserError(f"{path} is truncated or corrupt; restore the file or rebuild the buffer.") from error
         if not self._batch.schema.equals(schema):
-            found = ", ".join(self._batch.schema.names)
+            names = ", ".join(self._batch.schema.names)
             raise UserError(
-                f"{path} holds the columns {found}, expected are {', '.join(schema.names)}; it was written by "
-                "something else."
+                f"{path} has the columns {names}, but expected {', '.join(schema.names)}; restore the file or rebuild "
+                "the buffer."
             )
         if self._batch.num_rows != rows:
             raise UserError(
-                f"{path} holds {self._batch.num_rows} rows, but the manifest says {rows}; restore the file or make "
-                "the buffer anew."
+                f"{path} has {self._batch.num_rows} rows, but the manifest expects {rows}; restore the file or rebuild "
+                "the buffer."
             )
         self.path, self.rows, self._names = path, rows, frozenset(schema.names)
         self._views: dict[str, tuple[np.ndarray, np.ndarray, pa.Array]] = {}
 
     def get(self, name: str, row: int) -> np.ndarray | None:
-        """The flat array of one row of a list column, or None where the row has none."""
+        """One row of a list column as an array, or None if it is null."""
         offsets, values, column = self._view(name)
         if column.null_count and not column[row].is_valid:
             return None
@@ -170,55 +170,57 @@ class Shard:
         return bits[start - 8 * first : end - 8 * first].astype(np.bool_)
 
     def value(self, name: str, row: int) -> str | bool | float | None:
-        """One row of a column of strings, numbers or truth values; None where the shard lacks the column."""
+        """One row of a column of strings, numbers or booleans; None if it is null or the shard has no such column."""
         return self._batch.column(name)[row].as_py() if name in self._names else None
 
     def values(self, name: str) -> list:
-        """A whole column of strings, numbers or truth values; None in every row where the shard lacks it."""
+        """A column of strings, numbers or booleans as a list; all None if the shard has no such column."""
         return self._batch.column(name).to_pylist() if name in self._names else [None] * self.rows
 
     def lengths(self, name: str) -> np.ndarray:
-        """int64[rows]: the entries that each row of a list column has."""
+        """int64[rows]: number of entries in each row of a list column."""
         return np.diff(self._view(name)[0])
 
     def sums(self, name: str) -> np.ndarray:
-        """float64[rows]: the sum of each row of a float column."""
+        """float64[rows]: sum of each row of a float list column."""
         offsets, values, _ = self._view(name)
-        totals, filled = np.zeros(self.rows), np.diff(offsets) > 0
-        # Segment by segment, not as differences of one running sum: equal rows must have equal sums, wherever they lie.
-        if filled.any():
-            totals[filled] = np.add.reduceat(values[: offsets[-1]].astype(np.float64), offsets[:-1][filled])
+        totals, nonempty = np.zeros(self.rows), np.diff(offsets) > 0
+        # Differences of one cumulative sum would give equal rows different sums, depending on their position.
+        if nonempty.any():
+            totals[nonempty] = np.add.reduceat(values[: offsets[-1]].astype(np.float64), offsets[:-1][nonempty])
         return totals
 
-    def present(self, name: str) -> int:
-        """How many rows of a column are not null."""
+    def count(self, name: str) -> int:
+        """Number of rows of a column that are not null."""
         return self.rows - self._batch.column(name).null_count if name in self._names else 0
 
     def _view(self, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
         if name not in self._views:
             column = self._batch.column(name)
             _, offsets, _, values = column.buffers()
-            kind = column.type.value_type
-            dtype = np.dtype(np.uint8) if pa.types.is_boolean(kind) else np.dtype(kind.to_pandas_dtype())
+            value_type = column.type.value_type
+            # Arrow packs eight booleans into a byte.
+            is_bits = pa.types.is_boolean(value_type)
+            dtype = np.dtype(np.uint8 if is_bits else value_type.to_pandas_dtype())
             try:
                 flat = np.frombuffer(values, dtype) if values is not None and values.size else np.zeros(0, dtype)
             except ValueError as error:
-                raise UserError(f"{self.path} is corrupt; restore the file or make the buffer anew.") from error
+                raise UserError(f"{self.path} is corrupt; restore the file or rebuild the buffer.") from error
             self._views[name] = (np.frombuffer(offsets, np.int64)[: self.rows + 1], flat, column)
         return self._views[name]
 
 
-def _arrow(field: pa.Field, rows: Sequence) -> pa.Array:
+def _to_arrow(field: pa.Field, rows: Sequence) -> pa.Array:
     if not pa.types.is_large_list(field.type):
         return pa.array(rows, field.type)
-    absent = np.array([row is None for row in rows], np.bool_)
+    is_null = np.array([row is None for row in rows], np.bool_)
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([0 if row is None else len(row) for row in rows], out=offsets[1:])
-    present = [row for row in rows if row is not None]
+    arrays = [row for row in rows if row is not None]
     dtype = field.type.value_type.to_pandas_dtype()
     values = pa.array(
-        np.concatenate(present).astype(dtype, copy=False) if present else np.zeros(0, dtype), field.type.value_type
+        np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype), field.type.value_type
     )
     return pa.LargeListArray.from_arrays(
-        pa.array(offsets), values, type=field.type, mask=pa.array(absent) if absent.any() else None
+        pa.array(offsets), values, type=field.type, mask=pa.array(is_null) if is_null.any() else None
     )

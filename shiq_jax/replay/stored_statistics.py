@@ -1,4 +1,4 @@
-"""Statistics of the buffer's actions under the identity of what made them."""
+"""Token statistics stored in a buffer, keyed by the identity of the model that computed them."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class Identity(dict):
-    """What made a set of statistics: weights fingerprint, dtype, attention engine and so on, as JSON values.
+    """What computed a set of statistics: weights fingerprint, dtype, attention engine and so on, as JSON values.
 
-    Two identities are the same when their sorted JSON is: `Identity(weights="ab12", dtype="float32").digest`.
+    Example: `Identity(weights="ab12", dtype="float32")`. Identities with equal digests are the same.
     """
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the sorted JSON, in hexadecimal; raises ValueError when a value does not fit into JSON."""
+        """Hexadecimal SHA-256 of the JSON with sorted keys; raises ValueError if a value is not valid JSON."""
         try:
             text = json.dumps(self, sort_keys=True, separators=(",", ":"), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"an identity must hold what JSON can hold, but {error}; give strings and finite numbers."
+                f"an identity must contain JSON values, but {error}; use strings and finite numbers."
             ) from error
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -36,9 +36,9 @@ class Identity(dict):
 
 
 class StoredStatistics:
-    """(logp, lse) of every record of a buffer under one identity, readable by record index.
+    """(logp, lse) of every record of a buffer, computed by one identity.
 
-    `statistics[i]` is a pair of float32[A] views, `statistics.read(indices)` a list of them.
+    `statistics[i]` is the pair of float32[A] views of record `i`.
     """
 
     def __init__(self, identity: Identity, size: int, get: Callable[[int], tuple[np.ndarray, np.ndarray]]):
@@ -53,18 +53,21 @@ class StoredStatistics:
         return self._get(index)
 
     def read(self, indices: Sequence[int]) -> list[tuple[Float32[np.ndarray, " A"], Float32[np.ndarray, " A"]]]:
-        """(logp, lse) of the records of these numbers, in this order."""
+        """(logp, lse) of the records at `indices`, in that order."""
         return [self._get(int(index)) for index in indices]
 
 
-def check_annotations(values: Sequence[tuple[np.ndarray, np.ndarray]], actions: np.ndarray, first: int) -> None:
-    """Raises UserError unless each record of a shard, whose number one is `first`, has a finite (logp, lse) per
-    action.
+def check_statistics(values: Sequence[tuple[np.ndarray, np.ndarray]], actions: np.ndarray, first: int) -> None:
+    """Raise UserError unless `values` has a finite (logp, lse) for each action of each record in a shard.
+
+    Args:
+        values: (logp, lse) of each record.
+        actions: number of actions of each record.
+        first: index of the shard's first record in the buffer.
     """
     if len(values) != len(actions):
         raise UserError(
-            f"statistics for {len(values)} records were given, the shard holds {len(actions)}; give one pair per "
-            "record."
+            f"got statistics of {len(values)} records for a shard of {len(actions)}; give one (logp, lse) per record."
         )
     for row, (pair, count) in enumerate(zip(values, actions, strict=True)):
         for name, column in zip(("logp", "lse"), pair, strict=True):
@@ -75,15 +78,15 @@ def check_annotations(values: Sequence[tuple[np.ndarray, np.ndarray]], actions: 
                 )
             if not np.isfinite(np.asarray(column, np.float32)).all():
                 raise UserError(
-                    f"record {first + row}: {name} is not finite; a model whose statistics overflow cannot serve as "
-                    "reference."
+                    f"record {first + row}: {name} is not finite; check the reference model and its dtype for overflow."
                 )
 
 
-def absent(buffer: "Buffer", identity: Identity, known: Mapping[str, Mapping]) -> UserError:
-    """The sentence for statistics that were asked for but never made."""
-    others = "; ".join(str(Identity(entry["identity"])) for entry in known.values())
-    found = f"statistics made by {others}" if others else "no statistics"
+def missing_statistics_error(buffer: "Buffer", identity: Identity, stored: Mapping[str, Mapping]) -> UserError:
+    """The error for a buffer without statistics of `identity`; `stored` is the manifest's `statistics`."""
+    identities = "; ".join(str(Identity(entry["identity"])) for entry in stored.values())
+    found = f"statistics computed by {identities}" if identities else "no statistics"
     return UserError(
-        f"{buffer.path} holds {found}, wanted are those made by {identity}; annotate the buffer with that model."
+        f"{buffer.path} has {found}, but statistics computed by {identity} are required; annotate the buffer with that "
+        "model."
     )

@@ -1,4 +1,4 @@
-"""Sequences that share beginnings, as one tree in depth-first order: a shared token is stored, and computed, once."""
+"""Tries of token sequences in depth-first order; tokens of a shared prefix are stored once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from jaxtyping import Int32, Int64
 
 
 class Trie(NamedTuple):
-    """A forest of `n` distinct tokens for `s` sequences.
+    """A forest with `n` nodes, one per distinct prefix of the sequences.
 
-    Sequences are numbered in lexicographic order. A token belongs to the sequences `enter <= number < exit`, so key
-    `k` is an ancestor of query `q`, or `q` itself, exactly when `k <= q` and `enter[k] <= enter[q] < exit[k]`.
+    Sequences are numbered in lexicographic order. A node belongs to the sequences `enter <= number < exit`, so node
+    `k` is node `q` or an ancestor of it iff `k <= q` and `enter[k] <= enter[q] < exit[k]`.
 
     Attributes:
         tokens: int32[n], in depth-first order.
-        depth: int32[n], the position of the token in each of its sequences.
-        parent: int32[n], the index of the token before it, -1 at the first of a sequence.
-        enter, exit: int32[n], the sequences that pass through the token.
-        paths: for every given sequence, in the given order, the int32[length] indices of its tokens.
+        depth: int32[n], position of the token in its sequences.
+        parent: int32[n], index of the previous token; -1 at the first token of a sequence.
+        enter, exit: int32[n], range of the sequences that contain the node.
+        paths: for each input sequence, the int32[length] node indices of its tokens.
     """
 
     tokens: Int32[np.ndarray, " n"]
@@ -29,41 +29,43 @@ class Trie(NamedTuple):
     paths: list[Int32[np.ndarray, " length"]]
 
 
-def lexicographic(sequences: Sequence[Int32[np.ndarray, " length"]]) -> tuple[list[int], Int64[np.ndarray, " s"]]:
-    """The order of the sequences, and how many tokens each place of it shares with the place before (0 at the first).
+def lexicographic_order(
+    sequences: Sequence[Int32[np.ndarray, " length"]],
+) -> tuple[list[int], Int64[np.ndarray, " s"]]:
+    """Indices that sort the sequences, and the length of the prefix each one shares with its predecessor.
 
-    Tokens must not be negative.
+    Tokens must be non-negative.
     """
-    # Big-endian bytes of non-negative numbers compare as the numbers do, in one memory comparison.
+    # Big-endian bytes of non-negative integers sort in numerical order.
     keys = [np.asarray(sequence).astype(">i4").tobytes() for sequence in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     shared = np.zeros(len(order), np.int64)
-    for place in range(1, len(order)):
-        before, here = sequences[order[place - 1]], sequences[order[place]]
-        common = min(len(before), len(here))
-        differs = before[:common] != here[:common]
-        shared[place] = np.argmax(differs) if differs.any() else common
+    for rank in range(1, len(order)):
+        previous, current = sequences[order[rank - 1]], sequences[order[rank]]
+        common = min(len(previous), len(current))
+        differs = previous[:common] != current[:common]
+        shared[rank] = np.argmax(differs) if differs.any() else common
     return order, shared
 
 
-def build(sequences: Sequence[Int32[np.ndarray, " length"]]) -> Trie:
-    """The trie of the sequences by exact equality of tokens; equal sequences merge."""
-    order, shared = lexicographic(sequences)
+def build_trie(sequences: Sequence[Int32[np.ndarray, " length"]]) -> Trie:
+    """Build the trie of the sequences; equal sequences share all their nodes."""
+    order, shared = lexicographic_order(sequences)
     total = sum(len(sequences[index]) - int(common) for index, common in zip(order, shared, strict=True))
     tokens, depth, parent, enter, exits = (np.zeros(total, np.int32) for _ in range(5))
     paths: list[np.ndarray] = [np.zeros(0, np.int32)] * len(order)
     path = np.zeros(0, np.int32)
-    used = 0
+    size = 0
     for number, (index, common) in enumerate(zip(order, shared.tolist(), strict=True)):
         sequence = sequences[index]
-        fresh = np.arange(used, used + len(sequence) - common, dtype=np.int32)
+        new = np.arange(size, size + len(sequence) - common, dtype=np.int32)
         exits[path[common:]] = number
-        path = np.concatenate([path[:common], fresh])
-        tokens[fresh] = sequence[common:]
-        depth[fresh] = np.arange(common, len(sequence))
-        parent[fresh] = np.concatenate([[-1], path[:-1]])[common:] if len(path) else fresh
-        enter[fresh] = number
-        used += len(fresh)
+        path = np.concatenate([path[:common], new])
+        tokens[new] = sequence[common:]
+        depth[new] = np.arange(common, len(sequence))
+        parent[new] = np.concatenate([[-1], path[:-1]])[common:] if len(path) else new
+        enter[new] = number
+        size += len(new)
         paths[index] = path
     exits[path] = len(order)
     return Trie(tokens, depth, parent, enter, exits, paths)

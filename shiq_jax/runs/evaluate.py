@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from shiq_jax import progress
 from shiq_jax.data import formats
-from shiq_jax.data.answers import prompt_row
+from shiq_jax.data.answers import with_prompt
 from shiq_jax.data.chat import load_tokenizer, stop_tokens
 from shiq_jax.data.kinds import classify
 from shiq_jax.errors import UserError, disk_errors
@@ -116,7 +116,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     elif options.score is not None:
         raise UserError(f"--score {options.score} names scores of answers, but {options.data} holds none: leave it out")
     else:
-        rows = [prompt_row(row) for row in rows]
+        rows = [with_prompt(row) for row in rows]
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, locate(source)), rows, reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_in_flight, options.greedy,

@@ -20,7 +20,7 @@ from shiq_jax.sharding import hosts
 READERS = {
     "shiq": formats.trajectories,
     "dpo": formats.preferences,
-    "kto": formats.labelled,
+    "kto": formats.unpaired_preferences,
     "sft": formats.demonstrations,
 }
 
@@ -58,7 +58,7 @@ def import_records(
 
     Args:
         path: of the buffer, made when it is not there; a buffer with records is left as it is.
-        read: gives the records of a source, those that `ImportContext.wanted` accepts.
+        read: gives the records of a source, those that `ImportContext.validate_and_accept` accepts.
         model: whose context and vocabulary the records must fit.
         score: the field that holds scores, see `ImportContext`.
         reward: scores answers of sources without scores.
@@ -97,8 +97,8 @@ def _replayed(source: str, tokenizer, reading: ImportContext) -> Iterator[Record
     for number in range(len(buffer)):
         record = buffer[number]
         with formats.located_errors(f"{source}, record {number}"):
-            wanted = reading.wanted(record)
-        if wanted:
+            accepted = reading.validate_and_accept(record)
+        if accepted:
             yield record
 
 

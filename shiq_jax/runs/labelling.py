@@ -8,7 +8,7 @@ from pathlib import Path
 from shiq_jax.errors import UserError
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.replay.labels import given_labels, labelled
+from shiq_jax.replay.labels import explicit_labels, labeled_records
 from shiq_jax.runs.ingest import open_or_create
 
 
@@ -21,7 +21,7 @@ def check_threshold(answers: Buffer, threshold: float | None, data: str | None, 
         data: the source as the user named it.
         private: whether the run protects its data, so that no answer may be compared with the answers of other units.
     """
-    known = given_labels(answers) >= 0
+    known = explicit_labels(answers) >= 0
     if threshold is not None and known.any():
         raise UserError(f"--threshold says which scores are good, but {data} has labels: leave it out")
     if private and threshold is None and not known.all():
@@ -49,7 +49,7 @@ def label(path: Path, answers: Buffer, objective: Objective, threshold: float | 
     if len(buffer):
         return buffer
     mismatched = objective.couple is not None
-    added = buffer.append(labelled(answers, threshold, mismatched=mismatched, longest=longest))
+    added = buffer.append(labeled_records(answers, threshold, mismatched=mismatched, max_length=longest))
     examples, good = added // 2 if mismatched else added, buffer.column("label").count(True)
     tied = f"; {len(answers) - examples} tie and are left out" if examples < len(answers) else ""
     print(f"{good} answers are desirable, {examples - good} undesirable{tied}", file=sys.stderr)

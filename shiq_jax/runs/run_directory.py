@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shiq_jax.errors import UserError
-from shiq_jax.replay.locks import exclusive
+from shiq_jax.replay.locks import exclusive_lock
 from shiq_jax.replay.storage import TEMPORARY, sync_directory, write_atomically
 from shiq_jax.sharding import hosts
 
@@ -131,7 +131,7 @@ class RunDirectory(RoundDirectory):
     @hosts.on_writer
     def _lock(self, stack: contextlib.ExitStack) -> None:
         try:
-            stack.enter_context(exclusive(self.config))
+            stack.enter_context(exclusive_lock(self.config))
         except (BlockingIOError, FileNotFoundError):
             raise UserError(
                 f"another process is at work in {self.path}: wait until it has ended, or name another --output-dir"

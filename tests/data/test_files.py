@@ -1,4 +1,4 @@
-"""ImportContext rows: the same rows from every kind of source, and one sentence for every kind of damage."""
+"""Every kind of source gives the same rows, and damaged sources give clear errors."""
 
 import json
 
@@ -16,19 +16,19 @@ def _jsonl(path, *lines):
     return path
 
 
-def test_jsonl_rows_come_back_with_their_lines(tmp_path):
+def test_jsonl_rows_have_their_line_numbers(tmp_path):
     path = _jsonl(tmp_path / "data.jsonl", ROWS[0], "", ROWS[1], "  ")
     assert list(rows(path)) == list(read_jsonl(path)) == ROWS
-    assert [place for place, _ in located_rows(path)] == [f"{path}, line 1", f"{path}, line 3"]
+    assert [location for location, _ in located_rows(path)] == [f"{path}, line 1", f"{path}, line 3"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+def test_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode())
     assert list(rows(path)) == ROWS[:1]
 
 
-def test_json_lists_parquet_and_saved_datasets_hold_the_same_rows(tmp_path):
+def test_json_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -52,71 +52,71 @@ def test_null_fields_count_as_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ('{"a": 1', "line 2 is not JSON"),
-        ("[1]", "line 2 holds a JSON list"),
-        ('{"a": "\\ud800"}', "line 2 holds half of a surrogate pair"),
-        ("7" * 5000, "line 2 is JSON that cannot be held"),
+        ('{"a": 1', "line 2 is not valid JSON"),
+        ("[1]", "line 2 contains a JSON list"),
+        ('{"a": "\\ud800"}', "line 2 has a lone surrogate"),
+        ("7" * 5000, "line 2 is JSON that cannot be parsed"),
     ],
 )
-def test_damaged_lines_are_named(tmp_path, line, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_lines_are_reported(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
         list(rows(_jsonl(tmp_path / "data.jsonl", ROWS[0], line)))
 
 
-def test_whole_surrogate_pairs_are_characters(tmp_path):
+def test_surrogate_pairs_are_decoded(tmp_path):
     assert list(rows(_jsonl(tmp_path / "data.jsonl", '{"a": "\\ud83d\\ude00"}'))) == [{"a": "😀"}]
 
 
-def test_other_encodings_are_named(tmp_path):
+def test_other_encodings_are_rejected(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
     with pytest.raises(UserError, match="line 2 is not UTF-8"):
         list(rows(path))
 
 
-def test_unusable_sources_are_refused(tmp_path):
+def test_invalid_sources_are_rejected(tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
     (tmp_path / "data.json").write_text('{"a": 1}')
     (tmp_path / "data.parquet").write_text("PAR1")
     (tmp_path / "directory").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    for name, said in (
+    for name, message in (
         ("data.csv", "ends in '.csv'"),
         ("data.json", "expected a list of objects"),
         ("data.parquet", "not a readable Parquet file"),
         ("directory", "is not a saved dataset"),
         ("absent.jsonl", "does not exist"),
         ("absent/deeper/still", "does not exist"),
-        ("empty.jsonl", "holds no rows"),
+        ("empty.jsonl", "has no rows"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             list(rows(tmp_path / name))
 
 
-def test_an_unreachable_hub_id_is_refused():
+def test_unreachable_hub_id_is_rejected():
     with pytest.raises(UserError, match="neither a file, nor a directory"):
         list(rows("nobody/nothing:test"))
 
 
-def test_a_pattern_names_the_rows_of_several_files(tmp_path):
+def test_pattern_reads_several_files(tmp_path):
     for name, row in (("part-2.jsonl", {"a": 2}), ("part-1.jsonl", {"a": 1}), ("other.jsonl", {"a": 3})):
         _jsonl(tmp_path / name, row)
     pattern = str(tmp_path / "part-*.jsonl")
-    assert [(place, row["a"]) for place, row in located_rows(pattern)] == [
+    assert [(location, row["a"]) for location, row in located_rows(pattern)] == [
         (f"{tmp_path / 'part-1.jsonl'}, line 1", 1),
         (f"{tmp_path / 'part-2.jsonl'}, line 1", 2),
     ]
     assert matching_files(pattern) == [tmp_path / "part-1.jsonl", tmp_path / "part-2.jsonl"]
-    # A name that is there counts before what it could mean as a pattern.
+    # An existing file takes precedence over a pattern of the same name.
     (tmp_path / "odd[1].jsonl").write_text('{"a": 4}')
     assert list(rows(tmp_path / "odd[1].jsonl")) == [{"a": 4}]
     with pytest.raises(UserError, match="does not exist"):
         list(rows(tmp_path / "absent-*.jsonl"))
 
 
-def test_a_split_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+def test_missing_split_is_reported_with_available_ones(monkeypatch):
     import datasets
 
     def load(name, split):

@@ -1,11 +1,11 @@
-"""What rows hold, and which commands learn from them."""
+"""Classification of rows, and the commands that can train on them."""
 
 import pytest
 
 from shiq_jax.data.kinds import classify
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
-LISTED = {"prompt": "p", "responses": ["a", "b"]}
+ANSWER_LIST = {"prompt": "p", "responses": ["a", "b"]}
 OBJECTS = [{"text": "a", "rating": 4}, {"text": "b", "rating": "N/A"}]
 ULTRAFEEDBACK = [
     {"response": text, "annotations": {"truth": {"Rating": rating}}} for text, rating in (("a", "3"), ("b", "N/A"))
@@ -13,7 +13,7 @@ ULTRAFEEDBACK = [
 
 
 @pytest.mark.parametrize(
-    ("row", "holds", "objectives"),
+    ("row", "contents", "objectives"),
     [
         ({"prompt": "p"}, "", ""),
         ({"prompt": "p", "label": 3}, "", ""),
@@ -31,25 +31,25 @@ ULTRAFEEDBACK = [
         (PAIR | {"score_chosen": 1, "score_rejected": 0}, "pair answers scored", "dpo shiq kto"),
         ({"prompt": "p", "chosen_response": "a", "rejected_response": "b"}, "pair answers", "dpo kto"),
         ({"prompt": "p", "chosen": "a"}, "", ""),
-        (LISTED, "answers", ""),
-        (LISTED | {"scores": [1, 2]}, "answers scored", "dpo shiq kto"),
-        (LISTED | {"ranks": [1, 2]}, "answers ranked", "dpo"),
-        (LISTED | {"ranks": [1, 2], "scores": [1, 2]}, "answers scored ranked", "dpo shiq kto"),
+        (ANSWER_LIST, "answers", ""),
+        (ANSWER_LIST | {"scores": [1, 2]}, "answers scored", "dpo shiq kto"),
+        (ANSWER_LIST | {"ranks": [1, 2]}, "answers ranked", "dpo"),
+        (ANSWER_LIST | {"ranks": [1, 2], "scores": [1, 2]}, "answers scored ranked", "dpo shiq kto"),
         ({"prompt": "p", "answers": OBJECTS}, "answers scored", "dpo shiq kto"),
         ({"instruction": "p", "completions": ULTRAFEEDBACK}, "answers scored", "dpo shiq kto"),
-        # A list that compares its answers says more than two sides, and these more than one that does not.
-        (PAIR | LISTED, "pair answers", "dpo kto"),
-        (PAIR | LISTED | {"scores": [1, 2]}, "answers scored", "dpo shiq kto"),
+        # Lists with scores or ranks take precedence over pairs, and pairs over other lists.
+        (PAIR | ANSWER_LIST, "pair answers", "dpo kto"),
+        (PAIR | ANSWER_LIST | {"scores": [1, 2]}, "answers scored", "dpo shiq kto"),
     ],
 )
-def test_a_row_is_told_from_its_fields(row, holds, objectives):
+def test_rows_are_classified_by_their_fields(row, contents, objectives):
     kind = classify(row)
-    assert [name for name, held in kind._asdict().items() if held] == holds.split()
+    assert [name for name, value in kind._asdict().items() if value] == contents.split()
     assert kind.objectives == tuple(objectives.split())
 
 
 @pytest.mark.parametrize(
-    ("row", "holds", "objectives"),
+    ("row", "contents", "objectives"),
     [
         (PAIR, "answers scored", "dpo shiq kto"),
         ({"prompt": "p", "completion": "a", "label": 1}, "completion", "sft"),
@@ -58,7 +58,7 @@ def test_a_row_is_told_from_its_fields(row, holds, objectives):
         ({"prompt": "p"}, "", ""),
     ],
 )
-def test_a_named_score_decides_instead_of_labels_and_sides(row, holds, objectives):
+def test_named_score_overrides_labels_and_pairs(row, contents, objectives):
     kind = classify(row, "grade")
-    assert [name for name, held in kind._asdict().items() if held] == holds.split()
+    assert [name for name, value in kind._asdict().items() if value] == contents.split()
     assert kind.objectives == tuple(objectives.split())

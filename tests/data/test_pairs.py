@@ -1,4 +1,4 @@
-"""Preferences: every spelling of one pair gives the same prompt and answers."""
+"""Every format of a preference pair gives the same prompt and answers."""
 
 import pytest
 
@@ -7,46 +7,46 @@ from shiq_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why is the sky blue?"}
-GOOD = {"role": "assistant", "content": "Scattering."}
-BAD = {"role": "assistant", "content": "Paint."}
-MORE = {"role": "user", "content": "Go on."}
+CHOSEN = {"role": "assistant", "content": "Scattering."}
+REJECTED = {"role": "assistant", "content": "Paint."}
+FOLLOW_UP = {"role": "user", "content": "Go on."}
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": USER["content"], "chosen": [GOOD], "rejected": [BAD]},
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
+        {"prompt": [USER], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        {"prompt": USER["content"], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        {"prompt": USER["content"], "chosen": [CHOSEN], "rejected": [REJECTED]},
+        {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
     ],
 )
-def test_all_spellings_of_a_pair_agree(row):
-    assert split_pair(row) == ([USER], [GOOD], [BAD])
+def test_all_formats_agree(row):
+    assert split_pair(row) == ([USER], [CHOSEN], [REJECTED])
 
 
-def test_a_system_message_before_a_text_prompt_belongs_to_the_prompt():
-    row = {"prompt": USER["content"], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}
-    assert split_pair(row) == ([SYSTEM, USER], [GOOD], [BAD])
+def test_system_message_before_a_text_prompt_is_part_of_the_prompt():
+    row = {"prompt": USER["content"], "chosen": [SYSTEM, USER, CHOSEN], "rejected": [SYSTEM, USER, REJECTED]}
+    assert split_pair(row) == ([SYSTEM, USER], [CHOSEN], [REJECTED])
 
 
-def test_shared_turns_of_both_conversations_are_the_prompt():
-    row = {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, GOOD, MORE, BAD]}
-    assert split_pair(row) == ([USER, GOOD, MORE], [GOOD], [BAD])
+def test_shared_turns_are_the_prompt():
+    row = {"chosen": [USER, CHOSEN, FOLLOW_UP, CHOSEN], "rejected": [USER, CHOSEN, FOLLOW_UP, REJECTED]}
+    assert split_pair(row) == ([USER, CHOSEN, FOLLOW_UP], [CHOSEN], [REJECTED])
 
 
-def test_conversations_that_part_at_the_user_part_at_the_answer_before():
-    other = {"role": "user", "content": "Stop."}
-    row = {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, GOOD, other, BAD]}
-    assert split_pair(row) == ([USER], [GOOD, MORE, GOOD], [GOOD, other, BAD])
+def test_conversations_are_split_before_an_assistant_turn():
+    stop = {"role": "user", "content": "Stop."}
+    row = {"chosen": [USER, CHOSEN, FOLLOW_UP, CHOSEN], "rejected": [USER, CHOSEN, stop, REJECTED]}
+    assert split_pair(row) == ([USER], [CHOSEN, FOLLOW_UP, CHOSEN], [CHOSEN, stop, REJECTED])
 
 
-def test_equal_conversations_keep_an_answer():
-    assert split_pair({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}) == ([USER], [GOOD], [GOOD])
+def test_equal_conversations_keep_their_answers():
+    assert split_pair({"chosen": [USER, CHOSEN], "rejected": [USER, CHOSEN]}) == ([USER], [CHOSEN], [CHOSEN])
 
 
-def test_texts_with_and_without_a_prompt():
+def test_text_answers_with_and_without_a_prompt():
     assert split_pair({"prompt": "Q:", "chosen": " yes", "rejected": " no"}) == ("Q:", " yes", " no")
     assert split_pair({"chosen": "Q: nor", "rejected": "Q: no"}) == ("Q:", " nor", " no")
     assert split_pair({"chosen": "Q\nyes", "rejected": "Q\nno"}) == ("Q\n", "yes", "no")
@@ -54,18 +54,18 @@ def test_texts_with_and_without_a_prompt():
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"chosen": "yes", "rejected": "no"}, "share no beginning"),
-        ({"chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "share no first message"),
-        ({"prompt": "a", "chosen": [GOOD], "rejected": "no"}, "'rejected' is"),
+        ({"chosen": [USER, CHOSEN], "rejected": [FOLLOW_UP, REJECTED]}, "share no first message"),
+        ({"prompt": "a", "chosen": [CHOSEN], "rejected": "no"}, "'rejected' is"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "neither text nor messages"),
-        ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "neither text nor messages"),
-        ({"prompt": "Else?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "do not begin with the prompt"),
+        ({"prompt": 3, "chosen": [CHOSEN], "rejected": [REJECTED]}, "neither text nor messages"),
+        ({"prompt": "Else?", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, "do not begin with the prompt"),
     ],
 )
-def test_what_is_no_pair_is_refused(row, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_pairs_are_rejected(row, message):
+    with pytest.raises(UserError, match=message):
         split_pair(row)

@@ -13,18 +13,18 @@ from shiq_jax.replay import Buffer, Record, storage
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), appends=st.lists(st.integers(0, 6), max_size=4), shard_rows=st.integers(1, 4))
-def test_what_is_appended_is_read_back_bit_for_bit(make_record, seed, appends, shard_rows):
+def test_append_and_read_round_trip(make_record, seed, appends, shard_rows):
     rng = np.random.default_rng(seed)
     records = []
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "SHARD_ROWS", shard_rows)
         buffer = Buffer.create(directory + "/buffer")
         for count in appends:
-            fresh = [
+            batch = [
                 make_record(rng, group=f"g{rng.integers(3)}", statistics=bool(rng.integers(2))) for _ in range(count)
             ]
-            assert buffer.append(iter(fresh)) == count
-            records += fresh
+            assert buffer.append(iter(batch)) == count
+            records += batch
         for opened in (buffer, Buffer.open(directory + "/buffer")):
             assert len(opened) == len(records)
             assert opened.read(range(len(records))) == records
@@ -40,7 +40,7 @@ def test_what_is_appended_is_read_back_bit_for_bit(make_record, seed, appends, s
             opened.verify()
 
 
-def test_reading_copies_nothing_and_cannot_change_the_file(make_record, make_buffer):
+def test_reads_are_read_only_views(make_record, make_buffer):
     buffer = make_buffer([make_record(np.random.default_rng(0))])
     tokens = buffer[0].tokens
     assert tokens.base is not None and not tokens.flags.writeable
@@ -48,84 +48,84 @@ def test_reading_copies_nothing_and_cannot_change_the_file(make_record, make_buf
         tokens[0] = 1
 
 
-def test_equal_records_have_equal_returns_wherever_they_lie(make_buffer):
+def test_returns_do_not_depend_on_the_position_in_a_shard(make_buffer):
     record = Record(tokens=[0, 1, 2], action_mask=[0, 1, 1], rewards=[0.1, 0.2], group="g")
     large = Record(tokens=[0, 1], action_mask=[0, 1], rewards=[1e7], group="g")
     returns = make_buffer([record, large, record, large, record]).returns()
     assert returns[0] == returns[2] == returns[4]
 
 
-def test_order_and_repetition_of_indices_are_kept(make_record, make_buffer):
+def test_read_preserves_order_and_repetition(make_record, make_buffer):
     rng = np.random.default_rng(1)
     records = [make_record(rng) for _ in range(7)]
-    buffer = make_buffer(records, parts=3)
-    wanted = np.array([6, 0, 3, 3, 2])
-    assert buffer.read(wanted) == [records[place] for place in wanted]
-    for wrong in (7, -1):
-        with pytest.raises(IndexError, match=f"record {wrong} .* has 7"):
-            buffer.read([wrong])
+    buffer = make_buffer(records, shards=3)
+    indices = np.array([6, 0, 3, 3, 2])
+    assert buffer.read(indices) == [records[index] for index in indices]
+    for index in (7, -1):
+        with pytest.raises(IndexError, match=f"record index {index} is out of range: .* has 7 records"):
+            buffer.read([index])
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
+    """Simulates the death of the process; the library does not catch it."""
 
 
-@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("rename", range(3))
 @pytest.mark.parametrize("after", [False, True])
-def test_a_process_that_dies_leaves_the_buffer_as_it_was(make_record, make_buffer, monkeypatch, moment, after):
+def test_killed_append_leaves_the_buffer_unchanged(make_record, make_buffer, monkeypatch, rename, after):
     rng = np.random.default_rng(2)
     old, new = [make_record(rng) for _ in range(3)], [make_record(rng) for _ in range(4)]
     buffer = make_buffer(old)
     monkeypatch.setattr(storage, "SHARD_ROWS", 2)
     replace, calls = os.replace, itertools.count()
 
-    def dying(source, target):
+    def killed_replace(source, target):
         # Two shards and the manifest are renamed, in this order.
-        if next(calls) == moment:
+        if next(calls) == rename:
             if after:
                 replace(source, target)
             raise Killed
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying)
-        # A dead process tidies nothing.
+        patch.setattr(os, "replace", killed_replace)
+        # A killed process does not clean up.
         patch.setattr("shiq_jax.replay.buffer.remove_leftovers", lambda *_: None)
         with pytest.raises(Killed):
             buffer.append(new)
-    committed = old + new if moment == 2 and after else old
+    committed = old + new if rename == 2 and after else old
     opened = Buffer.open(buffer.path)
     assert opened.read(range(len(opened))) == committed
     opened.append(new)
-    again = Buffer.open(buffer.path)
-    assert again.read(range(len(again))) == committed + new
-    listed = {file.name for file in again.record_files()} | {"manifest.json"}
+    reopened = Buffer.open(buffer.path)
+    assert reopened.read(range(len(reopened))) == committed + new
+    listed = {file.name for file in reopened.record_files()} | {"manifest.json"}
     assert {file.name for file in buffer.path.iterdir()} == listed
 
 
-def test_a_refused_record_adds_nothing_and_leaves_nothing(make_record, make_buffer, monkeypatch):
+def test_invalid_record_leaves_the_buffer_unchanged(make_record, make_buffer, monkeypatch):
     rng = np.random.default_rng(3)
     buffer = make_buffer([make_record(rng)])
     before = sorted(file.name for file in buffer.path.iterdir())
     monkeypatch.setattr(storage, "SHARD_ROWS", 1)
     bad = Record(tokens=[1, 90], action_mask=[0, 1], rewards=[1.0], group="bad")
-    with pytest.raises(UserError, match=r"record 2 of those appended \(group 'bad'\): token id 90"):
+    with pytest.raises(UserError, match=r"appended record 2 \(group 'bad'\): token id 90"):
         buffer.append([make_record(rng), make_record(rng), bad], vocab_size=50)
     assert sorted(file.name for file in buffer.path.iterdir()) == before
     assert len(Buffer.open(buffer.path)) == len(buffer) == 1
 
 
-def test_two_writers_do_not_overwrite_each_other(make_record, make_buffer):
+def test_concurrent_writers_are_rejected(make_record, make_buffer):
     rng = np.random.default_rng(4)
     first = make_buffer([make_record(rng)])
     second = Buffer.open(first.path)
     second.append([make_record(rng)])
-    with pytest.raises(UserError, match="changed by another process"):
+    with pytest.raises(UserError, match="modified by another process"):
         first.append([make_record(rng)])
     assert len(first) == 1 and len(Buffer.open(first.path)) == 2
 
 
-def test_an_open_buffer_stays_a_snapshot(make_record, make_buffer):
+def test_open_buffer_is_a_snapshot(make_record, make_buffer):
     rng = np.random.default_rng(5)
     records = [make_record(rng) for _ in range(4)]
     writer = make_buffer(records[:2])
@@ -134,31 +134,31 @@ def test_an_open_buffer_stays_a_snapshot(make_record, make_buffer):
     assert reader.read(range(len(reader))) == records[:2]
 
 
-def test_creating_refuses_what_is_there_and_harms_nothing(make_record, make_buffer, tmp_path):
+def test_create_rejects_occupied_paths(make_record, make_buffer, tmp_path):
     buffer = make_buffer([make_record(np.random.default_rng(6))])
-    with pytest.raises(UserError, match="is a replay buffer already"):
+    with pytest.raises(UserError, match="is already a replay buffer"):
         Buffer.create(buffer.path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files, such as notes.txt"):
+    with pytest.raises(UserError, match="contains other files, such as notes.txt"):
         Buffer.create(tmp_path / "notes")
     with pytest.raises(UserError, match="is a file"):
         Buffer.create(tmp_path / "notes" / "notes.txt")
-    # Shards whose manifest was lost are somebody's data, not leftovers.
+    # Shards without a manifest are user data, not leftovers.
     (buffer.path / "manifest.json").unlink()
     with pytest.raises(UserError, match="records-00000.arrow"):
         Buffer.create(buffer.path)
     assert (buffer.path / "records-00000.arrow").exists() and (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 
 
-def test_a_truncated_or_missing_shard_is_named(make_record, make_buffer):
+def test_open_reports_truncated_and_missing_shards(make_record, make_buffer):
     rng = np.random.default_rng(7)
-    buffer = make_buffer([make_record(rng) for _ in range(4)], parts=2)
+    buffer = make_buffer([make_record(rng) for _ in range(4)], shards=2)
     shard = buffer.record_files()[1]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-20])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-20])
     with pytest.raises(
-        UserError, match=f"records-00001.arrow has {len(whole) - 20} bytes, the manifest says {len(whole)}"
+        UserError, match=f"records-00001.arrow has {len(content) - 20} bytes; the manifest expects {len(content)}"
     ):
         Buffer.open(buffer.path)
     shard.unlink()
@@ -166,7 +166,7 @@ def test_a_truncated_or_missing_shard_is_named(make_record, make_buffer):
         Buffer.open(buffer.path)
 
 
-def test_changed_bytes_are_found_by_verifying(make_record, make_buffer):
+def test_report_verifies_checksums(make_record, make_buffer):
     buffer = make_buffer([make_record(np.random.default_rng(8), length=50)])
     shard = buffer.record_files()[0]
     content = bytearray(shard.read_bytes())

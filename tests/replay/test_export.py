@@ -11,8 +11,8 @@ from shiq_jax.replay import Buffer, from_dataset, record_from_json, record_to_js
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), statistics=st.booleans())
-def test_json_gives_the_record_back_bit_for_bit(make_record, seed, statistics):
-    record = make_record(np.random.default_rng(seed), statistics=statistics, judged=True)
+def test_json_round_trip_is_exact(make_record, seed, statistics):
+    record = make_record(np.random.default_rng(seed), statistics=statistics, feedback=True)
     content = json.loads(json.dumps(record_to_json(record), allow_nan=False))
     assert record_from_json(content) == record
     for name in ("action_mask", "rewards", *(["logp", "lse", "behaviour_logp"] if statistics else [])):
@@ -22,27 +22,27 @@ def test_json_gives_the_record_back_bit_for_bit(make_record, seed, statistics):
     )
 
 
-def base(**changes):
+def json_record(**changes):
     return {"tokens": [5, 6, 7], "action_mask": [False, True, True], "rewards": [0, 0, 1.5], **changes}
 
 
-def test_foreign_rows_need_only_three_fields():
-    record = record_from_json(base(logp=[None, -1, -2]))
+def test_three_fields_are_sufficient():
+    record = record_from_json(json_record(logp=[None, -1, -2]))
     assert record.rewards.tolist() == [0, 1.5] and record.logp.tolist() == [-1, -2] and record.lse is None
-    assert record.group == record_from_json(base(tokens=[5, 8, 9])).group, "the same context is the same group"
-    assert record.group != record_from_json(base(tokens=[4, 6, 7])).group
-    assert record_from_json(base(group_id=12)).group == "12"
+    assert record.group == record_from_json(json_record(tokens=[5, 8, 9])).group, "equal contexts form a group"
+    assert record.group != record_from_json(json_record(tokens=[4, 6, 7])).group
+    assert record_from_json(json_record(group_id=12)).group == "12"
 
 
-def test_prompts_of_any_kind_become_rows():
+def test_prompts_are_stored_as_json_objects():
     row = json.dumps({"prompt": "Hi", "answer": "Ho"})
-    assert record_from_json(base(prompt=row)).prompt == row
+    assert record_from_json(json_record(prompt=row)).prompt == row
     for prompt in ("Hi", "12", [{"role": "user", "content": "Hü"}]):
-        assert json.loads(record_from_json(base(prompt=prompt)).prompt) == {"prompt": prompt}
+        assert json.loads(record_from_json(json_record(prompt=prompt)).prompt) == {"prompt": prompt}
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         (dict(tokens=None), "'tokens' is missing"),
         (dict(action_mask="no"), "'action_mask' is of type str"),
@@ -50,14 +50,14 @@ def test_prompts_of_any_kind_become_rows():
         (dict(rewards=None), "'rewards' is missing"),
         (dict(rewards=1.0), "'rewards' is of type float"),
         (dict(rewards=[0, 1.0]), "'rewards' has 2 entries"),
-        (dict(rewards=[1.0, 0, 0]), "'rewards' is 1.0 at token 0, which is no action"),
+        (dict(rewards=[1.0, 0, 0]), "'rewards' is 1.0 at token 0, which is not an action"),
         (dict(rewards=[0, None, 1]), "'rewards' is None at token 1"),
         (dict(lse=[0, 1, 2], logp=[0, "a", 2]), "'logp' is 'a' at token 1"),
         (dict(tokens=[1, "b", 2]), "tokens"),
-        (dict(action_mask=[0, 3, 1]), "action_mask holds something other"),
+        (dict(action_mask=[0, 3, 1]), "action_mask contains a value other"),
         (dict(action_mask=[True, True, True]), "first token"),
         (dict(rewards=[0, 0, float("nan")]), "rewards is nan"),
-        (dict(chosen="the better one"), "chosen is 'the better one'; give true, false or none"),
+        (dict(chosen="the better one"), "chosen is 'the better one'; give true, false or null"),
         (dict(label=1), "label is '1'; give true, false"),
         (dict(rank=True), "rank is 'True'; give a number"),
         (dict(score="high"), "score is 'high'; give a number"),
@@ -65,24 +65,24 @@ def test_prompts_of_any_kind_become_rows():
         (dict(score=float("inf")), "score is inf; give a finite number"),
     ],
 )
-def test_each_fault_names_the_field(change, words):
-    with pytest.raises(UserError) as caught:
-        record_from_json(base(**change))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+def test_invalid_fields_are_rejected(change, message):
+    with pytest.raises(UserError) as error:
+        record_from_json(json_record(**change))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_jsonl_holds_a_line_per_record(make_groups, make_buffer, tmp_path):
-    records = make_groups(np.random.default_rng(0), judged=True)
-    assert to_jsonl(make_buffer(records, parts=2), tmp_path / "out.jsonl") == len(records)
+def test_jsonl_has_one_line_per_record(make_groups, make_buffer, tmp_path):
+    records = make_groups(np.random.default_rng(0), feedback=True)
+    assert to_jsonl(make_buffer(records, shards=2), tmp_path / "out.jsonl") == len(records)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [record_from_json(json.loads(line)) for line in lines] == records
 
 
-def test_datasets_opens_the_shards_and_gives_the_records_back(make_groups, make_buffer, tmp_path):
+def test_dataset_round_trip(make_groups, make_buffer, tmp_path):
     import datasets
 
-    records = make_groups(np.random.default_rng(1), judged=True)
-    buffer = make_buffer(records, parts=2)
+    records = make_groups(np.random.default_rng(1), feedback=True)
+    buffer = make_buffer(records, shards=2)
     opened = datasets.Dataset.from_file(str(buffer.record_files()[0]))
     assert opened["tokens"][0] == records[0].tokens.tolist() and len(opened) == len(buffer.shards[0])
     dataset = to_dataset(buffer)
@@ -90,12 +90,12 @@ def test_datasets_opens_the_shards_and_gives_the_records_back(make_groups, make_
     copy = Buffer.create(tmp_path / "copy")
     copy.append(from_dataset(dataset))
     assert copy.read(range(len(copy))) == records
-    with pytest.raises(UserError, match="lacks the column 'rewards'"):
+    with pytest.raises(UserError, match="has no column 'rewards'"):
         list(from_dataset(dataset.remove_columns("rewards")))
-    short = list(from_dataset(dataset.remove_columns(["lse", "user"])))
-    assert short[0].lse is None and short[0].tokens.tolist() == records[0].tokens.tolist()
+    reduced = list(from_dataset(dataset.remove_columns(["lse", "user"])))
+    assert reduced[0].lse is None and reduced[0].tokens.tolist() == records[0].tokens.tolist()
 
 
-def test_an_empty_buffer_makes_no_dataset(make_buffer):
+def test_empty_buffer_cannot_become_a_dataset(make_buffer):
     with pytest.raises(UserError, match="is empty"):
         to_dataset(make_buffer([]))

@@ -8,20 +8,20 @@ from shiq_jax.replay import Record, validate
 
 
 def record(**changes):
-    base = dict(tokens=[1, 2, 3, 4], action_mask=[0, 0, 1, 1], rewards=[0.0, 1.0], group="g")
-    return Record(**{**base, **changes})
+    fields = dict(tokens=[1, 2, 3, 4], action_mask=[0, 0, 1, 1], rewards=[0.0, 1.0], group="g")
+    return Record(**{**fields, **changes})
 
 
-def test_plain_lists_become_arrays_of_the_stored_types():
-    made = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
-    assert (made.tokens.dtype, made.action_mask.dtype) == (np.int32, np.bool_)
-    assert {getattr(made, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {
+def test_lists_are_converted_to_the_stored_dtypes():
+    result = record(behaviour_logp=[-1, -2], logp=[-1.5, -2.5], lse=np.array([3.0, 4.0]))
+    assert (result.tokens.dtype, result.action_mask.dtype) == (np.int32, np.bool_)
+    assert {getattr(result, name).dtype for name in ("rewards", "behaviour_logp", "logp", "lse")} == {
         np.dtype(np.float32)
     }
-    validate(made, vocab_size=5)
+    validate(result, vocab_size=5)
 
 
-def test_equality_is_that_of_bits():
+def test_equality_is_bitwise():
     assert record() == record()
     assert record(rewards=[0.0, 1.0]) != record(rewards=[-0.0, 1.0])
     for change in (
@@ -36,7 +36,7 @@ def test_equality_is_that_of_bits():
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, phrases",
     [
         (dict(action_mask=[0, 1, 1]), ["action_mask has 3 entries for 4 tokens"]),
         (dict(action_mask=[0, 0, 0, 0], rewards=[]), ["none of its 4 tokens is an action"]),
@@ -48,25 +48,25 @@ def test_equality_is_that_of_bits():
         (dict(rewards=[0.0, float("nan")]), ["rewards is nan at action 1"]),
         (dict(rewards=[1e39, 0.0]), ["rewards is inf at action 0"]),
         (dict(logp=[-1.0, -np.inf], lse=[0.0, 0.0]), ["logp is -inf at action 1"]),
-        (dict(logp=[2.0, 1.0]), ["logp holds 2", "sign flipped"]),
+        (dict(logp=[2.0, 1.0]), ["logp contains 2", "flip the sign"]),
         (dict(behaviour_logp=[-1.0]), ["behaviour_logp has 1 entries"]),
-        (dict(lse=[1.0, 1.0]), ["lse without logp"]),
+        (dict(lse=[1.0, 1.0]), ["has lse but no logp"]),
         (dict(group=""), ["group is ''"]),
         (dict(prompt={"a": 1}), ["prompt is of type dict"]),
-        (dict(user="\ud800"), ["user holds a lone surrogate at character 0"]),
+        (dict(user="\ud800"), ["user has a lone surrogate at character 0"]),
     ],
 )
-def test_each_fault_is_told_in_one_sentence(change, words):
-    with pytest.raises(UserError) as caught:
+def test_validate_rejects_invalid_records(change, phrases):
+    with pytest.raises(UserError) as error:
         validate(record(**change), vocab_size=10, name="record 7")
-    text = str(caught.value)
-    assert text.startswith("record 7") and "\n" not in text
-    for word in words:
-        assert word in text
+    message = str(error.value)
+    assert message.startswith("record 7") and "\n" not in message
+    for phrase in phrases:
+        assert phrase in message
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         (dict(tokens=[1.5, 2, 3, 4]), "dtype float64"),
         (dict(tokens=[1, 2, 3, 2**40]), "32 bits"),
@@ -76,18 +76,18 @@ def test_each_fault_is_told_in_one_sentence(change, words):
         (dict(rewards=["a", "b"]), "rewards has dtype"),
     ],
 )
-def test_what_cannot_be_converted_without_loss_is_refused(change, words):
-    with pytest.raises(ValueError, match=words):
+def test_lossy_conversions_are_rejected(change, message):
+    with pytest.raises(ValueError, match=message):
         record(**change)
 
 
-def test_every_field_takes_part_in_equality():
-    said = {"prompt": "{}", "user": "u", "chosen": True, "label": False, "rank": 2.0, "score": 0.5}
-    full = record(behaviour_logp=[-1, -1], logp=[-2, -2], lse=[3, 3], **said)
+def test_equality_compares_every_field():
+    optional = {"prompt": "{}", "user": "u", "chosen": True, "label": False, "rank": 2.0, "score": 0.5}
+    full = record(behaviour_logp=[-1, -1], logp=[-2, -2], lse=[3, 3], **optional)
     for field in dataclasses.fields(Record):
         value = getattr(full, field.name)
         if isinstance(value, str):
-            other = value + "x"
+            changed = value + "x"
         else:
-            other = np.logical_not(value) if np.asarray(value).dtype == bool else value + 1
-        assert dataclasses.replace(full, **{field.name: other}) != full
+            changed = np.logical_not(value) if np.asarray(value).dtype == bool else value + 1
+        assert dataclasses.replace(full, **{field.name: changed}) != full

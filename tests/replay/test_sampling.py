@@ -6,41 +6,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiq_jax.replay import Buffer, Record, Schedule, pack_groups
-from shiq_jax.replay.trie import build
+from shiq_jax.replay.trie import build_trie
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 2**64 - 1), epochs=st.integers(1, 4))
 def test_every_epoch_visits_each_item_once(size, batch, seed, epochs):
     schedule = Schedule(size, batch, seed)
-    drawn = np.concatenate([schedule.indices(step) for step in range(schedule.steps(epochs))])
-    assert drawn.dtype == np.int64
+    items = np.concatenate([schedule.indices(step) for step in range(schedule.steps(epochs))])
+    assert items.dtype == np.int64
     for epoch in range(epochs):
-        assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
+        assert sorted(items[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert (schedule.steps(epochs) - 1) * batch < epochs * size <= schedule.steps(epochs) * batch
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 60), min_size=1, max_size=12))
-def test_a_step_has_its_items_whatever_was_asked_before(seed, steps):
-    used = Schedule(17, 5, seed)
+def test_schedule_is_stateless(seed, steps):
+    schedule = Schedule(17, 5, seed)
     for step in steps:
-        np.testing.assert_array_equal(used.indices(step), Schedule(17, 5, seed).indices(step))
+        np.testing.assert_array_equal(schedule.indices(step), Schedule(17, 5, seed).indices(step))
 
 
-def test_orders_differ_between_epochs_and_seeds_and_are_uniform():
+def test_orders_are_uniform_and_depend_on_seed_and_epoch():
     size = 50
     first, second = Schedule(size, size, 3).indices(0), Schedule(size, size, 3).indices(1)
-    other = Schedule(size, size, 4).indices(0)
-    assert not np.array_equal(first, second) and not np.array_equal(first, other) and not np.array_equal(second, other)
+    other_seed = Schedule(size, size, 4).indices(0)
+    assert (
+        not np.array_equal(first, second)
+        and not np.array_equal(first, other_seed)
+        and not np.array_equal(second, other_seed)
+    )
     counts = Counter(tuple(Schedule(3, 3, seed).indices(0)) for seed in range(1200))
     assert len(counts) == 6
-    # Chi-square with 5 degrees of freedom: 20.5 is exceeded once in a thousand.
+    # A chi-square statistic with 5 degrees of freedom exceeds 20.5 with probability 0.001.
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 20.5
 
 
-def test_the_order_is_pinned():
-    # A change here would give every resumed run another order.
+def test_order_is_pinned():
+    # A different order would break every resumed run.
     assert Schedule(8, 8, 0).indices(0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert Schedule(8, 8, 2**63 + 1).indices(5).tolist() == [0, 2, 5, 4, 3, 7, 6, 1]
 
@@ -48,52 +52,52 @@ def test_the_order_is_pinned():
 @pytest.mark.parametrize(
     "arguments, name", [((0, 1, 0), "size"), ((1, 0, 0), "batch_size"), ((1, 1, -1), "seed"), ((1, 1, 2**64), "seed")]
 )
-def test_impossible_schedules_are_refused(arguments, name):
+def test_invalid_schedules_are_rejected(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} is"):
         Schedule(*arguments)
 
 
-def test_parts_of_an_epoch_are_counted_exactly():
+def test_steps_of_fractional_epochs():
     assert Schedule(30, 1, 0).steps(0.1) == 3 and Schedule(30, 4, 0).steps(0.5) == 4
 
 
-def test_negative_steps_are_refused():
+def test_negative_steps_are_rejected():
     with pytest.raises(ValueError, match="step is -1"):
         Schedule(3, 1, 0).indices(-1)
 
 
 def buffer_of(make_buffer, rewards):
-    """Records (group, reward) that share a first token."""
+    """A buffer of records with the given (group, reward) and a shared first token."""
     return make_buffer(
         [Record(tokens=[1, k], action_mask=[0, 1], rewards=[r], group=g) for k, (g, r) in enumerate(rewards)]
     )
 
 
-def test_units_on_a_buffer_small_enough_to_see(make_buffer):
+def test_pack_groups_of_each_unit(make_buffer):
     buffer = buffer_of(make_buffer, [("a", 1), ("b", 5), ("a", 3), ("a", 3), ("c", 2), ("b", 5), ("a", 1)])
     assert pack_groups(buffer, "trajectory") == [((0,), (2,), (3,), (6,)), ((1,), (5,)), ((4,),)]
     assert pack_groups(buffer, "trajectory", share_prompts=False) == [((k,),) for k in range(7)]
-    assert pack_groups(buffer, "trajectory", max_pack_group=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
+    assert pack_groups(buffer, "trajectory", max_examples=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
     assert pack_groups(buffer, "group") == [((0, 2, 3, 6),), ((1, 5),), ((4,),)]
     pairs = pack_groups(buffer, "pair")
     assert pairs == [((2, 0),)] and pairs.left_out == 2
     assert pack_groups(buffer, "group").left_out == 0
 
 
-def test_pairs_are_what_the_data_say_before_what_returns_say(make_buffer):
-    """A side counts more than a rank, a rank more than a return that the data did not give."""
-    said = {
-        "sides": [({"chosen": False}, 5), ({"chosen": True}, 1), ({"chosen": True}, 9), ({}, 7)],
-        "one side": [({"chosen": True}, 1), ({}, 0)],
+def test_pairs_use_feedback_before_returns(make_buffer):
+    """`chosen` takes precedence over ranks, and ranks over returns unless there are scores."""
+    groups = {
+        "chosen and rejected": [({"chosen": False}, 5), ({"chosen": True}, 1), ({"chosen": True}, 9), ({}, 7)],
+        "chosen only": [({"chosen": True}, 1), ({}, 0)],
         "ranks": [({"rank": 2.0}, 9), ({"rank": 3.0}, 1), ({"rank": 1.0}, 0), ({"rank": 1.0}, 5)],
         "equal ranks": [({"rank": 1.0}, 1), ({"rank": 1.0}, 2)],
-        "a rank is missing": [({"rank": 1.0}, 1), ({}, 2)],
+        "missing rank": [({"rank": 1.0}, 1), ({}, 2)],
         "scores": [({"rank": 1.0, "score": 1.0}, 1), ({"rank": 2.0, "score": 4.0}, 4)],
     }
     records = [
-        Record(tokens=[1, number], action_mask=[0, 1], rewards=[reward], group=group, **judged)
-        for group, members in said.items()
-        for number, (judged, reward) in enumerate(members)
+        Record(tokens=[1, number], action_mask=[0, 1], rewards=[reward], group=group, **feedback)
+        for group, members in groups.items()
+        for number, (feedback, reward) in enumerate(members)
     ]
     pairs = pack_groups(make_buffer(records), "pair")
     assert pairs == [((1, 0),), ((8, 7),), ((13, 12),), ((15, 14),)] and pairs.left_out == 2
@@ -103,31 +107,35 @@ def test_pairs_are_what_the_data_say_before_what_returns_say(make_buffer):
 @given(
     lists=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=10),
     row_length=st.integers(9, 20),
-    most=st.none() | st.integers(1, 4),
+    max_examples=st.none() | st.integers(1, 4),
 )
-def test_split_groups_fit_and_lose_nobody(lists, row_length, most, tmp_path_factory):
+def test_split_groups_fit_a_row_and_keep_every_record(lists, row_length, max_examples, tmp_path_factory):
     buffer = Buffer.create(tmp_path_factory.mktemp("split") / "buffer")
     buffer.append(
         Record(tokens=[1, *tokens], action_mask=[0] + [1] * len(tokens), rewards=[0.0] * len(tokens), group="g")
         for tokens in lists
     )
-    parts = pack_groups(buffer, "trajectory", max_pack_group=most, row_length=row_length)
+    parts = pack_groups(buffer, "trajectory", max_examples=max_examples, row_length=row_length)
     assert sorted(number for part in parts for (number,) in part) == list(range(len(lists)))
     for part in parts:
-        assert len(part) <= (most or len(lists))
+        assert len(part) <= (max_examples or len(lists))
         assert (
-            len(build([record.tokens for record in buffer.read([number for (number,) in part])]).tokens) <= row_length
+            len(build_trie([record.tokens for record in buffer.read([number for (number,) in part])]).tokens)
+            <= row_length
         )
-    if most is None and len(build([record.tokens for record in buffer.read(range(len(buffer)))]).tokens) <= row_length:
-        assert len(parts) == 1, "what fits is not split"
+    if (
+        max_examples is None
+        and len(build_trie([record.tokens for record in buffer.read(range(len(buffer)))]).tokens) <= row_length
+    ):
+        assert len(parts) == 1, "a group that fits must not be split"
 
 
-def test_arguments_that_mean_nothing_are_refused(make_buffer):
+def test_invalid_arguments_are_rejected(make_buffer):
     buffer = buffer_of(make_buffer, [("a", 1)])
     with pytest.raises(ValueError, match="unit is 'triple'; choose one of trajectory, pair, group"):
         pack_groups(buffer, "triple")
     with pytest.raises(ValueError, match="share_prompts=False"):
         pack_groups(buffer, "pair", share_prompts=False)
-    for name in ("max_pack_group", "row_length"):
+    for name in ("max_examples", "row_length"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             pack_groups(buffer, "trajectory", **{name: 0})

@@ -75,8 +75,8 @@ def test_a_trie_is_built_once_over_all_passes(monkeypatch, tmp_path):
     made = import_records(
         tmp_path / "made", lambda reading: formats.trajectories(DATA / "ultrafeedback.jsonl", TOKENIZER, reading), MODEL
     )
-    built, build = [], trees.build
-    monkeypatch.setattr(trees, "build", lambda sequences: built.append(sequences) or build(sequences))
+    built, build = [], trees.build_trie
+    monkeypatch.setattr(trees, "build_trie", lambda sequences: built.append(sequences) or build(sequences))
     batches = Batches(made, "trajectory", 2, seed=0, row_length=128)
     for step in range(batches.steps(3)):
         batches(step)

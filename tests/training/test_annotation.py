@@ -148,8 +148,8 @@ def test_an_annotation_that_was_stopped_goes_on_where_it_was(
 
 
 def test_a_tree_is_built_once_for_planning_and_for_the_pass(model, params, records, make_buffer, monkeypatch):
-    built, build = [], trees.build
-    monkeypatch.setattr(trees, "build", lambda sequences: built.append(sequences) or build(sequences))
+    built, build = [], trees.build_trie
+    monkeypatch.setattr(trees, "build_trie", lambda sequences: built.append(sequences) or build(sequences))
     buffer = make_buffer(records, shards=2)
     annotate(model, params, buffer, reference_identity(model, params))
     groups = buffer.group_ids()
