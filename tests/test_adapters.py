@@ -139,8 +139,8 @@ PAIRS, TOY = ["dpo", "--model", "{tiny}", "--data", "{data}"], ["shiq"]
         (PAIRS, ["--lora.rank", "0"], "the rank of LoRA must be at least 1, not 0"),
         (PAIRS, ["--lora.rank", "2", "--lora.alpha", "nan"], "the alpha of LoRA must be positive and finite, not nan"),
         (PAIRS, ["--lora.rank", "2", "--lora.targets", "lm_head"], "lm_head"),
-        (PAIRS, ["--lora.alpha", "4"], "alpha and targets say how adapters are: give their rank"),
-        (TOY, ["--lora.rank", "4", "--loss.name", "ilql"], "ilql leaves the policy as it is"),
+        (PAIRS, ["--lora.alpha", "4"], "alpha and targets configure LoRA adapters: set lora.rank"),
+        (TOY, ["--lora.rank", "4", "--loss.name", "ilql"], "ilql does not train the policy"),
     ],
 )
 def test_what_there_is_not_is_refused(command, more, message, tiny, data, tmp_path, capsys):

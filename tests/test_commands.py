@@ -100,7 +100,7 @@ def test_a_finished_run_is_shown_again_and_never_overwritten(finished, tiny, cap
     arguments = ["shiq", "--model", tiny, "--output-dir", str(finished), "--mesh", "fsdp=1", *SMALL]
     training_door.main([*arguments, "--resume"])
     assert "is complete" in " ".join(capsys.readouterr().out.split())
-    assert "holds a run already" in refusal(training_door, arguments, capsys)
+    assert "already holds a run" in refusal(training_door, arguments, capsys)
     assert "seed=0, not 7" in refusal(training_door, [*arguments, "--resume", "--seed", "7"], capsys)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 

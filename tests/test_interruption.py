@@ -183,7 +183,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(name, jobs, who
             patch.setattr(module, function, asks(signal.SIGTERM, at, getattr(module, function)))
             run(jobs[name], out, *more)
         error = capsys.readouterr().err
-        assert f"train.py: {said}" in error and error.endswith("; the same command with --resume goes on\n"), error
+        assert f"train.py: {said}" in error and error.endswith("; repeat the command with --resume to continue\n"), error
         if "update" in said:
             step = said.split()[3]
             assert (out / "checkpoints" / step).is_dir(), said
@@ -234,7 +234,7 @@ def test_an_interrupt_stops_after_the_step_and_a_second_at_once(times, said, job
     assert stop.value.code == 130
     error = capfd.readouterr().err
     assert "interrupt again to stop at once" in error
-    assert error.endswith(f"train.py: {said}; the same command with --resume goes on\n")
+    assert error.endswith(f"train.py: {said}; repeat the command with --resume to continue\n")
     assert (tmp_path / "run" / "warm_start" / "checkpoints" / "2").is_dir() == (times == 1)
 
 
@@ -282,7 +282,7 @@ def test_a_second_process_is_refused_and_the_kernel_lets_go_of_a_killed_one(tmp_
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError) as refused, run.locked():
             raise AssertionError("both hold the run")
-        said = f"another process is at work in {run.path}: wait until it has ended, or name another --output-dir"
+        said = f"another process is using {run.path}: wait until it has ended, or choose another --output-dir"
         assert str(refused.value) == said
     finally:
         holder.kill()
@@ -297,7 +297,7 @@ def test_a_run_that_somebody_is_at_work_on_is_left_alone(jobs, whole, tmp_path, 
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with RunDirectory(out).locked(), pytest.raises(SystemExit) as stop:
         run(jobs["sampled"], out, "--resume")
-    assert stop.value.code == 2 and "another process is at work in" in capsys.readouterr().err
+    assert stop.value.code == 2 and "another process is using" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -306,7 +306,7 @@ def test_only_one_of_two_begins(tmp_path):
     first, second = (RunDirectory(tmp_path / "run") for _ in range(2))
     first.path.mkdir()
     first._claim({"seed": 1})
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         second._claim({"seed": 2})
     assert '"seed": 1' in first.config.read_text() and list(first.path.iterdir()) == [first.config]
 

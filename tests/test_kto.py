@@ -136,7 +136,7 @@ def test_own_samples_are_labelled_by_the_mean_of_their_prompt(loss, tiny, tmp_pa
     assert examples.column("label")[::step] == (wanted[wanted != 0] > 0).tolist()
     said = capsys.readouterr().err
     assert f"{np.sum(wanted > 0)} answers are desirable, {np.sum(wanted < 0)} undesirable" in said
-    assert f"{np.sum(wanted == 0)} tie and are left out" in said or np.all(wanted)
+    assert f"skipped {np.sum(wanted == 0)} ties" in said or np.all(wanted)
     assert {"kl" if loss == "kto" else "rewards/signed", "desirable"} < set(updates(run)[0])
 
 
@@ -152,7 +152,7 @@ MISTAKES = {
     "one prompt": ([row | {"prompt": "say"} for row in ROWS], [], "have one prompt: give more prompts"),
     "no labels": ([ROWS[0], {"prompt": "a", "completion": "b"}], [], "line 2: field 'label' is missing"),
     "ties": ([{"prompt": p, "completion": "b", "reward": 1} for p in "ab"], [], "no answer is better or worse"),
-    "a threshold for labels": (ROWS, ["--threshold", "1"], "has labels: leave it out"),
+    "a threshold for labels": (ROWS, ["--threshold", "1"], "has labels: omit --threshold"),
 }
 
 

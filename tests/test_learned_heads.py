@@ -87,10 +87,10 @@ def test_the_other_baselines_run(run, loss):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--loss.name", "mc_returns", "--loss.polyak", "0.1"], "polyak is no option of the loss mc_returns"),
+        (["--loss.name", "mc_returns", "--loss.polyak", "0.1"], "polyak is not an option of the loss mc_returns"),
         (["--loss.name", "ilql", "--loss.polyak", "2"], "polyak is 2.0 but must lie in (0, 1]"),
         (["--loss.name", "ilql", "--loss.tau", "1"], "tau is 1.0 but an expectile lies in (0, 1)"),
-        (["--loss.name", "oreo", "--loss.alpha", "1"], "alpha is no option of the loss oreo, which takes beta and"),
+        (["--loss.name", "oreo", "--loss.alpha", "1"], "alpha is not an option of the loss oreo, which takes beta and"),
     ],
 )
 def test_options_out_of_place_are_refused(arguments, words, capsys):

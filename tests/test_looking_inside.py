@@ -165,9 +165,9 @@ def test_inspect_names_the_stage_of_a_run_that_is_not_over(tmp_path, capsys):
     log.write("warm start", 1, loss=0.5)
     assert "warm start" in inspect(tmp_path)
     log.write("evaluation", 0, kl=0.0, reward=0.25, reward_stderr=0.125)
-    assert "before the passes" in inspect(tmp_path) and "0.25 ± 0.12" in inspect(tmp_path)
+    assert "initial evaluation complete" in inspect(tmp_path) and "0.25 ± 0.12" in inspect(tmp_path)
     log.write("update", 1, loss=0.125, tokens=10, seconds=2.0, compiled=False)
-    assert "passes over the buffer" in inspect(tmp_path) and "loss 0.125, 5 tokens/s" in inspect(tmp_path)
+    assert "training" in inspect(tmp_path) and "loss 0.125, 5 tokens/s" in inspect(tmp_path)
     before = files(tmp_path)
     with pytest.raises(SystemExit) as stop:
         training_door.main(["inspect", str(tmp_path / "nothing")])
@@ -229,35 +229,35 @@ def test_help_without_a_command_lists_the_commands_with_examples(monkeypatch, ca
 @pytest.mark.parametrize(
     "job, said",
     [
-        (commands.own_data(commands.Shiq(model="m", data="d")), ()),
-        (commands.embedded(commands.Shiq(seed=5)), ()),
+        (commands.pretrained_defaults(commands.Shiq(model="m", data="d")), ()),
+        (commands.toy_defaults(commands.Shiq(seed=5)), ()),
     ],
 )
 def test_options_that_are_of_use_are_not_complained_of(job, said):
-    assert tuple(commands.without_effect(job)) == said
+    assert tuple(commands.ignored_options(job)) == said
 
 
 def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys):
     from shiq_jax.runs.loss_options import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
 
-    assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).configured().unit == "pair" for name in PAIR_LOSSES)
+    assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).build().unit == "pair" for name in PAIR_LOSSES)
     assert len(REWARD_LOSSES) > 5 and all(
-        "rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES
+        "rewards" in RewardLoss(name=name).build().needs for name in REWARD_LOSSES
     )
     for arguments, words in (
-        (["--loss.name", "ipo", "--loss.margin", "1"], "margin is no option of the loss ipo, which takes beta"),
+        (["--loss.name", "ipo", "--loss.margin", "1"], "margin is not an option of the loss ipo, which takes beta"),
         (["--loss.name", "exo", "--loss.label-smoothing", "0"], "label_smoothing is 0.0 but must be a positive"),
         (["--loss.name", "discopop", "--loss.tau", "-1"], "tau is -1.0 but must be a positive finite number"),
-        (["--loss.name", "cpo", "--loss.rpo-alpha", "1"], "rpo_alpha is no option of the loss cpo, which takes beta"),
-        (["--loss.name", "ipo", "--loss.ld-alpha", "0"], "ld_alpha is no option of the loss ipo, which takes beta"),
-        (["--loss.name", "aot", "--loss.use-weighting"], "use_weighting is no option of the loss aot, which takes"),
+        (["--loss.name", "cpo", "--loss.rpo-alpha", "1"], "rpo_alpha is not an option of the loss cpo, which takes beta"),
+        (["--loss.name", "ipo", "--loss.ld-alpha", "0"], "ld_alpha is not an option of the loss ipo, which takes beta"),
+        (["--loss.name", "aot", "--loss.use-weighting"], "use_weighting is not an option of the loss aot, which takes"),
         (
             ["--loss.name", "simpo", "--loss.f-divergence", "forward_kl"],
-            "f_divergence is no option of the loss simpo, which takes",
+            "f_divergence is not an option of the loss simpo, which takes",
         ),
         (["--loss.f-alpha", "0.5"], "f_alpha is 0.5 with f_divergence='reverse_kl'"),
         (["--loss.ld-alpha", "2"], "ld_alpha is 2.0 but must lie in [0, 1]"),
-        (["--loss.name", "vargrad", "--loss.gamma", "0.9"], "gamma is no option of the loss vargrad, which takes beta"),
+        (["--loss.name", "vargrad", "--loss.gamma", "0.9"], "gamma is not an option of the loss vargrad, which takes beta"),
         (["--loss.horizon", "n_step"], "n is None with horizon='n_step'"),
         (["--loss.horizon", "trajectory", "--loss.gradient", "semi"], "would train the first token only"),
     ):
@@ -270,14 +270,14 @@ def test_options_of_another_loss_are_refused_and_every_loss_takes_its_own(capsys
 def test_options_in_vain_are_named(tmp_path, capsys):
     from dataclasses import replace
 
-    job = commands.own_data(commands.Dpo(model="m", data="d"))
+    job = commands.pretrained_defaults(commands.Dpo(model="m", data="d"))
     job = replace(job, collection=replace(job.collection, prompts=7), warm_start=replace(job.warm_start, steps=3))
-    assert list(commands.without_effect(job)) == ["--collection.prompts", "--warm-start.steps"]
-    job = commands.embedded(commands.Sft())
+    assert list(commands.ignored_options(job)) == ["--collection.prompts", "--warm-start.steps"]
+    job = commands.toy_defaults(commands.Sft())
     job = replace(job, collection=replace(job.collection, sampling=replace(job.collection.sampling, top_k=5)))
-    assert list(commands.without_effect(job)) == ["--collection.sampling.top-k"]
+    assert list(commands.ignored_options(job)) == ["--collection.sampling.top-k"]
     arguments = ["dpo", "--data", str(tmp_path / "no.jsonl"), "--model", str(tmp_path), "--collection.prompts", "7"]
     with pytest.raises(SystemExit) as stop:
         training_door.main([*arguments, "--output-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "--collection.prompts without effect here: nothing is sampled" in capsys.readouterr().err
+    assert "warning: ignored --collection.prompts: --data skips sampling" in capsys.readouterr().err

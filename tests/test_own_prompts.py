@@ -107,7 +107,7 @@ def test_another_buffer_at_the_same_place_is_no_data_to_resume_with(tiny, sample
 
 def test_what_a_buffer_cannot_be_is_refused(tiny, sampled, tmp_path, capsys):
     command = ["shiq", "--model", tiny, "--data", str(sampled / "buffer"), "--output-dir", str(tmp_path / "run")]
-    cases = ((["--score", "overall_score"], "leave --score out"), (["--drop-longer-than", "2"], "all was left out"))
+    cases = ((["--score", "overall_score"], "omit --score"), (["--drop-longer-than", "2"], "no usable record"))
     for options, words in cases:
         with pytest.raises(SystemExit) as stop:
             training_door.main([*command, *options, *SMALL])

@@ -329,9 +329,9 @@ RESUMED = {
     "half a checkpoint": (without("run/checkpoints/2/memory"), "checkpoint 2 in"),
     "checkpoint of another configuration": (checkpoint_of_other_options, "learning_rate=0.5, not 0.001"),
     "model gone": (without("model"), "no such directory"),
-    "other weights": (another_model(seed=5), "model holds other weights than those that"),
-    "a model of another size": (another_model(hidden_size=32), "model holds other weights than those that"),
-    "other data": (rows(*ROWS[:4]), "the files of --data are not those that"),
+    "other weights": (another_model(seed=5), "model have changed since"),
+    "a model of another size": (another_model(hidden_size=32), "model have changed since"),
+    "other data": (rows(*ROWS[:4]), "the files of --data have changed since"),
 }
 
 
@@ -349,9 +349,9 @@ def test_inspecting(case, halfway, capsys):
 
 
 def test_a_run_is_begun_once_and_resumed_with_its_own_options(halfway, capsys):
-    assert "holds a run already: add --resume" in refused(training_door, halfway, arguments_of(halfway), capsys)
+    assert "already holds a run: add --resume" in refused(training_door, halfway, arguments_of(halfway), capsys)
     other = arguments_of(halfway, "--resume", "--seed", "7")
-    assert "was begun with seed=0, not 7" in refused(training_door, halfway, other, capsys)
+    assert "was started with seed=0, not 7" in refused(training_door, halfway, other, capsys)
 
 
 def test_what_is_evaluated_on_stays_the_same(root, capsys):
@@ -365,7 +365,7 @@ def test_what_is_evaluated_on_stays_the_same(root, capsys):
         training_door.main(arguments)
     write_rows(root / "prompts.jsonl", [{"prompt": "say b"}])
     said = refused(training_door, root, [*arguments, "--resume"], capsys)
-    assert "the files of --evaluation.data are not those that" in said
+    assert "the files of --evaluation.data have changed since" in said
 
 
 def test_evaluating_a_damaged_run(halfway, capsys):

@@ -96,7 +96,7 @@ def test_answers_that_exceed_the_context_are_refused(tiny, tmp_path, capsys):
     message = refusal(["dpo", *options], capsys)
     assert "line 2: it has 30" in message and "context holds 2048" in message and "--drop-longer-than" in message
     message = refusal(["dpo", *options, "--drop-longer-than", "4"], capsys)
-    assert "nothing of the data" in message and "6 sequences of more than 4 tokens" in message
+    assert "no usable record" in message and "6 sequences of more than 4 tokens" in message
     assert not (tmp_path / "run").exists()
 
 

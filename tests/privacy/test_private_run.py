@@ -159,11 +159,11 @@ def test_users_are_units_when_they_are_asked_for(tiny, files, tmp_path):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--seed", "1"], "a seed that is known takes the noise off again"),
+        (["--seed", "1"], "anyone who knows the seed can subtract the noise"),
         (["--batch-size", "25"], "a batch of 25 is larger than the data of 24 units"),
         (["--loss.name", "aot"], "the loss aot couples the examples of a batch"),
-        (["--loss.use-weighting", "--privacy.method", "ghost"], "the loss dpo reads more than log-probabilities"),
-        (["--loss.use-weighting", "--privacy.groupwise"], "the loss dpo reads more than log-probabilities"),
+        (["--loss.use-weighting", "--privacy.method", "ghost"], "the loss dpo needs heads or token statistics beyond"),
+        (["--loss.use-weighting", "--privacy.groupwise"], "the loss dpo needs heads or token statistics beyond"),
     ],
 )
 def test_refusals(more, complaint, tiny, files, tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_labels_by_the_mean_of_other_answers_are_refused(tiny, files, tmp_path, 
 
 def test_an_evaluation_takes_public_data_only(tiny, files, tmp_path, capsys):
     given = ["dpo", "--model", tiny, "--data", str(files / "data.jsonl"), "--output-dir", str(tmp_path / "run")]
-    assert "give public prompts with --evaluation.data" in refusal([*given, *OPTIONS, *PRIVATE], capsys)
+    assert "set --evaluation.data to public prompts" in refusal([*given, *OPTIONS, *PRIVATE], capsys)
 
 
 def test_options_that_make_no_sense(tiny, files, tmp_path, capsys):
@@ -192,8 +192,8 @@ def test_options_that_make_no_sense(tiny, files, tmp_path, capsys):
         (["--privacy.epsilon", "3"], "needs a delta"),
         (["--privacy.epsilon", "3", "--privacy.delta", "2"], "delta must lie in (0, 1)"),
         (["--privacy.epsilon", "-3", "--privacy.delta", "1e-3"], "epsilon must be positive"),
-        ([*PRIVATE, "--privacy.epsilon", "1"], "give one of them"),
-        ([*PRIVATE, "--privacy.groupwise", "--privacy.method", "ghost"], "computed by the method group"),
+        ([*PRIVATE, "--privacy.epsilon", "1"], "set only one of them"),
+        ([*PRIVATE, "--privacy.groupwise", "--privacy.method", "ghost"], "requires the method group"),
     ):
         with pytest.raises(SystemExit):
             train.main(arguments(tiny, files, tmp_path / "run", private=private))
@@ -213,7 +213,7 @@ def test_a_secret_that_is_gone_or_data_that_have_changed_end_a_run(tiny, files, 
     shutil.copy(finished / "secret.key", run / "secret.key")
     about = json.loads((run / "privacy.json").read_text())
     (run / "privacy.json").write_text(json.dumps(about | {"dataset_size": 23}))
-    assert "accounts for dataset_size 23" in refusal(resume, capsys)
+    assert "has dataset_size 23, but this run has 24" in refusal(resume, capsys)
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "checkpoints", None])
@@ -228,7 +228,7 @@ def test_a_run_whose_account_is_gone_releases_nothing_again(lost, tiny, files, f
         shutil.rmtree(run / lost) if (run / lost).is_dir() else os.remove(run / lost)
     secret = (run / "secret.key").read_bytes()
     resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
-    assert "privacy.json is gone, which accounts for what this run has released" in refusal(resume, capsys)
+    assert "privacy.json, the privacy account of this run, is missing" in refusal(resume, capsys)
     assert (run / "secret.key").read_bytes() == secret
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_secret_is_refused(tiny, files, finished, tmp_pa
         path.write_text(path.read_text().replace(own, "0" * 16))
     resume = arguments(tiny, files, run, "--resume", private=["--privacy.epsilon", "3", "--privacy.delta", "1e-2"])
     said = refusal(resume, capsys)
-    assert f"accounts for secret '{'0' * 16}'" in said and "restore the secret that it was begun with" in said
+    assert f"has secret '{'0' * 16}', but this run has" in said and "restore the original secret" in said
 
 
 def test_a_run_that_anybody_can_look_into_says_so(tiny, files, tmp_path):

@@ -101,7 +101,7 @@ def test_it_can_be_looked_at(finished, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(finished, "public")))
     (tmp_path / "config.json").write_text((finished / "config.json").read_text())
     said = inspect(tmp_path)
-    assert "stage       updates on public data" in said and "update      2: loss" in said
+    assert "stage       training on public data" in said and "update      2: loss" in said
 
 
 @pytest.mark.slow
@@ -200,8 +200,8 @@ def test_a_public_gradient_in_every_update(rule, tiny, files, tmp_path, monkeypa
         (dict(share=1.0), "must lie in"),
         (dict(window=0), "window must be at least 1"),
         (dict(slowdown=1.0), "a factor above 1"),
-        (dict(rule="cosine", stall=0.1), "say when to switch"),
-        (dict(slowdown=2.0, probes=0), "measured with probes"),
+        (dict(rule="cosine", stall=0.1), "apply to the rule switch"),
+        (dict(slowdown=2.0, probes=0), "estimated with probes"),
     ],
 )
 def test_options_that_make_no_sense(given, complaint):
@@ -212,10 +212,10 @@ def test_options_that_make_no_sense(given, complaint):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--public.share", "0.2"], "give public.data"),
-        (["--public.data", "FILE"], "give privacy.epsilon"),
+        (["--public.share", "0.2"], "without public.data"),
+        (["--public.data", "FILE"], "set privacy.epsilon"),
         (["--public.data", "FILE", "--privacy.epsilon", "1", "--privacy.delta", "0.01", "--optimizer.name", "sgd"],
-         "go with adamw"),
+         "requires the optimizer adamw"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(more, complaint, tiny, files, tmp_path, capsys):

@@ -10,7 +10,7 @@ from shiq_jax.data.formats import preferences, trajectories
 from shiq_jax.errors import UserError
 from shiq_jax.replay import Buffer, storage
 from shiq_jax.runs.ingest import import_records
-from shiq_jax.runs.sources import prompts_of
+from shiq_jax.runs.sources import prompts_from_buffer
 from shiq_jax.tasks.tiny import tiny_tokenizer
 from shiq_jax.training.baseline import GroupMeanBaseline
 
@@ -88,10 +88,10 @@ def test_a_function_scores_unscored_answers(tmp_path):
 
 def test_prompts_to_evaluate_leave_room_for_an_answer(tmp_path):
     buffer = import_records(tmp_path / "buffer", reader("ultrafeedback"), model())
-    lengths = [len(row["tokens"]) for row in prompts_of(buffer, 6, 2048)]
+    lengths = [len(row["tokens"]) for row in prompts_from_buffer(buffer, 6, 2048)]
     assert len(lengths) == 6 and len(set(lengths)) > 1
-    assert [len(row["tokens"]) for row in prompts_of(buffer, 6, max(lengths) - 1)] == [
+    assert [len(row["tokens"]) for row in prompts_from_buffer(buffer, 6, max(lengths) - 1)] == [
         n for n in lengths if n < max(lengths)
     ]
     with pytest.raises(UserError, match="no prompt of the data has 2 tokens or fewer"):
-        prompts_of(buffer, 6, 2)
+        prompts_from_buffer(buffer, 6, 2)

@@ -77,13 +77,13 @@ def test_an_option_of_another_loss_is_refused_even_at_that_loss_s_default():
                     each.options[option].default for each in kind.objectives.values() if option in each.options
                 )
                 if default is not None:
-                    with pytest.raises(ValueError, match=f"{option} is no option of the loss {name}, which takes "):
+                    with pytest.raises(ValueError, match=f"{option} is not an option of the loss {name}, which takes "):
                         kind(name=name, **{option: default})
-    assert "normalisation is no option of the loss vargrad, which takes beta" in refused(
+    assert "normalisation is not an option of the loss vargrad, which takes beta" in refused(
         RewardLoss, name="vargrad", normalisation="sum_t"
     )
-    assert "use_weighting is no option of the loss aot" in refused(PairLoss, name="aot", use_weighting=False)
-    assert "label_smoothing is no option of the loss hinge" in refused(PairLoss, name="hinge", label_smoothing=0.0)
+    assert "use_weighting is not an option of the loss aot" in refused(PairLoss, name="aot", use_weighting=False)
+    assert "label_smoothing is not an option of the loss hinge" in refused(PairLoss, name="hinge", label_smoothing=0.0)
 
 
 def test_losses_refuse_values_on_the_command_line():
@@ -123,7 +123,7 @@ def test_a_new_loss_is_one_function_and_one_line():
     assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(kind)
     assert parsed(kind, name="margin", target=2.0).configured().loss.keywords == {"target": 2.0}
     assert "target is -1.0 but must be a positive finite number" in refused(kind, name="margin", target=-1.0)
-    assert "target is no option of the loss dpo" in refused(kind, name="dpo", target=1.0)
+    assert "target is not an option of the loss dpo" in refused(kind, name="dpo", target=1.0)
     assert "--target" not in help_of(PairLoss)
 
 

@@ -17,8 +17,8 @@ def test_files_are_hashed_once_and_weights_are_read_once(more, tiny, tmp_path, m
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "say 9"}\n')
     hashed, loaded = Counter(), Counter()
-    digest, load = options._digest, run.load_hf
-    monkeypatch.setattr(options, "_digest", lambda path: hashed.update([path.name]) or digest(path))
+    digest, load = options._sha256, run.load_hf
+    monkeypatch.setattr(options, "_sha256", lambda path: hashed.update([path.name]) or digest(path))
     monkeypatch.setattr(run, "load_hf", lambda source, **given: loaded.update([str(source)]) or load(source, **given))
     train_command.main([
         "dpo", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "run"),

@@ -9,7 +9,7 @@ from shiq_jax import stopping
 from shiq_jax.errors import UserError
 from shiq_jax.runs.callbacks import EvaluatePolicy
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
-from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
+from shiq_jax.runs.phases import Outputs, Phase, Plan, run_phases
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.state import State
 
@@ -86,7 +86,7 @@ class Evaluating(EvaluatePolicy):
 @pytest.fixture
 def ledger(tmp_path):
     def make(shelf, save_every=100, **options):
-        return Ledger(MetricsLog(tmp_path / "metrics.jsonl"), shelf, {"seed": 1}, save_every, **options)
+        return Outputs(MetricsLog(tmp_path / "metrics.jsonl"), shelf, {"seed": 1}, save_every, **options)
 
     return make
 
@@ -111,7 +111,7 @@ def test_evaluations_and_saves_come_at_their_marks_and_at_the_end(ledger, evalua
 
 def test_generations_are_kept_where_passes_end(ledger):
     evaluation = Evaluating(5)
-    phase = Phase("update", adding(1), batch, 7, steps_per_pass=4, pass_ends=[4, 7])
+    phase = Phase("update", adding(1), batch, 7, steps_per_epoch=4, epoch_ends=[4, 7])
     run_phases(plan_of(phase), start(), ledger(Shelf()), evaluation)
     assert evaluation.sampled == [(4, 1.0)] and evaluation.evaluated == [(5, 1.25), (7, 1.75)]
 

@@ -18,7 +18,7 @@ from shiq_jax.objectives import LossOut, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import pipeline, recipes, sources, train_command
 from shiq_jax.runs.inspection import inspect
-from shiq_jax.runs.policies import find_policy
+from shiq_jax.runs.policies import resolve_policy
 from shiq_jax.runs.recipes.iterative import Iterative
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -162,13 +162,13 @@ def test_every_command_that_samples_has_rounds(command, more, tiny, tmp_path, mo
 
 def test_a_part_of_a_run_is_a_policy(previous, tmp_path, capsys):
     steps = {path.name for path in (previous / "rounds" / "001" / "checkpoints").iterdir()}
-    found = find_policy(str(previous))
+    found = resolve_policy(str(previous))
     assert (found.base, found.step) == (previous / "rounds" / "001" / "policy", None)
     assert found.checkpoints == previous / "rounds" / "002" / "checkpoints"
-    middle = find_policy(str(previous / "rounds" / "001" / "checkpoints" / min(steps)))
+    middle = resolve_policy(str(previous / "rounds" / "001" / "checkpoints" / min(steps)))
     assert (middle.base, middle.step) == (previous / "rounds" / "000" / "policy", int(min(steps)))
-    assert find_policy(str(previous / "rounds" / "000")).base != previous / "rounds" / "000"
-    assert find_policy(str(previous / "export")).run is None
+    assert resolve_policy(str(previous / "rounds" / "000")).base != previous / "rounds" / "000"
+    assert resolve_policy(str(previous / "export")).run is None
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "sort 21:", "answer": "12"}\n')
     eval_command.main([
         "--model", str(previous), "--data", str(tmp_path / "prompts.jsonl"), "--reward", "exact", "--max-tokens", "4",

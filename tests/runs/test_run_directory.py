@@ -119,12 +119,12 @@ def test_a_broken_config_is_refused(text, run, path):
 
 def test_weights_are_those_of_the_first_time(run):
     for _ in range(2):
-        run.keep_weights("model", "ab12", "some/model")
-        run.keep_weights("reference", "cd34", run.reference)
+        run.record_weights("model", "ab12", "some/model")
+        run.record_weights("reference", "cd34", run.reference)
     assert json.loads(run.weights.read_text()) == {"model": "ab12", "reference": "cd34"}
     before = contents(run.path)
     with pytest.raises(UserError) as refusal:
-        RunDirectory(run.path).keep_weights("model", "ef56", "some/model")
+        RunDirectory(run.path).record_weights("model", "ef56", "some/model")
     expected = (
         f"some/model holds other weights than those that {run.path} was begun with: restore them, or begin another run"
     )
