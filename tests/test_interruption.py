@@ -305,9 +305,9 @@ def test_only_one_of_two_begins(tmp_path):
     """Both find an empty directory; the slower one does not replace what the faster one has begun."""
     first, second = (RunDirectory(tmp_path / "run") for _ in range(2))
     first.path.mkdir()
-    first._claim({"seed": 1})
+    first._create_config({"seed": 1})
     with pytest.raises(UserError, match="already holds a run"):
-        second._claim({"seed": 2})
+        second._create_config({"seed": 2})
     assert '"seed": 1' in first.config.read_text() and list(first.path.iterdir()) == [first.config]
 
 

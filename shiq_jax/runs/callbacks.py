@@ -158,8 +158,8 @@ class WarnIfNormalized(Callback):
         mean_lse = update.metrics.get("lse_abs", 1)
         if not self.warned and mean_lse < NORMALIZED:
             print(
-                f"warning: the mean |log-sum-exp| of the logits is {mean_lse:.1e}, so the logits seem to be normalized: "
-                "ShiQ learns from the log-sum-exp, so pass raw logits",
+                f"warning: the mean |log-sum-exp| of the logits is {mean_lse:.1e}, so they seem to be normalized: ShiQ "
+                "learns from the log-sum-exp and needs raw logits",
                 file=sys.stderr,
             )
         self.warned = True

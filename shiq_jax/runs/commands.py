@@ -160,7 +160,8 @@ def subcommands(arguments: Sequence[str]):
         Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)]
         for job in jobs
     ]
-    return Union[(*commands, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
+    commands.append(Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])
+    return Union[tuple(commands)]  # noqa: UP007
 
 
 # Options, or groups of options, that are ignored with --data, and in sft.

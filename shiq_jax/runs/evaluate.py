@@ -115,7 +115,9 @@ def _evaluate(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         )  # fmt: skip
         rows = prompts_from_buffer(examples, options.prompts, model.config.max_positions - options.max_tokens)
     elif options.score is not None:
-        raise UserError(f"--score {options.score} applies to scored answers, but {options.data} contains none: omit --score")
+        raise UserError(
+            f"--score {options.score} applies to scored answers, but {options.data} contains none: omit --score"
+        )
     else:
         rows = [prompt_row(row) for row in rows]
     evaluator = Evaluator(

@@ -65,7 +65,7 @@ def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
 
 
 def warm_start(run: Run):
-    """Run the warm start, if the job has one, and return path or hub id of the reference: its export or the task's model."""
+    """Run the job's warm start, if any, and return path or hub id of the reference: its export or the task's model."""
     job, options = run.job, run.job.warm_start
     if not run.task.demonstrations or job.objective == "sft":
         return run.task.model

@@ -81,7 +81,7 @@ def make_loss_options(class_name: str, doc: str, objectives: Mapping[str, Object
     losses = tuple(objectives)
     fields: list[tuple] = []
     if len(losses) > 1:
-        name_arg = tyro.conf.arg(help="Loss; docs/losses.md has the formulas.")
+        name_arg = tyro.conf.arg(help="Name of the loss; docs/losses.md has the formulas.")
         fields.append(("name", Annotated[Literal[losses], name_arg], dataclasses.field(default=losses[0])))
     for option in dict.fromkeys(option for objective in objectives.values() for option in objective.options):
         fields.append((option, _annotation(option, objectives), dataclasses.field(default=None)))
@@ -147,7 +147,5 @@ RewardLoss = make_loss_options(
 PairLoss = make_loss_options(
     "PairLoss", "Loss on preference pairs; an option of another loss is an error.", _select(PAIR_LOSSES)
 )
-LabelLoss = make_loss_options(
-    "LabelLoss", "Loss on answers labeled desirable or undesirable.", _select(LABEL_LOSSES)
-)
+LabelLoss = make_loss_options("LabelLoss", "Loss on answers labeled desirable or undesirable.", _select(LABEL_LOSSES))
 SftLoss = make_loss_options("SftLoss", "Maximum likelihood; no options.", _select(["sft"]))

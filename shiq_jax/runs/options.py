@@ -148,9 +148,9 @@ class Job:
     prompts: Annotated[str | None, optional_arg("FILE|HUB_ID", "the task's prompts")] = None
     """Prompts to sample answers for; the answers are scored with --reward."""
     task: Literal["sorting", "bfcl"] = "sorting"
-    """Task that provides prompts and rewards if neither --data nor --prompts is set: sorting (toy) or function calling."""
+    """Source of prompts and rewards without --data and --prompts: sorting (toy task) or bfcl (function calling)."""
     reward: Annotated[str | None, optional_arg("NAME", "the task's reward")] = None
-    """Reward of answers without scores: exact, sorting, bfcl, or module:function(row, completion) -> float."""
+    """Reward: exact, sorting, bfcl, or module:function(row, completion) -> float; also scores data without scores."""
     score: Annotated[str | None, optional_arg("FIELD", "see docs/data.md")] = None
     """Field of the data that holds the scores."""
     drop_longer_than: Annotated[int | None, optional_arg("TOKENS", "none: longer than the context is an error")] = None
@@ -196,7 +196,9 @@ class Job:
     objective: ClassVar[str] = ""
 
     def __post_init__(self):
-        _check_at_least(self, seed=0, batch_size=1, epochs=0, rounds=1, microbatches=1, save_every=1, keep=1, row_length=2)
+        _check_at_least(
+            self, seed=0, batch_size=1, epochs=0, rounds=1, microbatches=1, save_every=1, keep=1, row_length=2
+        )
         if self.rounds > 1 and (self.data is not None or self.objective == "sft"):
             reason = "data is a fixed data set" if self.data is not None else "sft trains on demonstrations"
             raise ValueError(f"rounds sample from the policy, but {reason}: omit rounds")

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import optax
 
 from shiq_jax.progress import counter
-from shiq_jax.runs.callbacks import EarlyStopping, EvaluatePolicy, LogUpdates, ShowProgress, StopOnRequest, WarnIfNormalized
+from shiq_jax.runs.callbacks import (
+    EarlyStopping,
+    EvaluatePolicy,
+    LogUpdates,
+    ShowProgress,
+    StopOnRequest,
+    WarnIfNormalized,
+)
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.run_directory import check_same_settings
 from shiq_jax.training.batches import DeviceBatch

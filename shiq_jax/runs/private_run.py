@@ -117,8 +117,8 @@ def check_private_job(job: Job, objective: Objective) -> None:
     per_layer = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
     if per_layer and (objective.heads or objective.statistics):
         raise UserError(
-            f"the loss {job.loss.name} needs heads or token statistics beyond logp and lse, which the methods ghost, bk "
-            "and group do not support: omit --privacy.method and --privacy.groupwise, or choose another loss"
+            f"the loss {job.loss.name} needs heads or token statistics beyond logp and lse, which ghost, bk and group "
+            "do not support: omit --privacy.method and --privacy.groupwise, or choose another loss"
         )
     if job.data is None:
         raise UserError("a private run trains on an existing data set: set --data")
@@ -184,7 +184,8 @@ def _secret(run: Run) -> Secret:
     if run.job.resume:
         if run.log.rows("update") or any(run.directory.checkpoints.glob("[0-9]*")):
             raise UserError(
-                f"{run.directory.privacy}, the privacy account of this run, is missing: restore it, or start another run"
+                f"{run.directory.privacy}, the privacy account of this run, is missing: restore it, or start another "
+                "run"
             )
         if path == run.directory.secret:
             # The run stopped before it wrote privacy.json, so nothing was released with this secret.

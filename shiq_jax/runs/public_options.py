@@ -16,8 +16,7 @@ class Public:
     data: Annotated[str | None, optional_arg("FILE|HUB_ID", "none: private updates only")] = None
     """Public data, in the format of --data."""
     rule: Literal["switch", "sample", "cosine"] = "switch"
-    """switch: public updates, then private ones; sample, cosine: a public gradient in every update, with constant or
-    increasing weight."""
+    """Public updates first (switch), or a public gradient in every update, of constant (sample) or growing weight."""
     share: float = 0.1
     """Maximum fraction of public updates (switch), or weight of the public gradient (sample)."""
     stall: Annotated[float | None, optional_arg("NATS", "none: switch after `share` of the updates")] = None

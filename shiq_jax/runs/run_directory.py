@@ -101,7 +101,9 @@ class RunDirectory(RoundDirectory):
         if not resume:
             if run.config.exists():
                 raise run._already_exists_error()
-            if run.path.exists() and (not run.path.is_dir() or set(run.path.iterdir()) - set(run._stale_config_files())):
+            if run.path.exists() and (
+                not run.path.is_dir() or set(run.path.iterdir()) - set(run._stale_config_files())
+            ):
                 raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
             run._created = tuple(path for path in (run.path, *run.path.parents) if not path.exists())
             run._create(_to_json_types(settings))
@@ -200,7 +202,8 @@ class RunDirectory(RoundDirectory):
         fingerprints = read_json(self.weights) if self.weights.exists() else {}
         if fingerprints.setdefault(role, digest) != digest:
             raise UserError(
-                f"the weights in {source} have changed since {self.path} was started: restore them, or start another run"
+                f"the weights in {source} have changed since {self.path} was started: restore them, or start another "
+                "run"
             )
         if not self.weights.exists() or read_json(self.weights) != fingerprints:
             write_json(self.weights, fingerprints)

@@ -81,8 +81,8 @@ def prompts_from_buffer(buffer: Buffer, count: int, max_length: int) -> list[dic
             break
     if not prompts:
         raise UserError(
-            f"no prompt of the data has {max_length} tokens or fewer, so none leaves room in the model's context for an "
-            "answer: lower max_tokens of the evaluation"
+            f"no prompt of the data has {max_length} tokens or fewer, so none leaves room in the model's context for "
+            "an answer: lower max_tokens of the evaluation"
         )
     return list(prompts.values())
 

@@ -40,7 +40,9 @@ def run(command, name: str) -> None:
     if flags := list(ignored_options(command)):
         reason = "sft does not sample training data"
         if command.data or command.prompts:
-            reason = "--data skips sampling and warm start" if command.data else "--prompts replaces task and warm start"
+            reason = (
+                "--data skips sampling and warm start" if command.data else "--prompts replaces task and warm start"
+            )
         print(f"{name}: warning: ignored {', '.join(flags)}: {reason}", file=sys.stderr)
     with stopping.on_signals():
         from shiq_jax.runs.compilation_cache import enable_compilation_cache
