@@ -81,7 +81,7 @@ class EvaluatePolicy(Callback):
         self._epoch_ends: Collection[int] = ()
 
     def begin(self, phase, phase_start: int) -> None:
-        """Start a phase whose first update follows update number `phase_start`."""
+        """Start a phase after `phase_start` updates."""
         self._phase_start, self._steps_per_epoch = phase_start, phase.steps_per_epoch
         self._epoch_ends = {phase_start + end for end in phase.epoch_ends}
 

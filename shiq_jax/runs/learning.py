@@ -44,7 +44,7 @@ def training_plan(round: Round, problem: LearningProblem) -> Plan:
     return Plan([phase], optimizer, job.optimizer.learning_rate_at(steps))
 
 
-def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
+def execute_plan(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
     """Execute a plan with its evaluations and return the last state; the first round also starts with an evaluation.
 
     params: parameters of `problem.model`; donated to the state.

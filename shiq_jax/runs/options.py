@@ -247,7 +247,6 @@ class Job:
         return {"format": FORMAT, "command": self.command, "objective": self.objective} | values
 
     def public_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings for checkpoints and trackers, without the digest of private data, which would allow a membership
-        test."""
+        """Settings for checkpoints and trackers; the digest of private data is omitted, since it leaks membership."""
         hidden = ("data_digest",) if self.privacy.enabled else ()
         return {name: value for name, value in settings.items() if name not in hidden}

@@ -36,7 +36,7 @@ class Phase(NamedTuple):
         steps: maximum number of updates.
         on_end: maps the last state to the initial state of the next phase.
         steps_per_epoch: updates of one pass over the data; None if epochs are not counted.
-        epoch_ends: numbers of updates of this phase after which an epoch ends.
+        epoch_ends: updates of this phase after which an epoch ends.
         records: record by number, to name the records of a bad batch; None if batches have no record numbers.
         metrics: updates of this phase so far -> additional metrics for the log.
         metadata: updates of this phase so far -> additional JSON values for a checkpoint.
@@ -104,7 +104,7 @@ class Outputs(NamedTuple):
 
 
 def epoch_ends(batches, epochs: float) -> list[int]:
-    """Numbers of updates after which an epoch ends; `batches.steps(n)` is the number of updates of n epochs."""
+    """Numbers of updates after which an epoch ends; `batches.steps(n)` counts the updates of n epochs."""
     return [batches.steps(number) for number in range(1, int(epochs) + 1)]
 
 
@@ -146,13 +146,12 @@ def run_phases(
 def _run_phase(
     phase: Phase, state: State, phase_start: int, plan: Plan, outputs: Outputs, evaluation: EvaluatePolicy | None
 ) -> State:
-    """Run one phase from the step of the state; its first update follows update number `phase_start`."""
+    """Run one phase, which starts after `phase_start` updates, from the step of the state to its end."""
     start, stop = int(state.step), phase_start + phase.steps
 
     def metadata(step: int) -> dict[str, Any]:
-        return {"settings": outputs.settings, "phase": phase.name, "began": phase_start} | phase.metadata(
-            step - phase_start
-        )
+        fields = {"settings": outputs.settings, "phase": phase.name, "began": phase_start}
+        return fields | phase.metadata(step - phase_start)
 
     saving = SaveCheckpoints(
         outputs.checkpoints, every=outputs.save_every, metadata=metadata,

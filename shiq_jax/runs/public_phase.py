@@ -67,8 +67,7 @@ class PublicData:
         losses = np.array([row["loss"] for row in log.rows(STAGE)][:step])
         if options.stall is not None and has_plateaued(losses.reshape(-1, window).mean(axis=1), 1, options.stall):
             return True
-        # Ignore later diagnostics so that a resumed run decides identically, and negative estimates of the trace, which
-        # carry no information about the noise.
+        # Later diagnostics would make a resumed run decide differently; a negative trace estimate is uninformative.
         rows = [row for row in log.rows(DIAGNOSTICS_STAGE) if row["step"] < step and row["trace"] > 0]
         slowdowns = [row["slowdown"] for row in rows]
         return options.slowdown is not None and noise_is_affordable(slowdowns, options.slowdown)

@@ -9,7 +9,7 @@ from shiq_jax import stopping
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs.export import export
-from shiq_jax.runs.learning import learn
+from shiq_jax.runs.learning import execute_plan
 from shiq_jax.runs.phases import Plan
 from shiq_jax.runs.round import LearningProblem, Round, annotate, training_buffer
 from shiq_jax.runs.run import RngStream, Run
@@ -85,7 +85,7 @@ def _run_round(round: Round, recipe: Recipe) -> None:
     trainable = partition(params, trainable_filter(model, objective))[0]
     problem = LearningProblem(model, trainable, objective, buffer, statistics)
     plan = recipe.plan(round, problem)
-    state = learn(round, problem, params, plan)
+    state = execute_plan(round, problem, params, plan)
     stopping.check("before the export")
     export(run, model, state.params(), directory.policy)
     summary = {

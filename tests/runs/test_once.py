@@ -22,8 +22,8 @@ def test_files_are_hashed_and_weights_loaded_once(flags, tiny, tmp_path, monkeyp
     monkeypatch.setattr(run, "load_hf", lambda source, **kwargs: loaded.update([str(source)]) or load(source, **kwargs))
     train_command.main([
         "dpo", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "run"),
-        "--evaluation.data", str(tmp_path / "held_out.jsonl"), "--evaluation.times", "2", "--evaluation.max-tokens", "2",
-        "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", *flags,
+        "--evaluation.data", str(tmp_path / "held_out.jsonl"), "--evaluation.times", "2",
+        "--evaluation.max-tokens", "2", "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", *flags,
     ])  # fmt: skip
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert stages.count("evaluation") == 3

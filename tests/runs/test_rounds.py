@@ -168,8 +168,8 @@ def test_runs_rounds_and_checkpoints_are_policies(previous_run, tmp_path, capsys
     assert resolve_policy(str(previous_run / "export")).run is None
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "sort 21:", "answer": "12"}\n')
     eval_script.main([
-        "--model", str(previous_run), "--data", str(tmp_path / "prompts.jsonl"), "--reward", "exact", "--max-tokens", "4",
-        "--output-dir", str(tmp_path / "eval"), "--mesh", "fsdp=1",
+        "--model", str(previous_run), "--data", str(tmp_path / "prompts.jsonl"), "--reward", "exact",
+        "--max-tokens", "4", "--output-dir", str(tmp_path / "eval"), "--mesh", "fsdp=1",
     ])  # fmt: skip
     assert "kl" in json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert "round       3 of 3" in inspect(previous_run)
