@@ -66,7 +66,7 @@ def training_buffer(round: Round, answers: Buffer, objective: Objective) -> Buff
     if "labels" not in objective.needs:
         return answers
     job, context = round.run.job, round.policy.model.config.max_positions
-    check_threshold(answers, job.threshold, job.data, private=job.privacy.on)
+    check_threshold(answers, job.threshold, job.data, private=job.privacy.enabled)
     max_length = min(context, job.drop_longer_than or context)
     return label(round.directory.labeled, answers, objective, job.threshold, max_length)
 
