@@ -81,8 +81,8 @@ def test_every_objective_learns_from_the_buffer_of_another_run(command, tiny, sa
     [
         (["shiq", "--prompts", "PROMPTS", "--reward", "sorting"], "--prompts needs --model"),
         (["shiq", "--model", "TINY", "--prompts", "PROMPTS"], "--prompts needs --reward"),
-        (["sft", "--model", "TINY", "--prompts", "PROMPTS", "--reward", "sorting"], "nothing to imitate"),
-        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], "give one of them"),
+        (["sft", "--model", "TINY", "--prompts", "PROMPTS", "--reward", "sorting"], "sft needs demonstrations"),
+        (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], "set only one of them"),
     ],
 )
 def test_what_prompts_need_is_said_before_anything_is_written(arguments, words, tiny, prompts, tmp_path, capsys):

@@ -62,28 +62,28 @@ class Sft(Job):
 
 @dataclass(frozen=True)
 class ShiqBfcl(Shiq):
-    """ShiQ on function calling: SmolLM2-135M-Instruct on the Berkeley Function Calling Leaderboard."""
+    """ShiQ on the Berkeley Function Calling Leaderboard, with SmolLM2-135M-Instruct."""
 
     command: ClassVar[str] = "shiq-bfcl"
 
 
 @dataclass(frozen=True)
 class ShiqUltraFeedback(Shiq):
-    """ShiQ on UltraFeedback, or another data set with several scored answers per prompt."""
+    """ShiQ on UltraFeedback, or another data set with scored answers."""
 
     command: ClassVar[str] = "shiq-ultrafeedback"
 
 
 @dataclass(frozen=True)
 class DpoUltraFeedback(Dpo):
-    """DPO on the best and worst answers of UltraFeedback, or of another data set with scored answers."""
+    """DPO on the best and worst answers of UltraFeedback, or of other scored data."""
 
     command: ClassVar[str] = "dpo-ultrafeedback"
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show the stage, metrics and generations of a run, or the contents of a replay buffer."""
+    """Show the stage, metrics and generations of a run, or a replay buffer."""
 
     path: tyro.conf.Positional[Path]
     """Directory of a run, or of a replay buffer, whose checksums are then verified."""
