@@ -1,4 +1,4 @@
-"""Fine-tune a language model offline; `python train.py --help` lists the commands (installed: `shiq-train`)."""
+"""Fine-tune a language model; `python train.py --help` lists the commands (installed as `shiq-train`)."""
 
 from shiq_jax.runs.train_command import main
 

@@ -215,7 +215,7 @@ class Study:
             model=str(self.reference), data=str(self.root / f"{data}.{KINDS[method]}.jsonl"),
             epochs=at.steps, batch_size=units, seed=seed, loss=loss, privacy=privacy,
             # A private run clips one unit after the other and needs no slices.
-            microbatches=1 if privacy.on else max(units // 4, 1),
+            microbatches=1 if privacy.enabled else max(units // 4, 1),
             optimizer=Optimizer(learning_rate=rate, schedule="constant", warmup=0.0),
             lora=Adapters(rank=at.rank, targets=at.targets), **self._shared(name),
         )  # fmt: skip
@@ -238,7 +238,7 @@ class Study:
     def _arm(self, arm: Arm, repetition: int) -> dict[str, Any]:
         name, privacy = f"{arm.name}-{repetition}", self.privacy(arm.privacy)
         rate = read_json(self.kept / "rates.json")[arm.method]["rate"]
-        seed = 0 if privacy.on else repetition
+        seed = 0 if privacy.enabled else repetition
         self._run(name, self.job(name, arm.method, "private", self.settings.sizes.units, rate, privacy, seed))
         run = RunDirectory(self.root / name)
         found = measure(run.export, self.reference, self.root, self.settings.sizes)
@@ -269,7 +269,7 @@ class Study:
             job = self.job(name, method, "tuning_learned", sizes.tuning_learned, rate, Privacy())
             self._run(name, job)
             losses[f"{rate:g}"] = loss_of(
-                job.loss.configured(), method, self.root / name / "export", self.reference,
+                job.loss.build(), method, self.root / name / "export", self.reference,
                 self.root / f"tuning_measured.{KINDS[method]}.jsonl", self.root / "tuning_measured" / name,
             )  # fmt: skip
             print(f"{method} at {rate:g}: loss {losses[f'{rate:g}']:.4f} on public questions", flush=True)
@@ -279,7 +279,7 @@ class Study:
 def adapter_parameters(reference: Path, settings: Settings) -> int:
     """How many numbers the adapters have, and the noise coordinates."""
     model, params = load_hf(str(reference))
-    lora = Adapters(rank=settings.rank, targets=settings.targets).configured()
+    lora = Adapters(rank=settings.rank, targets=settings.targets).build()
     params = dataclasses.replace(model, lora=lora).with_adapters(params, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(only_adapters(params)))
 

@@ -34,7 +34,7 @@ def main(options: Options) -> None:
     quick = options.runs.with_name("embedded-quick")
     run, out = (RunDirectory(quick / "run"), quick) if options.quick else (RunDirectory(options.runs), options.out)
     if not run.summary.exists():
-        job = commands.embedded(commands.Shiq())
+        job = commands.toy_defaults(commands.Shiq())
         job = small(job) if options.quick else job
         run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
     draw(MetricsLog(run.metrics), out / "embedded.png")

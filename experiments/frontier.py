@@ -151,7 +151,7 @@ class Lab:
         with directory.locked():
             run = set_up(self.job, directory, settings)
             self.reference = Reference(warm_start(run), run.load)
-            buffer = sample_answers(Round(run, 0, directory, self.reference, self.reference, before=0))
+            buffer = sample_answers(Round(run, 0, directory, self.reference, self.reference, step_offset=0))
             identity, _ = self.reference.annotate(buffer)
             self.model, self.params = self.reference.open()
             run.log.close()
@@ -160,7 +160,7 @@ class Lab:
         self.evaluator = Evaluator(
             self.model,
             run.tokenizer,
-            run.stops,
+            run.stop_tokens,
             run.task.held_out,
             run.task.reward,
             self.job.evaluation.max_tokens,
@@ -204,7 +204,7 @@ class Lab:
         return numbers["kl"], numbers["reward"]
 
     def _job(self, directory: Path) -> commands.Shiq:
-        job, warm_start = commands.embedded(commands.Shiq()), {}
+        job, warm_start = commands.toy_defaults(commands.Shiq()), {}
         if self.scale is QUICK:
             warm_start = {"steps": 4, "batch_size": 8, "demonstrations": 64}
         return dataclasses.replace(

@@ -18,7 +18,7 @@ from experiments import interruption
 from shiq_jax import stopping
 from shiq_jax.errors import UserError
 from shiq_jax.replay import storage
-from shiq_jax.replay.locks import exclusive
+from shiq_jax.replay.locks import exclusive_lock
 from shiq_jax.runs import sampling
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.training import evaluation, reference
@@ -301,9 +301,9 @@ def test_concurrent_starts_create_one_run(tmp_path):
     """Both processes find an empty directory, and the second one keeps the config.json of the first."""
     first, second = (RunDirectory(tmp_path / "run") for _ in range(2))
     first.path.mkdir()
-    first._claim({"seed": 1})
+    first._create_config({"seed": 1})
     with pytest.raises(UserError, match="--resume"):
-        second._claim({"seed": 2})
+        second._create_config({"seed": 2})
     assert '"seed": 1' in first.config.read_text() and list(first.path.iterdir()) == [first.config]
 
 
@@ -319,10 +319,10 @@ def test_waiting_for_a_lock_whose_file_is_removed(tmp_path):
     file, order = tmp_path / "lock", []
 
     def wait_for_lock():
-        with exclusive(file, create=True, waiting=lambda: order.append("waiting")) as locked:
+        with exclusive_lock(file, create=True, waiting=lambda: order.append("waiting")) as locked:
             order.append(locked and file.exists())
 
-    with exclusive(file, create=True):
+    with exclusive_lock(file, create=True):
         thread = threading.Thread(target=wait_for_lock)
         thread.start()
         while not order:
@@ -331,5 +331,5 @@ def test_waiting_for_a_lock_whose_file_is_removed(tmp_path):
     thread.join()
     assert order == ["waiting", True]
     file.unlink()
-    with pytest.raises(FileNotFoundError), exclusive(file):
+    with pytest.raises(FileNotFoundError), exclusive_lock(file):
         pass

@@ -166,9 +166,9 @@ def test_inspect_names_the_stage_of_an_unfinished_run(tmp_path, capsys):
     log.write("warm start", 1, loss=0.5)
     assert "warm start" in inspect(tmp_path)
     log.write("evaluation", 0, kl=0.0, reward=0.25, reward_stderr=0.125)
-    assert "before the passes" in inspect(tmp_path) and "0.25 ± 0.12" in inspect(tmp_path)
+    assert "initial evaluation complete" in inspect(tmp_path) and "0.25 ± 0.12" in inspect(tmp_path)
     log.write("update", 1, loss=0.125, tokens=10, seconds=2.0, compiled=False)
-    assert "passes over the buffer" in inspect(tmp_path) and "loss 0.125, 5 tokens/s" in inspect(tmp_path)
+    assert "training" in inspect(tmp_path) and "loss 0.125, 5 tokens/s" in inspect(tmp_path)
     before = relative_files(tmp_path)
     with pytest.raises(SystemExit) as stop:
         train_script.main(["inspect", str(tmp_path / "nothing")])
@@ -228,18 +228,18 @@ def test_help_without_a_command_lists_commands_and_examples(monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     "job",
-    [commands.own_data(commands.Shiq(model="m", data="d")), commands.embedded(commands.Shiq(seed=5))],
+    [commands.pretrained_defaults(commands.Shiq(model="m", data="d")), commands.toy_defaults(commands.Shiq(seed=5))],
 )
 def test_used_options_cause_no_warning(job):
-    assert not list(commands.without_effect(job))
+    assert not list(commands.ignored_options(job))
 
 
 def test_every_loss_accepts_its_default_options():
     from shiq_jax.runs.loss_options import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
 
-    assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).configured().unit == "pair" for name in PAIR_LOSSES)
+    assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).build().unit == "pair" for name in PAIR_LOSSES)
     assert len(REWARD_LOSSES) > 5 and all(
-        "rewards" in RewardLoss(name=name).configured().needs for name in REWARD_LOSSES
+        "rewards" in RewardLoss(name=name).build().needs for name in REWARD_LOSSES
     )
 
 
@@ -269,12 +269,12 @@ def test_options_of_another_loss_are_refused(command, options, facts, capsys):
 
 
 def test_unused_options_cause_a_warning(tmp_path, capsys):
-    job = commands.own_data(commands.Dpo(model="m", data="d"))
+    job = commands.pretrained_defaults(commands.Dpo(model="m", data="d"))
     job = replace(job, collection=replace(job.collection, prompts=7), warm_start=replace(job.warm_start, steps=3))
-    assert list(commands.without_effect(job)) == ["--collection.prompts", "--warm-start.steps"]
-    job = commands.embedded(commands.Sft())
+    assert list(commands.ignored_options(job)) == ["--collection.prompts", "--warm-start.steps"]
+    job = commands.toy_defaults(commands.Sft())
     job = replace(job, collection=replace(job.collection, sampling=replace(job.collection.sampling, top_k=5)))
-    assert list(commands.without_effect(job)) == ["--collection.sampling.top-k"]
+    assert list(commands.ignored_options(job)) == ["--collection.sampling.top-k"]
     arguments = ["dpo", "--data", str(tmp_path / "no.jsonl"), "--model", str(tmp_path), "--collection.prompts", "7"]
     with pytest.raises(SystemExit) as stop:
         train_script.main([*arguments, "--output-dir", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""Callbacks of `fit` that belong to a run: log, evaluate, show progress, end early, stop on request."""
+"""Callbacks of `fit` for runs: logging, evaluation, progress, early stopping, stop requests."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ from shiq_jax.training.callbacks import SaveCheckpoints
 from shiq_jax.training.fit import Callback, FinishedUpdate
 from shiq_jax.training.state import State
 
-# Mean |lse| in nats below which logits are taken for normalized ones.
+# Mean |lse| in nats below which logits count as normalized.
 NORMALIZED = 1e-4
 
 
 class LogUpdates(Callback):
-    """One line of the log per update.
+    """Log one line per update.
 
     Args:
-        log: the file.
+        log: the metrics log.
         stage: the `stage` of every line.
         learning_rate: step -> learning rate.
-        before: updates of earlier rounds, added to the step of every line.
+        step_offset: updates of earlier rounds, added to the step of every line.
         tags: additional fields of every line.
-        more: step -> additional numbers.
+        extra_metrics: step -> additional metrics.
 
     Attributes:
         latest: the newest line.
     """
 
     def __init__(
-        self, log: MetricsLog, stage: str, learning_rate: Callable, *, before: int = 0,
-        tags: Mapping[str, Any] = {}, more: Callable[[int], Mapping[str, Any]] = lambda step: {},
+        self, log: MetricsLog, stage: str, learning_rate: Callable, *, step_offset: int = 0,
+        tags: Mapping[str, Any] = {}, extra_metrics: Callable[[int], Mapping[str, Any]] = lambda step: {},
     ):  # fmt: skip
         self.log, self.stage, self.learning_rate = log, stage, learning_rate
-        self.before, self.tags, self.more = before, tags, more
+        self.step_offset, self.tags, self.extra_metrics = step_offset, tags, extra_metrics
         self.latest: Mapping[str, Any] = {}
 
-    def on_update(self, done: FinishedUpdate) -> None:
-        """Write the line; a metric with one number per unit is reduced to its median."""
-        metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in done.metrics.items()}
-        about = {"seconds": round(done.seconds, 4), "compiled": done.compiled}
-        if done.item.tokens is not None:
-            about |= {"tokens": done.item.tokens, "waited": round(done.waited, 4), "fill": round(done.item.fill, 4)}
-        rate = float(self.learning_rate(done.step - 1))
-        self.latest = metrics | dict(self.more(done.step)) | {"learning_rate": rate} | about | dict(self.tags)
-        self.log.write(self.stage, self.before + done.step, **self.latest)
+    def on_update(self, update: FinishedUpdate) -> None:
+        """Write the line; a metric with one value per unit is reduced to its median."""
+        metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in update.metrics.items()}
+        timing = {"seconds": round(update.seconds, 4), "compiled": update.compiled}
+        if update.item.tokens is not None:
+            timing |= {"tokens": update.item.tokens, "waited": round(update.waited, 4)}
+            timing |= {"fill": round(update.item.fill, 4)}
+        metrics |= self.extra_metrics(update.step)
+        metrics["learning_rate"] = float(self.learning_rate(update.step - 1))
+        self.latest = metrics | timing | dict(self.tags)
+        self.log.write(self.stage, self.step_offset + update.step, **self.latest)
 
 
 class EvaluatePolicy(Callback):
-    """Evaluate every so many updates and at the end of each phase; sample where passes over the data end.
+    """Evaluate every `every` updates and at the end of each phase; store generations at the end of each epoch.
 
     Args:
-        evaluate: (state, step, passes over the data) -> numbers.
+        evaluate: (state, step, epoch) -> metrics.
         sample: called with the same arguments to store some generations.
-        every: updates between evaluations; None evaluates after the last one only.
+        every: updates between evaluations; None evaluates only after the last update.
         before: called with (state, step) before each evaluation.
 
     Attributes:
-        numbers: those of the current step; empty if it was not evaluated.
+        metrics: metrics of the current step; empty if it was not evaluated.
         latest: reward and KL of the newest evaluation.
     """
 
@@ -73,68 +75,73 @@ class EvaluatePolicy(Callback):
         before: Callable[[State, int], None] = lambda state, step: None,
     ):  # fmt: skip
         self.evaluate, self.sample, self.every, self.before = evaluate, sample, every, before
-        self.numbers: Mapping[str, float] = {}
+        self.metrics: Mapping[str, float] = {}
         self.latest: dict[str, float] = {}
-        self._began, self._steps_per_pass = 0, None
-        self._pass_ends: Collection[int] = ()
+        self._phase_start, self._steps_per_epoch = 0, None
+        self._epoch_ends: Collection[int] = ()
 
-    def begin(self, phase, began: int) -> None:
-        """Start a phase after `began` updates."""
-        self._began, self._steps_per_pass = began, phase.steps_per_pass
-        self._pass_ends = {began + end for end in phase.pass_ends}
+    def begin(self, phase, phase_start: int) -> None:
+        """Start a phase after `phase_start` updates."""
+        self._phase_start, self._steps_per_epoch = phase_start, phase.steps_per_epoch
+        self._epoch_ends = {phase_start + end for end in phase.epoch_ends}
 
     def needs_state(self, step: int) -> bool:
         """Whether an evaluation or sampling is due."""
-        return bool(self.every) and step % self.every == 0 or step in self._pass_ends
+        return bool(self.every) and step % self.every == 0 or step in self._epoch_ends
 
     def on_state(self, step: int, state: State, last: bool) -> None:
-        """Evaluate or sample if due; after a stop request this is left to the resumed run."""
-        self.numbers = {}
+        """Evaluate or sample if due; after a stop request, leave both to the resumed run."""
+        self.metrics = {}
         if stopping.requested():
             return
-        passes = (step - self._began) / self._steps_per_pass if self._steps_per_pass else 0.0
+        epoch = (step - self._phase_start) / self._steps_per_epoch if self._steps_per_epoch else 0.0
         with contextlib.suppress(stopping.Stopped):
             if last or (self.every and step % self.every == 0):
                 self.before(state, step)
-                self.numbers = self.evaluate(state, step, passes)
-                self.latest.update({name: self.numbers[name] for name in ("reward", "kl") if name in self.numbers})
-            elif step in self._pass_ends:
-                self.sample(state, step, passes)
+                self.metrics = self.evaluate(state, step, epoch)
+                self.latest.update({name: self.metrics[name] for name in ("reward", "kl") if name in self.metrics})
+            elif step in self._epoch_ends:
+                self.sample(state, step, epoch)
 
 
-class EndWhen(Callback):
-    """End the loop when `enough(step)` is true, checked every `window` updates; a window of None never ends it."""
+class EarlyStopping(Callback):
+    """End the loop once `should_end(step)` is true.
 
-    def __init__(self, window: int | None, enough: Callable[[int], bool]):
-        self.window, self.enough = window, enough
+    Args:
+        check_every: updates between two checks; None never ends the loop.
+        should_end: step -> whether to end the loop.
+    """
+
+    def __init__(self, check_every: int | None, should_end: Callable[[int], bool]):
+        self.check_every, self.should_end = check_every, should_end
 
     def needs_state(self, step: int) -> bool:
-        """At the end of a window, so that the log is complete when `enough` reads it."""
-        return bool(self.window) and step % self.window == 0
+        """Whether a check is due; requesting the state makes the log complete up to this step."""
+        return bool(self.check_every) and step % self.check_every == 0
 
     def ends(self, step: int) -> bool:
-        """Whether there have been enough updates."""
-        return self.needs_state(step) and self.enough(step)
+        """Whether the loop ends after this update."""
+        return self.needs_state(step) and self.should_end(step)
 
 
 class StopOnRequest(Callback):
-    """Save and raise `Stopped` when the process is asked to stop.
+    """Save the state and raise `Stopped` after a stop request.
 
     Args:
-        name: of the updates, for the message.
+        name: name of an update in the message.
         total: updates of the whole loop.
-        saving: saves the state.
+        saving: callback that saves the state.
     """
 
     def __init__(self, name: str, total: int, saving: SaveCheckpoints):
         self.name, self.total, self.saving = name, total, saving
 
     def needs_state(self, step: int) -> bool:
-        """As soon as a stop is requested."""
+        """Whether a stop was requested."""
         return stopping.requested()
 
     def on_state(self, step: int, state: State, last: bool) -> None:
-        """Raises Stopped, with the state on disk, if a stop is requested."""
+        """Save the state and raise Stopped if a stop was requested."""
         if stopping.requested():
             self.saving.save(state, step)
             self.saving.checkpoints.wait()
@@ -142,24 +149,24 @@ class StopOnRequest(Callback):
 
 
 class WarnIfNormalized(Callback):
-    """Warn once if the logits seem normalized: the policy is the same, but a log-sum-exp of 0 carries no value."""
+    """Warn once if the logits seem to be log-probabilities, whose log-sum-exp is 0 and carries no value."""
 
     warned = False
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, update: FinishedUpdate) -> None:
         """Check the first update."""
-        size = done.metrics.get("lse_abs", 1)
-        if not self.warned and size < NORMALIZED:
+        mean_lse = update.metrics.get("lse_abs", 1)
+        if not self.warned and mean_lse < NORMALIZED:
             print(
-                f"warning: the log-sum-exp of the logits is {size:.1e} on average, as if they were normalized already: "
-                "ShiQ learns from its size, so give the model's raw logits",
+                f"warning: the mean |log-sum-exp| of the logits is {mean_lse:.1e}, so they seem to be normalized: ShiQ "
+                "learns from the log-sum-exp and needs raw logits",
                 file=sys.stderr,
             )
         self.warned = True
 
 
 class ShowProgress(Callback):
-    """Report updates to a progress display, with the newest numbers of the log and of the evaluation.
+    """Report updates to a progress display, with the newest metrics of the log and of the evaluation.
 
     Attributes:
         advance: called with the tokens of every update; set when the display is open.
@@ -169,12 +176,12 @@ class ShowProgress(Callback):
         self._log, self._evaluation = log, evaluation
         self.advance: Callable[[float], None] = lambda amount: None
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, update: FinishedUpdate) -> None:
         """Advance by one update."""
-        self.advance(done.item.tokens or 0)
+        self.advance(update.item.tokens or 0)
 
     def note(self) -> str:
-        """The newest numbers as text."""
-        found = {name: float(self._log.latest[name]) for name in ("loss", "epsilon") if name in self._log.latest}
-        found |= self._evaluation.latest if self._evaluation is not None else {}
-        return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        """The newest metrics as text."""
+        metrics = {name: float(self._log.latest[name]) for name in ("loss", "epsilon") if name in self._log.latest}
+        metrics |= self._evaluation.latest if self._evaluation is not None else {}
+        return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,4 +1,4 @@
-"""Shared by the commands: their names, and one sentence with an exit code for every expected failure."""
+"""Command names and error reporting, shared by `train.py` and `eval.py`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from shiq_jax.errors import UserError
 from shiq_jax.stopping import Stopped
 
 
-def program(script: str, installed: str) -> str:
-    """The name by which the user called the command: `installed` from an installed wheel, else `script`."""
+def program_name(script: str, installed: str) -> str:
+    """The name under which the user called the command: `installed` from an installed wheel, else `script`."""
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
 @contextlib.contextmanager
-def one_sentence(program: str, resumes: str) -> Iterator[None]:
-    """Turn a UserError into exit code 2 and an interruption into 130, each with one sentence on stderr.
+def report_errors(program: str, hint: str) -> Iterator[None]:
+    """Print expected failures as one sentence on stderr: UserError exits with code 2, an interruption with 130.
 
     Args:
-        program: name at the beginning of the sentence.
-        resumes: says how an interrupted command resumes.
+        program: prefix of the message.
+        hint: how to resume an interrupted command.
     """
     try:
         yield
-    except UserError as refusal:
-        print(f"{program}: {refusal}", file=sys.stderr)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        print(f"{program}: {stopped}; {resumes}", file=sys.stderr)
-        # A scheduler that asked with SIGTERM gets exit code 0; a person's interruption must not look like success.
+        print(f"{program}: {stopped}; {hint}", file=sys.stderr)
+        # SIGTERM from a scheduler exits with 0; Ctrl-C must not look like success.
         if stopped.signal == signal.SIGINT:
             raise SystemExit(130) from None
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; {resumes}", file=sys.stderr)
+        print(f"{program}: interrupted; {hint}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""The training commands: names, defaults, and options without effect."""
+"""Training commands, their defaults, and detection of ignored options."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Annotated, ClassVar, Union
 import tyro
 
 from shiq_jax.rollout.sampling import Sampling
-from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, given_as
+from shiq_jax.runs.loss_options import LabelLoss, PairLoss, RewardLoss, SftLoss, optional_arg
 from shiq_jax.runs.options import Collection, Evaluation, Job, Precision, WarmStart
 from shiq_jax.training.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
 class Shiq(Job):
-    """Q-learning on the logits, or another loss on scored answers."""
+    """ShiQ (Q-learning on the logits), or another loss on scored answers."""
 
     command: ClassVar[str] = "shiq"
     objective: ClassVar[str] = "shiq"
@@ -28,7 +28,7 @@ class Shiq(Job):
 
 @dataclass(frozen=True)
 class Dpo(Job):
-    """Direct preference optimisation, or another loss on pairs of answers."""
+    """DPO, or another loss on preference pairs."""
 
     command: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
@@ -37,13 +37,13 @@ class Dpo(Job):
 
 @dataclass(frozen=True)
 class Kto(Job):
-    """KTO, or another loss on single answers that are good or bad."""
+    """KTO, or another loss on answers labeled desirable or undesirable."""
 
     command: ClassVar[str] = "kto"
     objective: ClassVar[str] = "kto"
     loss: LabelLoss = LabelLoss()
-    threshold: Annotated[float | None, given_as("REWARD", "the mean of its prompt's answers")] = None
-    """For answers with rewards but no labels: those above it are good, those below it bad."""
+    threshold: Annotated[float | None, optional_arg("REWARD", "mean reward of the prompt's answers")] = None
+    """Label answers without labels by their reward: desirable above the threshold, undesirable below."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,37 +62,37 @@ class Sft(Job):
 
 @dataclass(frozen=True)
 class ShiqBfcl(Shiq):
-    """ShiQ on function calling: SmolLM2-135M-Instruct and the Berkeley leaderboard."""
+    """ShiQ on the Berkeley Function Calling Leaderboard, with SmolLM2-135M-Instruct."""
 
     command: ClassVar[str] = "shiq-bfcl"
 
 
 @dataclass(frozen=True)
 class ShiqUltraFeedback(Shiq):
-    """ShiQ on UltraFeedback, or other data with several scored answers per prompt."""
+    """ShiQ on UltraFeedback, or another data set with scored answers."""
 
     command: ClassVar[str] = "shiq-ultrafeedback"
 
 
 @dataclass(frozen=True)
 class DpoUltraFeedback(Dpo):
-    """DPO on the best and worst answers of UltraFeedback, or of data like it."""
+    """DPO on the best and worst answers of UltraFeedback, or of other scored data."""
 
     command: ClassVar[str] = "dpo-ultrafeedback"
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show the stage, numbers and generations of a run; or a replay buffer."""
+    """Show the stage, metrics and generations of a run, or a replay buffer."""
 
     path: tyro.conf.Positional[Path]
-    """Directory of a run, or of a buffer, whose checksums are verified."""
+    """Directory of a run, or of a replay buffer, whose checksums are then verified."""
     generations: int = 3
-    """Prompts of a run whose generations are shown."""
+    """Number of prompts whose generations are shown."""
 
 
-def embedded(job: Job) -> Job:
-    """The job with defaults for the toy task: a tiny decoder from scratch."""
+def toy_defaults(job: Job) -> Job:
+    """The job with defaults for the toy task: a tiny decoder trained from scratch."""
     optimizers = {
         "shiq": Optimizer(learning_rate=3e-4),
         "dpo": Optimizer(learning_rate=1e-4),
@@ -108,8 +108,8 @@ def embedded(job: Job) -> Job:
     )
 
 
-def function_calling(job: Job) -> Job:
-    """The job with defaults for SmolLM2-135M on function calling, small enough for two CPU cores."""
+def function_calling_defaults(job: Job) -> Job:
+    """The job with defaults for SmolLM2-135M on function calling, sized for two CPU cores."""
     return replace(
         job,
         task="bfcl",
@@ -124,7 +124,7 @@ def function_calling(job: Job) -> Job:
     )
 
 
-def own_data(job: Job) -> Job:
+def pretrained_defaults(job: Job) -> Job:
     """The job with defaults for a pretrained model on external data."""
     return replace(
         job,
@@ -136,56 +136,62 @@ def own_data(job: Job) -> Job:
     )
 
 
-def ultrafeedback(job: Job) -> Job:
+def ultrafeedback_defaults(job: Job) -> Job:
     """The job with defaults for a pretrained chat model on scored answers of very different lengths."""
-    job = replace(own_data(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
+    job = replace(pretrained_defaults(job), data="openbmb/UltraFeedback", drop_longer_than=2048)
     if job.objective == "shiq":
         return replace(job, baseline="group_mean", loss=RewardLoss(normalisation="mean_t"))
     return job
 
 
-def command_line(arguments: Sequence[str]):
-    """The commands as a type for tyro, with defaults that depend on the data and task of the arguments."""
-    given = " ".join(arguments)
-    defaults = embedded
-    if re.search(r"--(data|prompts)\b", given):
-        defaults = own_data
-    elif re.search(r"--task[= ]bfcl\b", given):
-        defaults = function_calling
+def subcommands(arguments: Sequence[str]):
+    """The commands as a union type for tyro; their defaults depend on --data, --prompts and --task."""
+    text = " ".join(arguments)
+    defaults = toy_defaults
+    if re.search(r"--(data|prompts)\b", text):
+        defaults = pretrained_defaults
+    elif re.search(r"--task[= ]bfcl\b", text):
+        defaults = function_calling_defaults
     jobs = [defaults(Shiq()), defaults(Dpo()), defaults(Kto()), defaults(Sft())]
-    jobs.append(own_data(ShiqBfcl()) if defaults is own_data else function_calling(ShiqBfcl()))
-    jobs += [ultrafeedback(ShiqUltraFeedback()), ultrafeedback(DpoUltraFeedback())]
-    kinds = [
+    bfcl_defaults = pretrained_defaults if defaults is pretrained_defaults else function_calling_defaults
+    jobs.append(bfcl_defaults(ShiqBfcl()))
+    jobs += [ultrafeedback_defaults(ShiqUltraFeedback()), ultrafeedback_defaults(DpoUltraFeedback())]
+    commands = [
         Annotated[type(job), tyro.conf.subcommand(job.command, default=job, description=type(job).__doc__)]
         for job in jobs
     ]
-    return Union[(*kinds, Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])]  # noqa: UP007
+    commands.append(Annotated[Inspect, tyro.conf.subcommand("inspect", description=Inspect.__doc__)])
+    return Union[tuple(commands)]  # noqa: UP007
 
 
-# Options, or groups of options, without effect: with --data, and in sft.
-_IDLE_WITH_DATA = ("task", "collection", "warm_start")
-_IDLE_IN_SFT = (
+# Options, or groups of options, that are ignored with --data, and in sft.
+_IGNORED_WITH_DATA = ("task", "collection", "warm_start")
+_IGNORED_IN_SFT = (
     *(f"collection.{name}" for name in ("samples_per_prompt", "prompts_per_batch", "prompts_in_flight", "sampling")),
     *(f"warm_start.{name}" for name in ("steps", "batch_size", "optimizer")),
 )
 
 
-def without_effect(job: Job) -> Iterator[str]:
-    """Flags of options that differ from their defaults but are not read by such a run."""
-    idle = _IDLE_WITH_DATA if job.data else _IDLE_IN_SFT if job.objective == "sft" else ()
+def ignored_options(job: Job) -> Iterator[str]:
+    """Flags of options that differ from their defaults but have no effect on this job."""
+    ignored = _IGNORED_WITH_DATA if job.data else _IGNORED_IN_SFT if job.objective == "sft" else ()
     if job.prompts:
-        idle = ("task", "warm_start")
-    defaults = own_data if job.data or job.prompts else function_calling if job.task == "bfcl" else embedded
-    usual = dict(_flat(defaults(type(job)())))
-    for name, value in _flat(job):
-        if value != usual[name] and any(f"{name}.".startswith(f"{group}.") for group in idle):
+        ignored = ("task", "warm_start")
+    if job.data or job.prompts:
+        set_defaults = pretrained_defaults
+    else:
+        set_defaults = function_calling_defaults if job.task == "bfcl" else toy_defaults
+    defaults = dict(_flatten(set_defaults(type(job)())))
+    for name, value in _flatten(job):
+        if value != defaults[name] and any(f"{name}.".startswith(f"{group}.") for group in ignored):
             yield "--" + name.replace("_", "-")
 
 
-def _flat(options, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(options, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of every option, nested groups included."""
     for field in fields(options):
         value = getattr(options, field.name)
         if is_dataclass(value):
-            yield from _flat(value, f"{prefix}{field.name}.")
+            yield from _flatten(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value

@@ -1,4 +1,4 @@
-"""Evaluate a run, a checkpoint or a model: reward, accuracy, KL, loss.
+"""Evaluate a run, a checkpoint or a model: reward, accuracy, KL and loss.
 
 examples:
   python eval.py --model runs/shiq --data FILE --reward exact
@@ -14,50 +14,50 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from shiq_jax.runs.command_line import one_sentence, program
-from shiq_jax.runs.loss_options import given_as
+from shiq_jax.runs.command_line import program_name, report_errors
+from shiq_jax.runs.loss_options import optional_arg
 
 Objectives = Literal["shiq", "dpo", "kto", "sft"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What to evaluate, and on which rows."""
+    """Policy, data and settings of an evaluation."""
 
     model: str
-    """A run, its checkpoints or one of them; or a model's directory or hub id."""
+    """Policy: a run, a checkpoint of a run, a model directory, or a hub id."""
     data: str
-    """Rows with `prompt` and what the reward needs, or an objective's examples; see docs/data.md."""
-    reward: Annotated[str | None, given_as("NAME", "nothing is scored")] = None
-    """exact, sorting, bfcl or module:function(row, completion) -> float."""
-    reference: Annotated[str | None, given_as("DIR|HUB_ID", "the run's own")] = None
-    """Model that the KL is measured to."""
-    output_dir: Annotated[Path | None, given_as("DIR", "runs/eval")] = None
-    """Where evaluation.json, evaluation.png and samples.jsonl go."""
+    """Rows with `prompt` and the fields that the reward needs, or training examples; see docs/data.md."""
+    reward: Annotated[str | None, optional_arg("NAME", "none: no scores")] = None
+    """Reward: exact, sorting, bfcl, or module:function(row, completion) -> float."""
+    reference: Annotated[str | None, optional_arg("DIR|HUB_ID", "the reference of the run")] = None
+    """Reference model of the KL."""
+    output_dir: Annotated[Path | None, optional_arg("DIR", "runs/eval")] = None
+    """Output directory for evaluation.json, evaluation.png and samples.jsonl."""
     resume: bool = False
-    """Continue in an output directory of the same options; a finished evaluation is shown again."""
+    """Reuse an output directory with the same options; a finished evaluation is only printed."""
     prompts: int = 512
     """Maximum number of rows."""
     samples_per_prompt: int = 1
-    """Fresh temperature-1 samples of each prompt."""
+    """Samples per prompt, at temperature 1."""
     max_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Maximum number of tokens of a completion."""
     greedy: bool = True
-    """Also decode greedily."""
+    """Also evaluate greedy decoding."""
     seed: int = 0
-    """Seed of the samples."""
-    objective: Annotated[Objectives | None, given_as("{shiq,dpo,kto,sft}", "by the rows")] = None
-    """Objective whose metrics are measured, on the rows if they are its examples, else on the fresh samples."""
+    """Random seed of sampling."""
+    objective: Annotated[Objectives | None, optional_arg("{shiq,dpo,kto,sft}", "inferred from the rows")] = None
+    """Objective whose loss and metrics are computed, on the rows if they are its examples, else on the samples."""
     beta: float = 0.1
-    """Temperature of that objective."""
-    score: Annotated[str | None, given_as("FIELD", "see docs/data.md")] = None
-    """Field of the rows that holds the scores of their answers."""
+    """KL coefficient beta of the objective."""
+    score: Annotated[str | None, optional_arg("FIELD", "see docs/data.md")] = None
+    """Field of the data that holds the scores."""
     prompts_in_flight: int = 32
-    """Prompts that are decoded at once."""
-    mesh: Annotated[str | None, given_as("AXIS=N,...", "all devices on fsdp")] = None
-    """Devices by axis (replica, fsdp, tensor), such as fsdp=4,tensor=2."""
+    """Prompts that are decoded concurrently."""
+    mesh: Annotated[str | None, optional_arg("AXIS=N,...", "all devices on fsdp")] = None
+    """Mesh shape by axis (replica, fsdp, tensor), for example fsdp=4,tensor=2."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the model's layers."""
+    """Compute dtype of the model's layers."""
 
     def __post_init__(self):
         for name in ("prompts", "samples_per_prompt", "prompts_in_flight", "max_tokens"):
@@ -75,11 +75,11 @@ class Evaluate:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and evaluate; a refusal is one sentence and exit code 2."""
-    name = program("eval.py", "shiq-eval")
-    about = __doc__ if name == "eval.py" else __doc__.replace("python eval.py", name)
-    options = tyro.cli(Evaluate, args=arguments, prog=name, description=about)
-    with one_sentence(name, "the same command with --resume measures again"):
+    """Parse the command line and evaluate; an error is printed as one sentence, with exit code 2."""
+    name = program_name("eval.py", "shiq-eval")
+    description = __doc__ if name == "eval.py" else __doc__.replace("python eval.py", name)
+    options = tyro.cli(Evaluate, args=arguments, prog=name, description=description)
+    with report_errors(name, "repeat the command with --resume to evaluate again"):
         from shiq_jax.runs.compilation_cache import enable_compilation_cache
         from shiq_jax.runs.evaluate import evaluate
 

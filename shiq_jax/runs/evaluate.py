@@ -1,4 +1,4 @@
-"""Evaluation of a model directory, or of a checkpoint of a run, outside of any run."""
+"""Standalone evaluation of a model directory or of a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
 from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.runs.labelling import label
-from shiq_jax.runs.loss_options import recorded
+from shiq_jax.runs.loss_options import objective_from_settings
 from shiq_jax.runs.options import Adapters
-from shiq_jax.runs.policies import find_policy
+from shiq_jax.runs.policies import resolve_policy
 from shiq_jax.runs.run_directory import RunDirectory, read_json, write_json, write_jsonl
-from shiq_jax.runs.sources import prompts_of
+from shiq_jax.runs.sources import prompts_from_buffer
 from shiq_jax.sharding import hosts
 from shiq_jax.tasks import rewards
 from shiq_jax.training.checkpoints import Checkpoints
@@ -41,112 +41,118 @@ from shiq_jax.training.trainable import add_trainable_parts
 @progress.display()
 @disk_errors()
 def evaluate(options) -> dict[str, Any]:
-    """Numbers of a policy on held-out rows: `evaluation.json`, `evaluation.png`, and the samples in `samples.jsonl`.
+    """Evaluate a policy on held-out rows; write `evaluation.json`, `evaluation.png` and `samples.jsonl`.
 
     Args:
-        options: as eval.py declares them.
+        options: see `eval_command.Evaluate`.
 
     Raises:
-        UserError: something named cannot be found or used, or the output directory holds another evaluation.
+        UserError: an input is missing or invalid, or the output directory holds another evaluation.
     """
     out = RunDirectory.begin(Path(options.output_dir or "runs/eval"), options.settings(), resume=options.resume)
     result = out.path / "evaluation.json"
     if result.exists():
-        numbers = read_json(result)
+        metrics = read_json(result)
     else:
         with out.locked():
-            numbers = _written(options, out, result)
-    report.print_table(f"{options.model} on {options.data}", list(_flat(numbers).items()))
-    return numbers
+            metrics = _evaluate_and_write(options, out, result)
+    report.print_table(f"{options.model} on {options.data}", list(_table_rows(metrics).items()))
+    return metrics
 
 
-def _written(options, out: RunDirectory, result: Path) -> dict[str, Any]:
+def _evaluate_and_write(options, out: RunDirectory, result: Path) -> dict[str, Any]:
     try:
         with disk_errors(out.path):
-            numbers, samples = _measure(options, out)
+            metrics, samples = _evaluate(options, out)
     except UserError:
         if not options.resume:
             out.discard(samples=False)
         raise
     write_jsonl(out.path / "samples.jsonl", samples)
     report.draw_evaluation(samples, out.path / "evaluation.png", options.model)
-    write_json(result, numbers)
-    return numbers
+    write_json(result, metrics)
+    return metrics
 
 
-def _learner(model, params, settings: Mapping[str, Any]):
-    """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
-    objective = recorded(settings["loss"])
-    lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
+def _with_trainable_parts(model, params, settings: Mapping[str, Any]):
+    """Add the adapters and heads of a run, so that its checkpoints can be restored into the parameters."""
+    objective = objective_from_settings(settings["loss"])
+    lora, key = Adapters(**settings.get("lora", {})).build(), jax.random.key(0)
     return add_trainable_parts(model, params, objective, lora=lora, keys=(key, key))
 
 
-def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
+def _evaluate(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
+    """All metrics, and the rows of `samples.jsonl`."""
     mesh = requested_mesh(options.mesh)
 
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
 
-    policy = find_policy(options.model)
+    policy = resolve_policy(options.model)
     source, run = policy.base, policy.run
     model, params = load(source)
     model, params = ModelWithHeads.load(model, params, locate(source))
     if run is not None:
-        model, params = _learner(model, params, read_json(run.config))
+        model, params = _with_trainable_parts(model, params, read_json(run.config))
         with contextlib.closing(Checkpoints(policy.checkpoints, read_only=True)) as checkpoints:
             params = checkpoints.restore_params(params, policy.step)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
-    origin = options.reference or (run.start_of(run.begun_rounds()[0]) if run is not None else None)
-    reference = Reference(origin, load, model.config.vocab_size) if origin else None
+    reference_source = options.reference or (run and run.initial_policy(run.started_rounds()[0]))
+    reference = Reference(reference_source, load, model.config.vocab_size) if reference_source else None
 
     rows = _rows(options)
     reward = rewards.resolve(options.reward) if options.reward else None
-    learned_by = classify(rows[0], options.score).objectives
-    name = options.objective or next(iter(learned_by), None)
+    compatible_objectives = classify(rows[0], options.score).objectives
+    name = options.objective or next(iter(compatible_objectives), None)
     examples = None
-    if name in learned_by:
+    if name in compatible_objectives:
         file = out.path / "rows.jsonl"
         write_jsonl(file, rows)
         hosts.on_writer(shutil.rmtree)(out.buffer, ignore_errors=True)
         examples = import_records(
-            out.buffer, lambda reading: READERS[name](file, tokenizer, reading), model,
+            out.buffer, lambda context: READERS[name](file, tokenizer, context), model,
             score=options.score, reward=reward,
         )  # fmt: skip
-        rows = prompts_of(examples, options.prompts, model.config.max_positions - options.max_tokens)
+        rows = prompts_from_buffer(examples, options.prompts, model.config.max_positions - options.max_tokens)
     elif options.score is not None:
-        raise UserError(f"--score {options.score} names scores of answers, but {options.data} holds none: leave it out")
+        raise UserError(
+            f"--score {options.score} applies to scored answers, but {options.data} contains none: omit --score"
+        )
     else:
         rows = [with_prompt(row) for row in rows]
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, locate(source)), rows, reward, options.max_tokens,
         options.samples_per_prompt, options.prompts_in_flight, options.greedy,
     )  # fmt: skip
-    found = evaluator(params, reference, jax.random.key(options.seed))
-    numbers = found.numbers
+    result = evaluator(params, reference, jax.random.key(options.seed))
+    metrics = result.numbers
     if reference is None:
-        numbers = {key: value for key, value in numbers.items() if not key.startswith("kl")}
+        metrics = {key: value for key, value in metrics.items() if not key.startswith("kl")}
     if examples is None and reward is not None:
         hosts.on_writer(shutil.rmtree)(out.path / "fresh", ignore_errors=True)
         examples = Buffer.create(out.path / "fresh")
-        examples.append(found.records)
-    numbers |= {"model": options.model, "reference": origin and str(origin), "data": options.data, "rows": len(rows)}
+        examples.append(result.records)
+    metrics |= {
+        "model": options.model,
+        "reference": reference_source and str(reference_source),
+        "data": options.data,
+        "rows": len(rows),
+    }
     if examples is not None and "labels" in OBJECTIVES[name or "shiq"].needs:
-        examples = _labelled(OBJECTIVES[name], model, examples, out)
-    objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
-    return (
-        numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
-        evaluator.shown(found),
-    )
+        examples = _label(OBJECTIVES[name], model, examples, out)
+    objective, loss_metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
+    metrics |= {"objective": objective, "objective_metrics": loss_metrics, "machine": report.machine()}
+    return metrics, evaluator.shown(result)
 
 
-def _labelled(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:
-    """The examples as good and bad answers: by their labels, or by the mean of a prompt's answers."""
-    hosts.on_writer(shutil.rmtree)(out.labelled, ignore_errors=True)
-    return label(out.labelled, examples, objective, None, model.config.max_positions)
+def _label(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:
+    """A buffer of labeled answers: from the labels of the examples, or from the mean of a prompt's answers."""
+    hosts.on_writer(shutil.rmtree)(out.labeled, ignore_errors=True)
+    return label(out.labeled, examples, objective, None, model.config.max_positions)
 
 
 def _objective_metrics(name: str, options, model, params, examples: Buffer | None, reference: Reference | None):
-    """The objective's metrics on the examples, where there are any and what it needs is there."""
+    """Name and metrics of the objective on the examples; (None, None) without examples or a required reference."""
     objective = OBJECTIVES[name]
     if examples is None or ("references" in objective.needs and reference is None):
         return None, None
@@ -161,17 +167,18 @@ def _objective_metrics(name: str, options, model, params, examples: Buffer | Non
 
 
 def _rows(options) -> list[dict]:
+    """The first `--prompts` rows of the data."""
     rows = []
     for row in formats.rows(options.data):
         rows.append(row)
         if len(rows) == options.prompts:
             break
     if not rows:
-        raise UserError(f"{options.data} holds no rows: give at least one with a prompt")
+        raise UserError(f"{options.data} holds no rows: at least one row with a prompt is needed")
     return rows
 
 
-def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    nested = numbers.get("objective_metrics") or {}
-    shown = {key: value for key, value in numbers.items() if not isinstance(value, dict | None)}
-    return shown | {f"{numbers['objective']}: {key}": value for key, value in nested.items()}
+def _table_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    nested = metrics.get("objective_metrics") or {}
+    rows = {key: value for key, value in metrics.items() if not isinstance(value, dict | None)}
+    return rows | {f"{metrics['objective']}: {key}": value for key, value in nested.items()}

@@ -1,4 +1,4 @@
-"""Evaluations of a policy during a run: fresh samples, their rewards, and their distance from the reference."""
+"""Evaluation of a policy during a run: fresh samples, their rewards, and the KL to the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shiq_jax.runs.phases import Plan
 from shiq_jax.runs.round import LearningProblem, Round
 from shiq_jax.runs.run import RngStream
 from shiq_jax.runs.run_directory import write_jsonl
-from shiq_jax.runs.sources import prompts_of
+from shiq_jax.runs.sources import prompts_from_buffer
 from shiq_jax.sharding import hosts
 from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
 from shiq_jax.training.reference import Reference
@@ -20,53 +20,61 @@ STAGES = ("evaluation", "samples")
 
 
 class Evaluations:
-    """Evaluates the policies of a round, logs the numbers and keeps some of the generations.
+    """Evaluate the policies of a round, log the metrics and store some generations.
 
     Args:
-        round: whose policies.
-        problem: its model, and the buffer whose prompts serve where no others are given.
+        round: the round.
+        problem: its model, and the buffer that provides the prompts if the task has no held-out prompts.
     """
 
     def __init__(self, round: Round, problem: LearningProblem):
         run, options, model = round.run, round.run.job.evaluation, problem.model
         rows = run.task.held_out
         if rows is None:
-            rows = prompts_of(problem.buffer, options.prompts, model.config.max_positions - options.max_tokens)
+            rows = prompts_from_buffer(problem.buffer, options.prompts, model.config.max_positions - options.max_tokens)
         self._round, self._model = round, model
         self._evaluator = Evaluator(
-            model, run.tokenizer, run.stops, rows, run.task.reward, options.max_tokens,
+            model, run.tokenizer, run.stop_tokens, rows, run.task.reward, options.max_tokens,
             options.samples_per_prompt, options.prompts_in_flight, options.greedy,
         )  # fmt: skip
 
     def __call__(
-        self, weights, step: int, passes: float = 0.0, stage: str = "evaluation", prompts: int | None = None
+        self, params, step: int, epoch: float = 0.0, stage: str = "evaluation", prompts: int | None = None
     ) -> dict[str, float]:
-        """Measure a policy after so many updates of the round, log what is found, and return the numbers."""
-        run, at = self._round.run, self._round.before + step
-        key = jax.random.fold_in(run.key(RngStream.EVALUATION), at)
-        found = self._evaluator(weights, self._reference(weights) if at else None, key, prompts)
-        # An evaluation that was logged, but not saved with the policy, is made again.
-        run.log.rewind([stage], at - 1)
-        where = {"step": at, "pass": round(passes, 3)} | self._round.tags
-        from_itself = {} if at else {"logratio": 0.0}
-        shown = self._evaluator.shown(found, SHOWN_PROMPTS, SHOWN_SAMPLES)
+        """Evaluate the policy after `step` updates of the round, log the metrics and return them.
+
+        Args:
+            params: parameters of the policy.
+            step: updates of the round so far.
+            epoch: passes over the round's buffer so far.
+            stage: stage of the log line.
+            prompts: number of prompts; None for all.
+        """
+        run, total_steps = self._round.run, self._round.step_offset + step
+        key = jax.random.fold_in(run.key(RngStream.EVALUATION), total_steps)
+        result = self._evaluator(params, self._reference(params) if total_steps else None, key, prompts)
+        # A run killed before the checkpoint of this step has already logged this evaluation.
+        run.log.rewind([stage], total_steps - 1)
+        fields = {"step": total_steps, "pass": round(epoch, 3)} | self._round.tags
+        initial_logratio = {} if total_steps else {"logratio": 0.0}
+        shown = self._evaluator.shown(result, SHOWN_PROMPTS, SHOWN_SAMPLES)
         hosts.on_writer(run.directory.samples.mkdir)(exist_ok=True)
-        write_jsonl(run.directory.generations(at), [where | row | from_itself for row in shown])
-        run.log.write(stage, at, **found.numbers, **self._round.tags)
-        return found.numbers
+        write_jsonl(run.directory.generations(total_steps), [fields | row | initial_logratio for row in shown])
+        run.log.write(stage, total_steps, **result.numbers, **self._round.tags)
+        return result.numbers
 
     def callback(self, plan: Plan) -> EvaluatePolicy:
-        """The callback that evaluates at the marks which the run's options ask for."""
+        """The `fit` callback that evaluates `evaluation.times` times per round."""
         times = self._round.run.job.evaluation.times
         return EvaluatePolicy(
-            lambda state, step, passes: self(state.params(), step, passes),
-            lambda state, step, passes: self(state.params(), step, passes, "samples", SHOWN_PROMPTS),
+            lambda state, step, epoch: self(state.params(), step, epoch),
+            lambda state, step, epoch: self(state.params(), step, epoch, "samples", SHOWN_PROMPTS),
             every=math.ceil(plan.steps / times) if times else None,
             before=plan.on_evaluation,
         )
 
-    def _reference(self, weights) -> Reference:
-        """The run's reference; where it is the base of the policy's adapters, that base."""
+    def _reference(self, params) -> Reference:
+        """The run's reference; for LoRA on top of the reference, the policy without its adapters."""
         if self._model.lora is None or self._round.policy is not self._round.reference:
             return self._round.reference
-        return Reference(self._round.reference.source, lambda _: self._model.switched_off(weights), keep=False)
+        return Reference(self._round.reference.source, lambda _: self._model.switched_off(params), keep=False)

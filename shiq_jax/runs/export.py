@@ -1,4 +1,4 @@
-"""A policy as a directory that transformers loads."""
+"""Export of a policy to a directory that transformers can load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shiq_jax.sharding import hosts
 
 
 def export(run: Run, model, params, path: Path) -> None:
-    """Weights, configuration and tokenizer in Hugging Face format; the directory appears when it is complete."""
+    """Write weights, configuration and tokenizer in Hugging Face format, atomically; an existing export is kept."""
     partial = path.with_name(path.name + ".partial")
     if path.exists():
         return

@@ -1,4 +1,4 @@
-"""The second buffer of losses on good and bad answers: labelled answers, and answers to other prompts."""
+"""The second buffer of losses on labeled answers, such as KTO: labeled answers and mismatched answers."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from shiq_jax.runs.ingest import open_or_create
 
 
 def check_threshold(answers: Buffer, threshold: float | None, data: str | None, *, private: bool = False) -> None:
-    """Raises UserError for a threshold on data that have labels, and in a private run where there is neither.
+    """Check that a threshold is set only for data without labels, and that a private run does not need a group mean.
 
     Args:
-        answers: what the data became.
-        threshold: of `label`.
-        data: the source as the user named it.
-        private: whether the run protects its data, so that no answer may be compared with the answers of other units.
+        answers: the answers with their labels or rewards.
+        threshold: see `label`.
+        data: name of the data source, for the message.
+        private: whether the run is private, so that answers of different units must not be compared.
+
+    Raises:
+        UserError: the threshold conflicts with the data or with a private run.
     """
-    known = explicit_labels(answers) >= 0
-    if threshold is not None and known.any():
-        raise UserError(f"--threshold says which scores are good, but {data} has labels: leave it out")
-    if private and threshold is None and not known.all():
+    has_label = explicit_labels(answers) >= 0
+    if threshold is not None and has_label.any():
+        raise UserError(f"--threshold applies to scores, but {data} already has labels: omit --threshold")
+    if private and threshold is None and not has_label.all():
         raise UserError(
-            "without labels or a --threshold an answer is compared with the mean of its prompt's answers, which belong "
-            "to other units: give one of the two in a private run"
+            "an answer without a label is compared with the mean of its prompt's answers, which belong to other units: "
+            "a private run needs labels or --threshold"
         )
 
 
-def label(path: Path, answers: Buffer, objective: Objective, threshold: float | None, longest: int) -> Buffer:
-    """A buffer of labelled answers, each followed by a mismatched one where the objective couples through these.
+def label(path: Path, answers: Buffer, objective: Objective, threshold: float | None, max_length: int) -> Buffer:
+    """A buffer of labeled answers, each followed by a mismatched answer if the objective couples examples.
 
     Args:
-        path: of the buffer, made in one atomic append when it is not there.
+        path: directory of the buffer; created in one atomic append if missing.
         answers: the answers with their labels or rewards.
-        objective: reads labels.
-        threshold: the return above which an answer without a label is good; None for the mean of its prompt's
+        objective: the objective that reads the labels.
+        threshold: return above which an answer without a label is desirable; None for the mean of its prompt's
             answers.
-        longest: tokens of the longest sequence that can be learned from.
+        max_length: maximum number of tokens of a sequence.
 
     Raises:
-        UserError: there is nothing to learn from, see `replay.labels`.
+        UserError: no answer can be labeled, see `replay.labels`.
     """
     buffer = open_or_create(path)
     if len(buffer):
         return buffer
     mismatched = objective.couple is not None
-    added = buffer.append(labeled_records(answers, threshold, mismatched=mismatched, max_length=longest))
-    examples, good = added // 2 if mismatched else added, buffer.column("label").count(True)
-    tied = f"; {len(answers) - examples} tie and are left out" if examples < len(answers) else ""
-    print(f"{good} answers are desirable, {examples - good} undesirable{tied}", file=sys.stderr)
+    added = buffer.append(labeled_records(answers, threshold, mismatched=mismatched, longest=max_length))
+    examples, desirable = added // 2 if mismatched else added, buffer.column("label").count(True)
+    ties = f"; skipped {len(answers) - examples} ties" if examples < len(answers) else ""
+    print(f"{desirable} answers are desirable, {examples - desirable} undesirable{ties}", file=sys.stderr)
     return buffer

@@ -1,4 +1,4 @@
-"""How a round learns: the plan of a run without privacy, and the execution of a plan."""
+"""Training plans of non-private runs, and their execution."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.runs import public_phase
 from shiq_jax.runs.evaluations import STAGES, Evaluations
 from shiq_jax.runs.export import export
-from shiq_jax.runs.ingest import demonstrations
-from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
+from shiq_jax.runs.ingest import import_demonstrations
+from shiq_jax.runs.phases import Outputs, Phase, Plan, epoch_ends, run_phases
 from shiq_jax.runs.round import LearningProblem, Round
 from shiq_jax.runs.run import Run
 from shiq_jax.training.baseline import GroupMeanBaseline
@@ -21,8 +21,8 @@ from shiq_jax.training.trainable import trainable_filter
 from shiq_jax.training.update import make_update
 
 
-def passes(round: Round, problem: LearningProblem) -> Plan:
-    """Passes over the buffer, as one phase."""
+def training_plan(round: Round, problem: LearningProblem) -> Plan:
+    """A single phase of `--epochs` passes over the buffer."""
     run, job, objective, buffer = round.run, round.run.job, problem.objective, problem.buffer
     batches = Batches(
         buffer, objective.unit, job.batch_size, seed=run.seed(round.number), references=problem.references,
@@ -30,47 +30,50 @@ def passes(round: Round, problem: LearningProblem) -> Plan:
         records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
     )  # fmt: skip
     if batches.left_out:
-        print(f"{batches.left_out} groups have no two answers of different reward and give no pair", file=sys.stderr)
+        print(
+            f"skipped {batches.left_out} groups: all their answers have the same reward, so they form no pair",
+            file=sys.stderr,
+        )
     steps = batches.steps(job.epochs)
     optimizer = job.optimizer.build(steps)
     phase = Phase(
         "update", make_update(problem.model, objective, optimizer, mesh=run.mesh, microbatches=job.microbatches),
-        batches, steps, steps_per_pass=max(batches.steps(1), 1), records=batches.records,
-        pass_ends=[batches.steps(number) for number in range(1, int(job.epochs) + 1)],
+        batches, steps, steps_per_epoch=max(batches.steps(1), 1), epoch_ends=epoch_ends(batches, job.epochs),
+        records=batches.records,
     )  # fmt: skip
     return Plan([phase], optimizer, job.optimizer.learning_rate_at(steps))
 
 
-def learn(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
-    """Carry out a plan with its evaluations and return the last state; the first round is also evaluated before it.
+def execute_plan(round: Round, problem: LearningProblem, params, plan: Plan) -> State:
+    """Execute a plan with its evaluations and return the last state; the first round also starts with an evaluation.
 
-    params: of `problem.model`; the state takes them over.
+    params: parameters of `problem.model`; donated to the state.
     """
     run, job = round.run, round.run.job
     evaluations = Evaluations(round, problem)
     if not round.number and not run.log.rows("evaluation"):
         evaluations(params, 0)
-    copied = {name: params[HEADS][name] for name in problem.objective.target_heads}
+    targets = {name: params[HEADS][name] for name in problem.objective.target_heads}
     state = init_state(
-        problem.model, params, plan.optimizer, mesh=run.mesh,
-        targets=lambda _: {HEADS: copied} if copied else {}, trainable=trainable_filter(problem.model, problem.objective),
+        problem.model, params, plan.optimizer, mesh=run.mesh, targets=lambda _: {HEADS: targets} if targets else {},
+        trainable=trainable_filter(problem.model, problem.objective),
     )  # fmt: skip
     checkpoints = Checkpoints(round.directory.checkpoints, keep=job.keep, best="reward" if run.task.reward else None)
-    ledger = Ledger(run.log, checkpoints, run.settings, job.save_every, round.before, round.tags)
-    stages = (*STAGES, public_phase.STAGE, public_phase.MEASURED)
-    return run_phases(plan, state, ledger, evaluations.callback(plan), stages)
+    outputs = Outputs(run.log, checkpoints, run.settings, job.save_every, round.step_offset, round.tags)
+    stages = (*STAGES, public_phase.STAGE, public_phase.DIAGNOSTICS_STAGE)
+    return run_phases(plan, state, outputs, evaluations.callback(plan), stages)
 
 
 def warm_start(run: Run):
-    """Path or hub id of the reference: the task's model, or the export of the warm start if the job has one."""
+    """Run the job's warm start, if any, and return path or hub id of the reference: its export or the task's model."""
     job, options = run.job, run.job.warm_start
     if not run.task.demonstrations or job.objective == "sft":
         return run.task.model
-    done = run.directory.reference
-    if not done.exists():
+    reference = run.directory.reference
+    if not reference.exists():
         model, params = run.load(run.task.model)
         batches = Batches(
-            demonstrations(run, run.directory.warm_start / "buffer", model), "trajectory", options.batch_size,
+            import_demonstrations(run, run.directory.warm_start / "buffer", model), "trajectory", options.batch_size,
             seed=job.seed, mesh=run.mesh, microbatches=job.microbatches, row_length=job.row_length,
         )  # fmt: skip
         optimizer = options.optimizer.build(options.steps)
@@ -79,6 +82,6 @@ def warm_start(run: Run):
         plan = Plan([phase], optimizer, options.optimizer.learning_rate_at(options.steps))
         state = init_state(model, params, optimizer, mesh=run.mesh)
         checkpoints = Checkpoints(run.directory.warm_start / "checkpoints", keep=1)
-        state = run_phases(plan, state, Ledger(run.log, checkpoints, run.settings, job.save_every))
-        export(run, model, state.params(), done)
-    return done
+        state = run_phases(plan, state, Outputs(run.log, checkpoints, run.settings, job.save_every))
+        export(run, model, state.params(), reference)
+    return reference

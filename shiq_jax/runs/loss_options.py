@@ -1,4 +1,4 @@
-"""Options of losses on the command line, made from the options that the losses declare."""
+"""Command-line options of the losses, generated from the options that the losses declare."""
 
 from __future__ import annotations
 
@@ -18,131 +18,134 @@ REWARD_LOSSES = tuple(
 )
 
 
-def given_as(metavar: str, otherwise: str) -> Any:
-    """How the help shows an option that may be left out: the name of its value, and what holds without one."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+def optional_arg(metavar: str, default: str) -> Any:
+    """Annotation of an option whose default is None: `metavar` and `default` as the help shows them."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 class LossOptions:
-    """A loss of a family and its options; None for an option that is not given.
+    """Base class of the loss options of a command; an option that was not set is None.
 
-    Subclasses are dataclasses made by `family`. ValueErrors name options that the loss does not take or refuses.
+    Subclasses are dataclasses made by `make_loss_options`. Raises ValueError for options that the loss does not have
+    and for values that it rejects.
     """
 
     objectives: ClassVar[Mapping[str, Objective]]
     name: str
 
     def __post_init__(self):
-        known = tuple(self.objectives[self.name].options)
-        for name in self.given():
-            if name not in known:
-                raise ValueError(f"{name} is no option of the loss {self.name}, which takes {_list(known) or 'none'}")
-        if self.given():
-            check_options(self.configured())
+        names = tuple(self.objectives[self.name].options)
+        for name in self.overrides():
+            if name not in names:
+                raise ValueError(
+                    f"{name} is not an option of the loss {self.name}, which takes {_enumerate(names) or 'none'}"
+                )
+        if self.overrides():
+            check_options(self.build())
 
-    def given(self) -> dict[str, Any]:
-        """The options that were given."""
+    def overrides(self) -> dict[str, Any]:
+        """The options that were set."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def configured(self) -> Objective:
+    def build(self) -> Objective:
         """The objective with these options."""
-        return self.objectives[self.name].configure(**self.given())
+        return self.objectives[self.name].configure(**self.overrides())
 
     @property
     def q_guidance(self) -> float:
-        """What Q heads are multiplied with before they are added to the logits; 0 where the policy learns."""
-        return self.configured().q_guidance
+        """Coefficient of the Q heads added to the logits; 0 if the loss trains the policy."""
+        return self.build().q_guidance
 
     def settings(self) -> dict[str, Any]:
-        """The loss and the values of all its options, given or not, as JSON values."""
+        """Name of the loss and the values of all its options, defaults included, as JSON values."""
         defaults = {name: option.default for name, option in self.objectives[self.name].options.items()}
-        return {"name": self.name} | defaults | self.given()
+        return {"name": self.name} | defaults | self.overrides()
 
 
-def recorded(settings: Mapping[str, Any]) -> Objective:
-    """The objective of a run from its `LossOptions.settings`, as config.json holds them."""
+def objective_from_settings(settings: Mapping[str, Any]) -> Objective:
+    """The objective of a run from `LossOptions.settings`, as stored in config.json."""
     objective = OBJECTIVES[settings.get("name", "sft")]
     # Older runs also recorded options of other losses.
-    known = {name: settings[name] for name in objective.options if settings.get(name) is not None}
-    return objective.configure(**known)
+    options = {name: settings[name] for name in objective.options if settings.get(name) is not None}
+    return objective.configure(**options)
 
 
-def family(name: str, about: str, objectives: Mapping[str, Objective]) -> type[LossOptions]:
-    """A dataclass with the options of all these objectives, for tyro.
+def make_loss_options(class_name: str, doc: str, objectives: Mapping[str, Objective]) -> type[LossOptions]:
+    """Make a dataclass with the options of several objectives, for tyro.
 
     Args:
-      name, about: name and docstring of the class.
-      objectives: by name; the first is the default. A single one gets no option that names it.
+      class_name, doc: name and docstring of the class.
+      objectives: name -> objective; the first is the default. With a single objective there is no `name` option.
     """
     losses = tuple(objectives)
     fields: list[tuple] = []
     if len(losses) > 1:
-        about_name = tyro.conf.arg(help="Which loss; docs/losses.md has their formulas.")
-        fields.append(("name", Annotated[Literal[losses], about_name], dataclasses.field(default=losses[0])))
+        name_arg = tyro.conf.arg(help="Name of the loss; docs/losses.md has the formulas.")
+        fields.append(("name", Annotated[Literal[losses], name_arg], dataclasses.field(default=losses[0])))
     for option in dict.fromkeys(option for objective in objectives.values() for option in objective.options):
         fields.append((option, _annotation(option, objectives), dataclasses.field(default=None)))
-    attributes = {"__doc__": about, "__module__": __name__, "objectives": objectives}
+    attributes = {"__doc__": doc, "__module__": __name__, "objectives": objectives}
     if len(losses) == 1:
         attributes["name"] = losses[0]
-    return dataclasses.make_dataclass(name, fields, bases=(LossOptions,), namespace=attributes, frozen=True)
+    return dataclasses.make_dataclass(class_name, fields, bases=(LossOptions,), namespace=attributes, frozen=True)
 
 
 def _annotation(name: str, objectives: Mapping[str, Objective]) -> Any:
-    """The type of an option of a family with its help."""
-    takers = {loss: each.options[name] for loss, each in objectives.items() if name in each.options}
-    kinds = {option.kind for option in takers.values()}
+    """Type and help of an option."""
+    options = {loss: each.options[name] for loss, each in objectives.items() if name in each.options}
+    kinds = {option.kind for option in options.values()}
     if all(get_origin(kind) is Literal for kind in kinds):
-        # Losses may know different values of one option; each checks its own.
+        # Losses may accept different values of one option; each checks its own.
         kinds = {Literal[tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))]}
     if len(kinds) != 1:
-        raise ValueError(f"option {name!r} is of different types in {_list(tuple(takers))}; rename one of them.")
-    defaults = _shared({loss: "none" if each.default is None else str(each.default) for loss, each in takers.items()})
+        raise ValueError(f"option {name!r} has different types in {_enumerate(tuple(options))}: rename one of them")
+    defaults = _merge({loss: "none" if each.default is None else str(each.default) for loss, each in options.items()})
 
-    def hint(given: str) -> str:
-        # A command may give an option for its user.
-        return f"(default: {defaults if given == 'None' else given})"
+    def default_hint(value: str) -> str:
+        # A command may set its own default.
+        return f"(default: {defaults if value == 'None' else value})"
 
-    about = tyro.conf.arg(help=_help(takers, objectives), help_behavior_hint=hint)
-    return Annotated[kinds.pop() | None, about, tyro.conf.DisallowNone]
+    arg = tyro.conf.arg(help=_help(options, objectives), help_behavior_hint=default_hint)
+    return Annotated[kinds.pop() | None, arg, tyro.conf.DisallowNone]
 
 
-def _help(takers: Mapping[str, Any], losses: Iterable[str]) -> str:
-    """Which losses take an option, and what it does; a loss that does not say does what the first that does says."""
-    texts = [option.text for option in takers.values() if option.text]
+def _help(options: Mapping[str, Any], losses: Iterable[str]) -> str:
+    """Help of an option: the losses that have it and their descriptions; the first description is the default."""
+    texts = [option.text for option in options.values() if option.text]
     first = texts[0] if texts else "see docs/losses.md"
-    said = _shared({loss: (option.text or first).rstrip(".") for loss, option in takers.items()}, first.rstrip("."))
-    said = said[0].upper() + said[1:]
-    others = tuple(loss for loss in losses if loss not in takers)
+    text = _merge({loss: (option.text or first).rstrip(".") for loss, option in options.items()}, first.rstrip("."))
+    text = text[0].upper() + text[1:]
+    others = tuple(loss for loss in losses if loss not in options)
     if not others:
-        return f"{said}."
-    whose = f"all but {_list(others)}" if len(others) < len(takers) else ", ".join(takers)
-    return f"{whose}: {said[0].lower()}{said[1:]}."
+        return f"{text}."
+    owners = f"all but {_enumerate(others)}" if len(others) < len(options) else ", ".join(options)
+    return f"{owners}: {text[0].lower()}{text[1:]}."
 
 
-def _shared(values: Mapping[str, str], usual: str | None = None) -> str:
-    """What holds for most losses, or `usual`, and after it the losses for which something else does."""
-    usual = Counter(values.values()).most_common(1)[0][0] if usual is None else usual
-    others: dict[str, list[str]] = {}
+def _merge(values: Mapping[str, str], common: str | None = None) -> str:
+    """The most common value, or `common`, followed by the losses with another value."""
+    common = Counter(values.values()).most_common(1)[0][0] if common is None else common
+    exceptions: dict[str, list[str]] = {}
     for loss, value in values.items():
-        if value != usual:
-            others.setdefault(value, []).append(loss)
-    return "; ".join([usual, *(f"{', '.join(losses)}: {value}" for value, losses in others.items())])
+        if value != common:
+            exceptions.setdefault(value, []).append(loss)
+    return "; ".join([common, *(f"{', '.join(losses)}: {value}" for value, losses in exceptions.items())])
 
 
-def _list(names: Sequence[str]) -> str:
+def _enumerate(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _of(names: Iterable[str]) -> dict[str, Objective]:
+def _select(names: Iterable[str]) -> dict[str, Objective]:
     return {name: OBJECTIVES[name] for name in names}
 
 
-RewardLoss = family(
-    "RewardLoss",
-    "Options of a loss on scored answers; those of other losses are refused.",
-    _of(REWARD_LOSSES),
+RewardLoss = make_loss_options(
+    "RewardLoss", "Loss on scored answers; an option of another loss is an error.", _select(REWARD_LOSSES)
 )
-PairLoss = family("PairLoss", "Options of a loss on pairs; those of other losses are refused.", _of(PAIR_LOSSES))
-LabelLoss = family("LabelLoss", "Options of a loss on single answers that are good or bad.", _of(LABEL_LOSSES))
-SftLoss = family("SftLoss", "Maximum likelihood, which has no options.", _of(["sft"]))
+PairLoss = make_loss_options(
+    "PairLoss", "Loss on preference pairs; an option of another loss is an error.", _select(PAIR_LOSSES)
+)
+LabelLoss = make_loss_options("LabelLoss", "Loss on answers labeled desirable or undesirable.", _select(LABEL_LOSSES))
+SftLoss = make_loss_options("SftLoss", "Maximum likelihood; no options.", _select(["sft"]))

@@ -1,9 +1,9 @@
-"""The JSONL log of a run, which survives a restart, and the interface of its trackers."""
+"""The JSONL metrics log of a run, which can be rewound on resume, and the interface of its trackers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,62 +12,62 @@ from shiq_jax.sharding import hosts
 
 
 class Tracker(Protocol):
-    """A viewer that follows a log, such as TensorBoard, and shows every row exactly once."""
+    """A consumer of a log, such as TensorBoard, that receives every row exactly once."""
 
     def begin(self, rows: list[dict]) -> None:
-        """Called with the rows of the log before a new one is written, and again after rows were dropped."""
+        """Called with all rows of the log before the first new one, and again after rows were dropped."""
 
     def write(self, row: dict) -> None:
         """Called with every new row."""
 
     def close(self) -> None:
-        """Called once after the last row, also if there was none."""
+        """Called once at the end, even if no row was written."""
 
 
 class MetricsLog:
-    """Appends one JSON object per line: `stage`, `step` and numbers.
+    """Append-only log with one JSON object per line: `stage`, `step` and metrics.
 
     `rewind` drops the lines after the step that a stage resumes from, so that an interrupted run ends with the same
     file as an uninterrupted one.
 
     Args:
         path: the file; created with the first line.
-        trackers: begin just before the first line is written, after most checks that may refuse a run.
+        trackers: started just before the first line is written, after most checks of user input.
     """
 
     def __init__(self, path: Path, trackers: Iterable[Tracker] = ()):
-        self.path, self._trackers, self._begun = Path(path), tuple(trackers), False
+        self.path, self._trackers, self._started = Path(path), tuple(trackers), False
 
     def write(self, stage: str, step: int, **values) -> None:
         """Append a line; arrays of one element become numbers."""
-        row = {"stage": stage, "step": int(step)} | {name: _plain(value) for name, value in values.items()}
+        row = {"stage": stage, "step": int(step)} | {name: _to_python(value) for name, value in values.items()}
         self.begin()
         self._append(row)
 
     def begin(self) -> None:
-        """Give the rows of the log to the trackers, unless they have them."""
-        if not self._begun:
-            # A crash may have cut the last line short. Readers keep it, because another process may be writing it.
+        """Start the trackers with the rows of the log; does nothing once they are started."""
+        if not self._started:
+            # Drop a line that a crash truncated. Readers must not: another process may still be writing it.
             if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-                self._keep(lambda row: True)
-            self._begun = True
+                self._filter(lambda row: True)
+            self._started = True
             if self._trackers:
                 self._begin_trackers(self.rows())
 
     def close(self) -> None:
-        """Let the trackers finish."""
+        """Close the trackers."""
         self._close_trackers()
 
     def rows(self, stage: str | None = None) -> list[dict]:
         """All lines, or those of one stage."""
-        # Nobody waits for a line that is written, so the writer alone knows which lines there are.
+        # Writes do not synchronize the hosts, so the writer's view is broadcast.
         rows = hosts.agree(self._read(), f"the lines of {self.path}")
         return [row for row in rows if stage is None or row["stage"] == stage]
 
     def rewind(self, stages: Iterable[str], step: int) -> None:
-        """Drop the lines of `stages` whose step is larger than `step`."""
+        """Drop the lines of `stages` after `step`."""
         stages = set(stages)
-        self._keep(lambda row: row["stage"] not in stages or row["step"] <= step)
+        self._filter(lambda row: row["stage"] not in stages or row["step"] <= step)
 
     @hosts.on_writer(wait=False)
     def _append(self, row: dict) -> None:
@@ -97,25 +97,27 @@ class MetricsLog:
                 continue
         return rows
 
-    def _keep(self, wanted) -> None:
-        if hosts.agree(self.path.exists(), f"whether there is {self.path}"):
+    def _filter(self, predicate: Callable[[dict], bool]) -> None:
+        """Rewrite the file with the rows that satisfy a predicate."""
+        if hosts.agree(self.path.exists(), f"whether {self.path} exists"):
             rows = self.rows()
-            kept = [row for row in rows if wanted(row)]
+            kept = [row for row in rows if predicate(row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
-            if self._begun and len(kept) < len(rows):
-                self._begun = False
+            if self._started and len(kept) < len(rows):
+                self._started = False
                 self.begin()
 
 
-def _plain(value):
+def _to_python(value):
+    """A scalar of numpy or JAX as a Python number."""
     if hasattr(value, "item"):
         value = value.item()
     return value
 
 
 def tokens_per_second(rows: Sequence[Mapping]) -> float | None:
-    """Real tokens per second in the update step, over updates that did not compile and that count their tokens."""
-    counted = [row for row in rows if not row["compiled"] and "tokens" in row]
-    seconds = sum(row["seconds"] for row in counted)
-    return sum(row["tokens"] for row in counted) / seconds if seconds else None
+    """Real tokens per second in the update step; updates that compiled or have no token count are excluded."""
+    timed = [row for row in rows if not row["compiled"] and "tokens" in row]
+    seconds = sum(row["seconds"] for row in timed)
+    return sum(row["tokens"] for row in timed) / seconds if seconds else None

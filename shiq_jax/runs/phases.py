@@ -1,4 +1,4 @@
-"""Phases of one policy's training, such as public and then private updates: run in order, resumed in any of them."""
+"""Phases of one policy's training, such as public then private updates, run in order and resumable in any phase."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 import optax
 
 from shiq_jax.progress import counter
-from shiq_jax.runs.callbacks import EndWhen, EvaluatePolicy, LogUpdates, ShowProgress, StopOnRequest, WarnIfNormalized
+from shiq_jax.runs.callbacks import (
+    EarlyStopping,
+    EvaluatePolicy,
+    LogUpdates,
+    ShowProgress,
+    StopOnRequest,
+    WarnIfNormalized,
+)
 from shiq_jax.runs.metrics import MetricsLog
-from shiq_jax.runs.run_directory import refuse_differences
+from shiq_jax.runs.run_directory import check_same_settings
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.callbacks import CheckFinite, SaveCheckpoints
 from shiq_jax.training.checkpoints import Checkpoints
@@ -20,22 +27,22 @@ from shiq_jax.training.state import State
 
 
 class Phase(NamedTuple):
-    """Some updates of one kind on batches of one kind.
+    """A sequence of updates with one update function and one source of batches.
 
     Attributes:
-        name: the stage of its lines in metrics.jsonl.
+        name: `stage` of its lines in metrics.jsonl.
         update: `update(state, batch) -> (state, metrics)`.
         batches: number of updates so far -> the next batch.
         steps: maximum number of updates.
-        on_end: maps the last state to the one that the next phase starts with.
-        steps_per_pass: updates of one pass over the data; None where passes are not counted.
-        pass_ends: updates of this phase after which a pass ends.
-        records: record by number, to name those of a bad batch; None where batches have no record numbers.
-        metrics: updates of this phase so far -> additional numbers for the log.
+        on_end: maps the last state to the initial state of the next phase.
+        steps_per_epoch: updates of one pass over the data; None if epochs are not counted.
+        epoch_ends: updates of this phase after which an epoch ends.
+        records: record by number, to name the records of a bad batch; None if batches have no record numbers.
+        metrics: updates of this phase so far -> additional metrics for the log.
         metadata: updates of this phase so far -> additional JSON values for a checkpoint.
         check: called with the metadata of the checkpoint that this phase resumes from; raises UserError on a mismatch.
-        window, enough: every `window` updates, `enough(updates of this phase)` says whether the phase ends; the log
-            then has these updates.
+        check_every: updates between two calls of `should_end`; None never calls it.
+        should_end: updates of this phase so far -> whether the phase ends early; the log is complete when it is called.
     """
 
     name: str
@@ -43,14 +50,14 @@ class Phase(NamedTuple):
     batches: Callable[[int], DeviceBatch]
     steps: int
     on_end: Callable[[State], State] = lambda state: state
-    steps_per_pass: int | None = None
-    pass_ends: Sequence[int] = ()
+    steps_per_epoch: int | None = None
+    epoch_ends: Sequence[int] = ()
     records: Any = None
-    metrics: Callable[[int], Mapping[str, Any]] = lambda done: {}
-    metadata: Callable[[int], Mapping[str, Any]] = lambda done: {}
+    metrics: Callable[[int], Mapping[str, Any]] = lambda step: {}
+    metadata: Callable[[int], Mapping[str, Any]] = lambda step: {}
     check: Callable[[Mapping[str, Any]], None] = lambda metadata: None
-    window: int | None = None
-    enough: Callable[[int], bool] = lambda done: False
+    check_every: int | None = None
+    should_end: Callable[[int], bool] = lambda step: False
 
 
 class Plan(NamedTuple):
@@ -58,9 +65,9 @@ class Plan(NamedTuple):
 
     Attributes:
         phases: in order.
-        optimizer: optax transformation of all their updates.
-        learning_rate: step -> its learning rate, for the log.
-        on_start: called with the state, and its step, that the phases start or resume from.
+        optimizer: optax transformation of all phases.
+        learning_rate: step -> learning rate, for the log.
+        on_start: called once with the initial or restored state and its step.
         on_evaluation: called with the state and its step before each evaluation.
     """
 
@@ -72,19 +79,19 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Updates of all phases, at most."""
+        """Maximum number of updates of all phases."""
         return sum(phase.steps for phase in self.phases)
 
 
-class Ledger(NamedTuple):
-    """Where phases write: log and checkpoints, and the settings of both.
+class Outputs(NamedTuple):
+    """Where phases write, and the settings that they record.
 
     Attributes:
-        log: one line per update.
-        checkpoints: of this policy's training.
-        settings: JSON values that checkpoints carry; a checkpoint of other settings is refused.
+        log: metrics log with one line per update.
+        checkpoints: checkpoints of this policy's training.
+        settings: JSON values stored in checkpoints; a checkpoint with other settings is refused.
         save_every: updates between checkpoints.
-        before: updates of earlier rounds, added to the steps of the log.
+        step_offset: updates of earlier rounds, added to the steps of the log.
         tags: additional fields of every line.
     """
 
@@ -92,77 +99,85 @@ class Ledger(NamedTuple):
     checkpoints: Checkpoints
     settings: Mapping[str, Any]
     save_every: int
-    before: int = 0
+    step_offset: int = 0
     tags: Mapping[str, Any] = {}
 
 
+def epoch_ends(batches, epochs: float) -> list[int]:
+    """Numbers of updates after which an epoch ends; `batches.steps(n)` counts the updates of n epochs."""
+    return [batches.steps(number) for number in range(1, int(epochs) + 1)]
+
+
 def run_phases(
-    plan: Plan, state: State, ledger: Ledger, evaluation: EvaluatePolicy | None = None, stages: Sequence[str] = ()
+    plan: Plan, state: State, outputs: Outputs, evaluation: EvaluatePolicy | None = None, stages: Sequence[str] = ()
 ) -> State:
-    """Run all phases, from the newest checkpoint if there is one, and return the last state.
+    """Run all phases, resuming from the newest checkpoint if there is one, and return the last state.
 
     Args:
-        plan: what to learn.
-        state: initial state of the first phase; a checkpoint replaces it.
-        ledger: where to write.
-        evaluation: evaluates and samples when due; None does neither.
-        stages: other stages of the log that are rewound to the checkpoint.
+        plan: phases and optimizer.
+        state: initial state of the first phase; replaced by a restored checkpoint.
+        outputs: log and checkpoints.
+        evaluation: callback that evaluates and samples; None disables both.
+        stages: additional stages of the log that are rewound to the checkpoint.
 
     Raises:
-        UserError: a checkpoint belongs to other settings, or numbers are not finite.
-        Stopped: the process was asked to stop; the state is saved.
+        UserError: a checkpoint has other settings, or metrics are not finite.
+        Stopped: a stop was requested; the state is saved.
     """
-    # Closed also when an exception ends the phases: a save under way is finished before anything opens the directory.
-    with contextlib.closing(ledger.checkpoints):
-        found: Mapping[str, Any] = {}
-        if ledger.checkpoints.latest() is not None:
-            state, found = ledger.checkpoints.restore(state)
-            refuse_differences(ledger.checkpoints.directory, found.get("settings") or {}, ledger.settings)
+    # Closing finishes a save in progress, also after an exception.
+    with contextlib.closing(outputs.checkpoints):
+        metadata: Mapping[str, Any] = {}
+        if outputs.checkpoints.latest() is not None:
+            state, metadata = outputs.checkpoints.restore(state)
+            check_same_settings(outputs.checkpoints.directory, metadata.get("settings") or {}, outputs.settings)
         names = [phase.name for phase in plan.phases]
-        current = names.index(found["phase"]) if found else 0
-        ledger.log.rewind((*names, *stages), ledger.before + int(state.step))
+        current = names.index(metadata["phase"]) if metadata else 0
+        outputs.log.rewind((*names, *stages), outputs.step_offset + int(state.step))
         plan.on_start(state, int(state.step))
-        began = found.get("began", int(state.step))
+        phase_start = metadata.get("began", int(state.step))
+        if metadata:
+            plan.phases[current].check(metadata)
         for phase in plan.phases[current:]:
-            if found:
-                phase.check(found)
-            state = phase.on_end(_run_phase(phase, state, began, plan, ledger, evaluation))
-            began = int(state.step)
+            state = phase.on_end(_run_phase(phase, state, phase_start, plan, outputs, evaluation))
+            phase_start = int(state.step)
     return state
 
 
 def _run_phase(
-    phase: Phase, state: State, began: int, plan: Plan, ledger: Ledger, evaluation: EvaluatePolicy | None
+    phase: Phase, state: State, phase_start: int, plan: Plan, outputs: Outputs, evaluation: EvaluatePolicy | None
 ) -> State:
-    """Run one phase from the step of the state; the phase began after `began` updates."""
-    start, stop = int(state.step), began + phase.steps
+    """Run one phase, which starts after `phase_start` updates, from the step of the state to its end."""
+    start, stop = int(state.step), phase_start + phase.steps
 
     def metadata(step: int) -> dict[str, Any]:
-        return {"settings": ledger.settings, "phase": phase.name, "began": began} | phase.metadata(step - began)
+        fields = {"settings": outputs.settings, "phase": phase.name, "began": phase_start}
+        return fields | phase.metadata(step - phase_start)
 
     saving = SaveCheckpoints(
-        ledger.checkpoints, every=ledger.save_every, metadata=metadata,
-        metrics=lambda: evaluation.numbers if evaluation is not None else {},
+        outputs.checkpoints, every=outputs.save_every, metadata=metadata,
+        metrics=lambda: evaluation.metrics if evaluation is not None else {},
     )  # fmt: skip
-    ending = EndWhen(phase.window, phase.enough)
-    ended = start == stop or (start > began and ending.ends(start))
+    early_stopping = EarlyStopping(phase.check_every, phase.should_end)
+    complete = start == stop or (start > phase_start and early_stopping.ends(start))
     log = LogUpdates(
-        ledger.log, phase.name, plan.learning_rate, before=ledger.before, tags=ledger.tags,
-        more=lambda step: phase.metrics(step - began),
+        outputs.log, phase.name, plan.learning_rate, step_offset=outputs.step_offset, tags=outputs.tags,
+        extra_metrics=lambda step: phase.metrics(step - phase_start),
     )  # fmt: skip
-    shown = ShowProgress(log, evaluation)
-    of_state: list[Callback] = [saving, StopOnRequest(phase.name, stop, saving)]
+    progress = ShowProgress(log, evaluation)
+    state_callbacks: list[Callback] = [saving, StopOnRequest(phase.name, stop, saving)]
     if evaluation is not None:
-        evaluation.begin(phase, began)
-        of_state = [evaluation, *of_state]
-        # A run that was asked to stop did not evaluate its last step.
-        if start and (ended or evaluation.needs_state(start)) and ledger.checkpoints.metrics(start) is None:
-            for callback in of_state:
-                callback.on_state(start, state, ended)
-    callbacks = [CheckFinite(phase.name, phase.records), WarnIfNormalized(), log, shown, ending, *of_state]
-    if not ended:
-        counted = counter(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
-        with counted as shown.advance:
+        evaluation.begin(phase, phase_start)
+        state_callbacks = [evaluation, *state_callbacks]
+        # A stopped run saves its last step without evaluating it, so the resumed run does.
+        if start and (complete or evaluation.needs_state(start)) and outputs.checkpoints.metrics(start) is None:
+            for callback in state_callbacks:
+                callback.on_state(start, state, complete)
+    callbacks = [
+        CheckFinite(phase.name, phase.records), WarnIfNormalized(), log, progress, early_stopping, *state_callbacks,
+    ]  # fmt: skip
+    if not complete:
+        display = counter(phase.name, stop, "updates", first=start, amount="tokens", note=progress.note)
+        with display as progress.advance:
             state = fit(state, phase.update, phase.batches, start=start, stop=stop, callbacks=callbacks)
-    ledger.checkpoints.wait()
+    outputs.checkpoints.wait()
     return state

@@ -1,4 +1,4 @@
-"""Finding the policy that a command line names: a model, a run, a round, its checkpoints or one of them."""
+"""Resolution of a policy name: a model, a run, a round, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from shiq_jax.runs.run_directory import RoundDirectory, RunDirectory
 
 
 class PolicySource(NamedTuple):
-    """Where a policy is.
+    """Location of a policy.
 
     Attributes:
-        base: directory or hub id of the weights that it started from, or of the policy itself.
-        run: the run whose checkpoints it is in; None for a model.
-        checkpoints: their directory; None for a model.
-        step: which checkpoint; None for the newest.
+        base: directory or hub id of the model, or of the initial policy that the checkpoints belong to.
+        run: the run of the checkpoints; None for a model.
+        checkpoints: directory of the checkpoints; None for a model.
+        step: step of the checkpoint; None for the newest.
     """
 
     base: str | Path
@@ -24,8 +24,8 @@ class PolicySource(NamedTuple):
     step: int | None = None
 
 
-def find_policy(name: str) -> PolicySource:
-    """Resolve a name; whatever is neither a run nor a part of one is taken for a model."""
+def resolve_policy(name: str) -> PolicySource:
+    """Resolve a policy name; a name that is no run, round or checkpoint is treated as a model."""
     path, step = Path(name), None
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent, int(path.name)
@@ -34,8 +34,8 @@ def find_policy(name: str) -> PolicySource:
     run = RunDirectory(path.parent.parent if path.parent.name == "rounds" else path)
     if not run.task.exists():
         return PolicySource(name)
-    rounds: list[RoundDirectory] = [each for each in run.begun_rounds() if path in (run.path, each.path)]
+    rounds: list[RoundDirectory] = [each for each in run.started_rounds() if path in (run.path, each.path)]
     for round in reversed(rounds):
         if round.checkpoints.is_dir():
-            return PolicySource(run.start_of(round), run, round.checkpoints, step)
+            return PolicySource(run.initial_policy(round), run, round.checkpoints, step)
     return PolicySource(name)

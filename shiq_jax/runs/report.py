@@ -16,7 +16,7 @@ from shiq_jax.sharding import hosts
 
 
 def machine() -> dict[str, Any]:
-    """The machine that the numbers were measured on."""
+    """Hardware and library versions of this machine."""
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """Print names and values in two columns; None is shown as a dash."""
+    """Print names and values in two columns, with a dash for None."""
     from rich.console import Console
     from rich.table import Table
 
@@ -38,8 +38,8 @@ def print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The lines of the table at the end of a run."""
-    shown = {
+    """The rows of the table that is printed at the end of a run."""
+    labels = {
         "reward before": "reward_before",
         "reward after": "reward_after",
         "accuracy before": "accuracy_before",
@@ -51,14 +51,14 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "updates": "updates",
         "seconds": "seconds",
     }
-    return [(label, summary.get(name)) for label, name in shown.items() if name in summary]
+    return [(label, summary.get(name)) for label, name in labels.items() if name in summary]
 
 
 @hosts.on_writer
 def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
-    """Reward of fresh samples and KL to the reference at every evaluation, and the loss of every update, as a PNG.
+    """Plot reward and KL of every evaluation and the loss of every update, as a PNG.
 
-    The reward's band is one standard error over prompts.
+    The band around the reward is one standard error over prompts.
     """
     import matplotlib
 
@@ -77,37 +77,37 @@ def draw_learning_curve(log: MetricsLog, path: Path, title: str) -> None:
     axes[1].plot(steps, [row["kl"] for row in evaluations], marker="o", color="tab:red")
     axes[1].set(title="KL to the reference (nats per sequence)", xlabel="update")
     # A private run logs epsilon instead of its loss.
-    last = "epsilon" if any("epsilon" in row for row in updates) else "loss"
-    shown = [row for row in updates if last in row]
-    axes[2].plot([row["step"] for row in shown], [row[last] for row in shown], color="tab:blue", linewidth=1)
-    axes[2].set(title=last, xlabel="update")
+    metric = "epsilon" if any("epsilon" in row for row in updates) else "loss"
+    rows = [row for row in updates if metric in row]
+    axes[2].plot([row["step"] for row in rows], [row[metric] for row in rows], color="tab:blue", linewidth=1)
+    axes[2].set(title=metric, xlabel="update")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    # Without the time stamp that matplotlib adds, equal runs give equal files.
+    # Without matplotlib's version stamp, equal runs produce identical files.
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
 
-# Panels for the numbers of `privacy.loss_improvement`: title -> {field: label}.
-_IMPROVEMENT = {
-    "squared gradient": {"gradient": ""},
-    "curvature that a step meets": {"curvature": "along the gradient", "decelerator": "decelerator"},
+# Panels of the fields of `privacy.loss_improvement`: title -> {field: label}.
+_IMPROVEMENT_PANELS = {
+    "squared gradient norm": {"gradient": ""},
+    "curvature": {"curvature": "along the gradient", "decelerator": "decelerator"},
     "trace of the Hessian": {"trace": ""},
-    "improvement by a step": {"plain": "without noise", "private": "with noise"},
-    "slow-down by noise": {"slowdown": ""},
-    "units of a batch": {"best_batch": "best", "critical_batch": "critical"},
+    "loss improvement per update": {"plain": "without noise", "private": "with noise"},
+    "slowdown by noise": {"slowdown": ""},
+    "batch size in units": {"best_batch": "best", "critical_batch": "critical"},
 }
 
 
 @hosts.on_writer
 def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: str) -> None:
-    """Loss-improvement diagnostics of private updates, as a PNG.
+    """Plot the loss-improvement diagnostics of private updates, as a PNG.
 
     Args:
         runs: label -> rows of a run, with `step` and the fields of `privacy.Landscape` and `privacy.Improvement`.
-        path: the file.
+        path: output file.
         title: title of the figure.
     """
     import matplotlib
@@ -116,21 +116,14 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, (panel, names) in zip(axes.flat, _IMPROVEMENT.items(), strict=True):
+    for axis, (panel, fields) in zip(axes.flat, _IMPROVEMENT_PANELS.items(), strict=True):
         for number, (run, rows) in enumerate(runs.items()):
-            for name, style in zip(names, ("o-", "s:")):
-                # A logarithmic scale cannot show 0 or less.
-                shown = [row[name] if row[name] > 0 else math.nan for row in rows]
-                label = ", ".join(word for word in (names[name], run) if word)
-                axis.plot(
-                    [row["step"] for row in rows],
-                    shown,
-                    style,
-                    color=f"C{number}",
-                    label=label,
-                    markersize=3,
-                    linewidth=1,
-                )
+            steps = [row["step"] for row in rows]
+            for field, style in zip(fields, ("o-", "s:")):
+                # A logarithmic scale cannot show values of 0 or less.
+                values = [row[field] if row[field] > 0 else math.nan for row in rows]
+                label = ", ".join(part for part in (fields[field], run) if part)
+                axis.plot(steps, values, style, color=f"C{number}", label=label, markersize=3, linewidth=1)
         axis.set(title=panel, xlabel="update", yscale="log")
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=7)
@@ -143,21 +136,23 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
 
 @hosts.on_writer
 def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
-    """Rewards of fresh samples and their log-ratios to the reference, as a PNG.
+    """Plot rewards of fresh samples and their log-ratios to the reference, as a PNG.
 
     Args:
-        samples: rows as `Evaluator.shown` gives them; greedy ones are left out.
+        samples: rows returned by `Evaluator.shown`; greedy ones are not plotted.
+        path: output file.
+        title: title of the figure.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = [row for row in samples if row["decoding"] == "sampled"]
-    rewards, logratios = ([row[name] for row in drawn if row[name] is not None] for name in ("reward", "logratio"))
+    sampled = [row for row in samples if row["decoding"] == "sampled"]
+    rewards, logratios = ([row[name] for row in sampled if row[name] is not None] for name in ("reward", "logratio"))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     axes[0].set(title="reward of fresh samples", xlabel="reward", ylabel="samples")
-    axes[1].set(title="distance to the reference", xlabel="log-ratio, nats per sequence")
+    axes[1].set(title="log-ratio to the reference", xlabel="log-ratio, nats per sequence")
     if rewards:
         axes[0].hist(rewards, bins=20, color="tab:green")
     if logratios and rewards:
@@ -165,8 +160,8 @@ def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
         axes[1].set_ylabel("reward")
     elif logratios:
         axes[1].hist(logratios, bins=20, color="tab:red")
-    for axis, shown in zip(axes, (rewards, logratios), strict=True):
-        if not shown:
+    for axis, values in zip(axes, (rewards, logratios), strict=True):
+        if not values:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

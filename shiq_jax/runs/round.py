@@ -1,4 +1,4 @@
-"""One round of a run: its directory, what it starts from, and the problem that it learns."""
+"""One round of a run: its directory, its initial policy and its learning problem."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Round(NamedTuple):
     """One round of a run.
 
     Attributes:
-        run: what all rounds share.
-        number: from 0.
-        directory: where its files go.
-        policy: what it samples from and starts to learn from.
-        reference: the policy before the first round, to which evaluations measure the KL.
-        before: updates of earlier rounds.
+        run: state shared by all rounds.
+        number: index of the round, from 0.
+        directory: paths of the round's files.
+        policy: policy that the round samples from and starts training from.
+        reference: policy before the first round; evaluations measure the KL to it.
+        step_offset: updates of earlier rounds.
     """
 
     run: Run
@@ -31,23 +31,23 @@ class Round(NamedTuple):
     directory: RoundDirectory
     policy: Reference
     reference: Reference
-    before: int
+    step_offset: int
 
     @property
     def tags(self) -> dict[str, int]:
-        """Additional fields of this round's lines in the log: its number, if there are several rounds."""
+        """Additional fields of the round's log lines: its number, if there are several rounds."""
         return {"round": self.number} if self.directory is not self.run.directory else {}
 
 
 class LearningProblem(NamedTuple):
-    """What a round learns and the data that it learns from.
+    """Model, objective and data of a round.
 
     Attributes:
-        model: with its adapters and heads.
-        trainable: the parameters that learn.
+        model: the model with its adapters and heads.
+        trainable: the trainable parameters.
         objective: the loss.
         buffer: the records.
-        references: by name, the statistics that fill `Example.references`.
+        references: reference name -> token statistics for `Example.references`.
     """
 
     model: Any
@@ -57,8 +57,8 @@ class LearningProblem(NamedTuple):
     references: References
 
 
-def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
-    """The answers, or for an objective that reads labels a second buffer of good and bad answers.
+def training_buffer(round: Round, answers: Buffer, objective: Objective) -> Buffer:
+    """The answers, or for an objective that reads labels a second buffer of labeled answers.
 
     Raises:
         UserError: see `check_threshold`.
@@ -66,19 +66,19 @@ def labelled(round: Round, answers: Buffer, objective: Objective) -> Buffer:
     if "labels" not in objective.needs:
         return answers
     job, context = round.run.job, round.policy.model.config.max_positions
-    check_threshold(answers, job.threshold, job.data, private=job.privacy.on)
-    longest = min(context, job.drop_longer_than or context)
-    return label(round.directory.labelled, answers, objective, job.threshold, longest)
+    check_threshold(answers, job.threshold, job.data, private=job.privacy.enabled)
+    max_length = min(context, job.drop_longer_than or context)
+    return label(round.directory.labeled, answers, objective, job.threshold, max_length)
 
 
-def annotated(
+def annotate(
     run: Run, buffer: Buffer, references: Mapping[str, Reference]
 ) -> tuple[dict[str, Any], dict[str, dict | None]]:
-    """The statistics of a buffer under each reference, and what the probe of the sampler's own statistics found."""
+    """Token statistics of a buffer under each reference, and the results of the step-zero probes."""
     statistics, probes = {}, {}
     for name, reference in references.items():
         options = {"prompts_per_batch": run.job.batch_size, "row_length": run.job.row_length}
         identity, probes[name] = reference.annotate(buffer, **options)
-        print(f"step-zero probe of the sampler's statistics: {probes[name] or 'there are none'}", file=sys.stderr)
+        print(f"step-zero probe of the sampler's statistics: {probes[name] or 'no statistics'}", file=sys.stderr)
         statistics[name] = buffer.statistics(identity)
     return statistics, probes

@@ -1,4 +1,4 @@
-"""Answers of a round's policy to the run's prompts, scored and stored in the round's buffer."""
+"""Sampling of a round: answers of its policy to the run's prompts, scored and stored in the round's buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shiq_jax.runs.run import RngStream
 
 
 def sample_answers(round: Round) -> Buffer:
-    """The buffer of the policy's answers; answers that it already has are not sampled again."""
+    """Sample the answers that the round's buffer does not have yet, and return the buffer."""
     run, options, rows = round.run, round.run.job.collection, round.run.task.train
     buffer = open_or_create(round.directory.buffer)
     done = len(buffer) // options.samples_per_prompt
@@ -25,7 +25,7 @@ def sample_answers(round: Round) -> Buffer:
         return buffer
     model, params = round.policy.open()
     sampler = Sampler(
-        model, options.sampling, run.stops,
+        model, options.sampling, run.stop_tokens,
         samples_per_prompt=options.samples_per_prompt, prompts_in_flight=options.prompts_in_flight,
     )  # fmt: skip
     key = run.key(RngStream.SAMPLING, round.number)
@@ -33,7 +33,7 @@ def sample_answers(round: Round) -> Buffer:
         in_order(
             collect(
                 sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
-                key=key, stop_tokens=run.stops, first=start,
+                key=key, stop_tokens=run.stop_tokens, first=start,
             )
         )
         for start in starts
@@ -42,15 +42,16 @@ def sample_answers(round: Round) -> Buffer:
     amount = ("tokens", sampled_tokens)
     for records in track(sampled, "sampling", total, "batches", first=total - len(starts), amount=amount):
         if not len(buffer):
-            _announce(records, len(rows) * options.samples_per_prompt / len(records))
+            _print_estimated_size(records, len(rows) * options.samples_per_prompt / len(records))
         buffer.append(records, vocab_size=model.config.vocab_size)
         stopping.check(f"after {len(buffer)} of {len(rows) * options.samples_per_prompt} samples")
     return buffer
 
 
-def _announce(records: Sequence[Record], times: float) -> None:
-    """Print the estimated size of a buffer of `times` as many records like these."""
+def _print_estimated_size(records: Sequence[Record], factor: float) -> None:
+    """Print the estimated size of a buffer with `factor` times as many records."""
     counts = (len(records), sum(len(r.tokens) for r in records), sum(len(r.rewards) for r in records))
-    text = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
-    size = estimate_bytes(*(round(count * times) for count in counts), text_bytes=round(text * times))
-    print(f"the buffer will hold {round(len(records) * times)} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)
+    text_bytes = sum(len((r.group + (r.prompt or "")).encode()) for r in records)
+    size = estimate_bytes(*(round(count * factor) for count in counts), text_bytes=round(text_bytes * factor))
+    count = round(len(records) * factor)
+    print(f"the buffer will hold {count} sequences in about {size / 1e6:.1f} MB", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where a run's prompts, demonstrations and rewards come from: toy, function calling, or files."""
+"""Sources of a run's prompts, demonstrations and rewards: sorting, function calling, or files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Task:
     Attributes:
         model: directory in Hugging Face format, or hub id.
         train: prompt rows to sample answers for.
-        held_out: prompt rows to evaluate on; None to use the prompts of the data.
-        demonstrations: rows with `prompt` and `completion`, for supervised updates.
-        reward: scores the text of a completion to a row; None if there is none.
+        held_out: prompt rows to evaluate on; None to use the prompts of the training data.
+        demonstrations: rows with `prompt` and `completion` for supervised updates.
+        reward: scores a completion: (row, text) -> float; None without a reward.
     """
 
     model: str
@@ -37,15 +37,14 @@ class Task:
     reward: Callable[[Mapping, str], float] | None
 
 
-def prepare(job: Job, run: RunDirectory) -> Task:
-    """The task of a job; its rows are written to the run's `data/`, for inspection and reuse.
+def prepare_task(job: Job, run: RunDirectory) -> Task:
+    """The task of a job; its rows are written to the run's `data/` for inspection and reuse.
 
     Raises:
-        UserError: the job names data without a model, leaves nothing to learn from, or names a reward or data set that
-            cannot be had.
+        UserError: external data come without a model, no training prompts are left, or a reward or data set is missing.
     """
     if job.data or job.prompts:
-        task = _own(job)
+        task = _external_task(job)
     else:
         task = {"sorting": _sorting, "bfcl": _bfcl}[job.task](job, run)
     if job.evaluation.data:
@@ -53,7 +52,10 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     if job.reward:
         task = dataclasses.replace(task, reward=rewards.resolve(job.reward))
     if not job.data and not (task.demonstrations if job.objective == "sft" else task.train):
-        raise UserError(f"the demonstrations leave no prompt of the task {job.task} to learn on: ask for fewer of them")
+        raise UserError(
+            f"the demonstrations use all prompts of the task {job.task}, so none is left to train on: lower "
+            "--warm-start.demonstrations"
+        )
     if task.held_out is not None:
         task = dataclasses.replace(task, held_out=task.held_out[: job.evaluation.prompts])
     hosts.on_writer(run.data.mkdir)(exist_ok=True)
@@ -63,77 +65,77 @@ def prepare(job: Job, run: RunDirectory) -> Task:
     return task
 
 
-def prompts_of(buffer: Buffer, count: int, longest: int) -> list[dict]:
-    """The first `count` different prompts of a buffer: the tokens before the first action, and the record's own row.
+def prompts_from_buffer(buffer: Buffer, count: int, max_length: int) -> list[dict]:
+    """The first `count` distinct prompts of a buffer: the tokens before the first action, and the prompt row if stored.
 
-    Prompts of more than `longest` tokens are skipped; UserError when none is short enough.
+    Prompts of more than `max_length` tokens are skipped; raises UserError if no prompt is left.
     """
-    seen: dict[bytes, dict] = {}
+    prompts: dict[bytes, dict] = {}
     for number in range(len(buffer)):
         record = buffer[number]
         prefix = record.tokens[: int(np.argmax(record.action_mask))]
-        if len(prefix) <= longest and prefix.tobytes() not in seen:
+        if len(prefix) <= max_length and prefix.tobytes() not in prompts:
             row = json.loads(record.prompt) if record.prompt else {}
-            seen[prefix.tobytes()] = {"id": record.group} | row | {"tokens": prefix.tolist()}
-        if len(seen) == count:
+            prompts[prefix.tobytes()] = {"id": record.group} | row | {"tokens": prefix.tolist()}
+        if len(prompts) == count:
             break
-    if not seen:
+    if not prompts:
         raise UserError(
-            f"no prompt of the data has {longest} tokens or fewer, which would leave room in the model's context for "
-            "an answer to evaluate: lower max_tokens of the evaluation"
+            f"no prompt of the data has {max_length} tokens or fewer, so none leaves room in the model's context for "
+            "an answer: lower max_tokens of the evaluation"
         )
-    return list(seen.values())
+    return list(prompts.values())
 
 
 def _sorting(job: Job, run: RunDirectory) -> Task:
-    """The toy: half of the demonstrations are reversed, which leaves the policy unsure of the direction."""
+    """The toy task. Half of the demonstrations are reversed, so that the reference sorts in a random direction."""
     from shiq_jax.tasks.sorting import sorting_rows
     from shiq_jax.tasks.tiny import tiny_directory
 
     if job.model is None and not run.model.exists():
         partial = run.model.with_name("model.partial")
         hosts.on_writer(os.rename)(tiny_directory(partial, job.seed), run.model)
-    rows = sorting_rows(job.collection.prompts + _demonstrations(job), seed=job.seed)
-    backwards = np.random.default_rng(job.seed).random(len(rows)) < 0.5
+    rows = sorting_rows(job.collection.prompts + _demonstration_count(job), seed=job.seed)
+    is_reversed = np.random.default_rng(job.seed).random(len(rows)) < 0.5
     return Task(
         model=str(job.model or run.model),
         train=rows[: job.collection.prompts],
         held_out=sorting_rows(job.evaluation.prompts, split="held_out", seed=job.seed),
         demonstrations=[
-            row | {"completion": row["answer"][::-1] if turn else row["answer"]}
-            for row, turn in list(zip(rows, backwards, strict=True))[job.collection.prompts :]
+            row | {"completion": row["answer"][::-1] if reverse else row["answer"]}
+            for row, reverse in list(zip(rows, is_reversed, strict=True))[job.collection.prompts :]
         ],
         reward=rewards.resolve("sorting"),
     )
 
 
 def _bfcl(job: Job, run: RunDirectory) -> Task:
-    """Function calling: the first training questions are demonstrated and the next ones sampled, without overlap."""
+    """Function calling: the first training questions become demonstrations, the next ones prompts, without overlap."""
     from shiq_jax.tasks import bfcl, fetch
 
     train, held_out = bfcl.split_held_out(bfcl.load(fetch.bfcl()), seed=job.seed)
-    shown = _demonstrations(job)
+    count = _demonstration_count(job)
     return Task(
         model=job.model or str(fetch.smollm2()),
-        train=train[shown : shown + job.collection.prompts],
+        train=train[count : count + job.collection.prompts],
         held_out=held_out,
-        demonstrations=[row | {"completion": row["target"]} for row in train[:shown]],
+        demonstrations=[row | {"completion": row["target"]} for row in train[:count]],
         reward=rewards.resolve("bfcl"),
     )
 
 
-def _demonstrations(job: Job) -> int:
+def _demonstration_count(job: Job) -> int:
     return job.warm_start.demonstrations if job.warm_start.steps or job.objective == "sft" else 0
 
 
-def _own(job: Job) -> Task:
-    """External data to learn from, or prompts to sample answers for."""
-    given = "--data" if job.data else "--prompts"
+def _external_task(job: Job) -> Task:
+    """Training on external data, or on sampled answers to external prompts."""
+    flag = "--data" if job.data else "--prompts"
     if job.model is None:
-        raise UserError(f"{given} needs --model: the directory or hub id of the model that is to learn from it")
+        raise UserError(f"{flag} needs --model: set it to the directory or hub id of the model to train")
     if job.prompts and job.objective == "sft":
-        raise UserError("--prompts gives nothing to imitate: give sft its demonstrations with --data")
+        raise UserError("sft needs demonstrations, not prompts: replace --prompts by --data")
     if job.prompts and job.reward is None:
-        raise UserError("--prompts needs --reward: what scores the answers that are sampled (see docs/data.md)")
+        raise UserError("--prompts needs --reward to score the sampled answers: set it, see docs/data.md")
     train = formats.prompts(job.prompts)[: job.collection.prompts] if job.prompts else ()
     return Task(model=job.model, train=train, held_out=None, demonstrations=(), reward=None)

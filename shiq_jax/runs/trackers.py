@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases on request: both follow the log of a run, which stays the source of truth."""
+"""TensorBoard and Weights & Biases trackers, which mirror the metrics log of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shiq_jax.runs.metrics import Tracker
 from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.sharding import hosts
 
-# The package that each tracker imports; the extra that installs it has the tracker's name.
+# Tracker -> required package; the extra that installs the package is named like the tracker.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-def require(names: Sequence[str]) -> None:
-    """Check that trackers are available before a run writes anything.
+def check_available(names: Sequence[str]) -> None:
+    """Check that the trackers can be used, before a run writes anything.
 
     Raises:
         UserError: a package is not installed, or W&B has no API key.
@@ -29,29 +29,29 @@ def require(names: Sequence[str]) -> None:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(
                 f"--track {name} needs the package {PACKAGES[name]}, which is not installed: pip install "
-                f"'shiq_jax[{name}]', or leave --track {name} out (metrics.jsonl is always written)"
+                f"'shiq_jax[{name}]', or omit --track {name} (metrics.jsonl is always written)"
             )
     if "wandb" in names:
         _log_in()
 
 
-def trackers(names: Sequence[str], directory: RunDirectory, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run by name; none has begun yet.
+def create_trackers(names: Sequence[str], directory: RunDirectory, settings: Mapping[str, Any]) -> list[Tracker]:
+    """Create the trackers of a run; `Tracker.begin` starts them.
 
     Args:
         names: "tensorboard", "wandb".
-        directory: where their files go; its `samples/` has the generations of a row.
-        settings: the run's options.
+        directory: run directory for their files; its `samples/` provides the generations.
+        settings: options of the run.
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": WandB}
-    return [kinds[name](directory, settings) for name in dict.fromkeys(names)]
+    classes = {"tensorboard": TensorBoard, "wandb": WandB}
+    return [classes[name](directory, settings) for name in dict.fromkeys(names)]
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`, rewritten from the log whenever a run begins or resumes.
+    """Event files in `tensorboard/`, rewritten from the log whenever a run starts or resumes.
 
-    So no point is doubled or left over after an interruption. `purge_step` could not do that, because the steps of the
-    warm start and those of the passes both count from 1.
+    Rewriting avoids duplicate and stale points after an interruption. `purge_step` cannot remove them, because the
+    steps of the warm start and of the training phases both count from 1.
     """
 
     def __init__(self, directory: RunDirectory, settings: Mapping[str, Any]):
@@ -66,15 +66,15 @@ class TensorBoard:
         self._directory.tensorboard.mkdir(exist_ok=True)
         for file in self._directory.tensorboard.glob("events.out.tfevents.*"):
             file.unlink()
-        # The purge is for a viewer that has read the files before.
+        # Purges the points that a running TensorBoard has already read.
         self._writer = SummaryWriter(str(self._directory.tensorboard), purge_step=0, flush_secs=10)
         self._writer.add_text("settings", _code(json.dumps(self._settings, indent=2, default=str)), 0)
         for row in rows:
             self.write(row)
 
     def write(self, row: dict) -> None:
-        """One scalar `stage/name` per number, and the row's generations as text."""
-        for name, value in _numbers(row).items():
+        """Write one scalar `stage/name` per metric, and the row's generations as text."""
+        for name, value in _metrics(row).items():
             self._writer.add_scalar(f"{_stage(row)}/{name}", value, row["step"])
         for number, text in enumerate(map(_markdown, _generations(self._directory, row))):
             self._writer.add_text(f"samples/{number:02d}", text, row["step"])
@@ -87,17 +87,17 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per run directory, whose id and number of sent rows are in `wandb.json`.
+    """One W&B run per run directory; `wandb.json` stores its id and the number of rows sent.
 
-    A row's W&B step is its line number in the log. W&B cannot delete a point, so a resumed run sends only the lines
-    that were not sent before; the lines that it writes again are the same.
+    The W&B step of a row is its line number in the log. W&B cannot delete points, so a resumed run sends only new
+    lines; the lines that it rewrites are identical.
     """
 
     def __init__(self, directory: RunDirectory, settings: Mapping[str, Any]):
         self._directory, self._settings, self._run = directory, settings, None
 
     def begin(self, rows: list[dict]) -> None:
-        """Open or resume the W&B run, and send the rows that it lacks."""
+        """Open or resume the W&B run, and send the missing rows."""
         if self._run is None:
             self._open()
         self._line = 0
@@ -105,20 +105,21 @@ class WandB:
             self.write(row)
 
     def write(self, row: dict) -> None:
-        """Send the row with its generations as a table, unless it was sent before."""
+        """Send the row, with its generations as a table, unless it was sent before."""
         line, self._line = self._line, self._line + 1
         if line < self._sent:
             return
-        values = {f"{_stage(row)}/{name}": value for name, value in _numbers(row).items()}
+        values = {f"{_stage(row)}/{name}": value for name, value in _metrics(row).items()}
         if generations := list(_generations(self._directory, row)):
             import wandb
 
             columns = list(generations[0])
-            table = wandb.Table(columns=columns, data=[[each[name] for name in columns] for each in generations])
+            data = [[generation[name] for name in columns] for generation in generations]
+            table = wandb.Table(columns=columns, data=data)
             values[f"{_stage(row)}/generations"] = table
         self._run.log(values | {f"{_stage(row)}/step": row["step"]}, step=line, commit=True)
         self._sent = line + 1
-        self._remember()
+        self._save_progress()
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -130,26 +131,26 @@ class WandB:
         import wandb
 
         file = self._directory.wandb_id
-        known = json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "rows": 0}
+        progress = json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "rows": 0}
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "shiq_jax"),
                 name=self._directory.path.name,
-                id=known["id"],
+                id=progress["id"],
                 resume="allow",
                 dir=str(self._directory.path),
                 config=dict(self._settings),
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            raise UserError(f"--track wandb: W&B does not open a run ({error}): mend that, or leave it out") from error
+            raise UserError(f"--track wandb: W&B failed to open a run ({error}): fix this, or omit it") from error
         for stage in ("warm_start", "update", "evaluation", "samples"):
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        # The server's count is authoritative; offline there is only our own.
-        self._sent = self._run.step if self._run.resumed else known["rows"]
-        self._remember()
+        # The server's count is authoritative; an offline run has only the local count.
+        self._sent = self._run.step if self._run.resumed else progress["rows"]
+        self._save_progress()
 
-    def _remember(self) -> None:
+    def _save_progress(self) -> None:
         write_json(self._directory.wandb_id, {"id": self._run.id, "rows": self._sent})
 
 
@@ -158,18 +159,18 @@ def _log_in() -> None:
 
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     try:
-        known = offline or wandb.login()
+        logged_in = offline or wandb.login()
     except wandb.Error:
-        known = False
-    if not known:
-        raise UserError("--track wandb: W&B knows no API key: run `wandb login`, or set WANDB_MODE=offline")
+        logged_in = False
+    if not logged_in:
+        raise UserError("--track wandb: W&B has no API key: run `wandb login`, or set WANDB_MODE=offline")
 
 
 def _stage(row: Mapping) -> str:
     return row["stage"].replace(" ", "_")
 
 
-def _numbers(row: Mapping) -> dict[str, float]:
+def _metrics(row: Mapping) -> dict[str, float]:
     return {
         name: value
         for name, value in row.items()
@@ -178,7 +179,7 @@ def _numbers(row: Mapping) -> dict[str, float]:
 
 
 def _generations(directory: RunDirectory, row: Mapping) -> Iterator[dict]:
-    """The generations that were stored with an evaluation's row."""
+    """The generations stored with an evaluation's row."""
     if row["stage"] in ("evaluation", "samples"):
         file: Path = directory.generations(row["step"])
         if file.exists():
@@ -186,8 +187,8 @@ def _generations(directory: RunDirectory, row: Mapping) -> Iterator[dict]:
 
 
 def _markdown(row: Mapping) -> str:
-    facts = ", ".join(f"{name} {row[name]:.4g}" for name in ("reward", "logratio") if row[name] is not None)
-    return f"{row['decoding']}, {facts}\n\n{_code(row['prompt'])}\n\n{_code(row['completion'])}"
+    metrics = ", ".join(f"{name} {row[name]:.4g}" for name in ("reward", "logratio") if row[name] is not None)
+    return f"{row['decoding']}, {metrics}\n\n{_code(row['prompt'])}\n\n{_code(row['completion'])}"
 
 
 def _code(text: str) -> str:

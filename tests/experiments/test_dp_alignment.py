@@ -35,8 +35,8 @@ def test_settings_go_together(settings, tmp_path):
     assert len(set(names)) == len(names) == 2 * (2 + len(settings.epsilons))
     for epsilon in settings.epsilons:
         privacy = study.privacy(epsilon)
-        assert privacy.on and privacy.unit == "user" and (privacy.epsilon, privacy.delta) == (epsilon, settings.delta)
-    assert not study.privacy("open").on
+        assert privacy.enabled and privacy.unit == "user" and (privacy.epsilon, privacy.delta) == (epsilon, settings.delta)
+    assert not study.privacy("open").enabled
     assert study.privacy("clipped").mechanism(
         {}, dataset_size=4, expected_batch=4, steps=1, multiple=1, example="pair"
     ).noise_multiplier == 0  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tiny decoder and the random records of the tests of training."""
+"""Fixtures shared with the training tests: a tiny decoder and random records."""
 
 from tests.training.conftest import (
     dense,

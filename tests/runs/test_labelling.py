@@ -1,4 +1,4 @@
-"""Updates and measurements of losses on labelled answers against one record at a time, however a batch is cut."""
+"""Updates and metrics of losses on labeled answers match an unbatched computation for any batching and sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ LOSSES = ("kto", "apo_zero_unpaired")
 
 @pytest.fixture(scope="module")
 def buffers(records, tmp_path_factory):
-    """By loss: the labelled buffer of the random records."""
-    root, made = tmp_path_factory.mktemp("labels"), {}
+    """Loss -> labeled buffer of the random records."""
+    root, buffers = tmp_path_factory.mktemp("labels"), {}
     answers = Buffer.create(root / "answers")
     answers.append(records)
     for name in LOSSES:
-        made[name] = Buffer.create(root / name)
-        made[name].append(labeled_records(answers, mismatched=name == "kto"))
-    return made
+        buffers[name] = Buffer.create(root / name)
+        buffers[name].append(labelled(answers, mismatched=name == "kto"))
+    return buffers
 
 
 @pytest.fixture(scope="module")
 def references(buffers):
-    """Some model's statistics of every record, so far below the policy's that the KL is positive."""
+    """Random reference statistics, low enough that the KL estimate is positive."""
     rng = np.random.default_rng(3)
     return {
         name: [
@@ -46,25 +46,25 @@ def references(buffers):
 
 @pytest.fixture(scope="module")
 def expected(model, host_params, buffers, references, dense):
-    """Loss, KL and gradient from whole logits, a record to a row."""
+    """Loss, KL and gradient computed from the full logits, with one record per row."""
 
-    def get(name):
+    def compute(name):
         buffer = buffers[name]
         data = dense(buffer.read(range(len(buffer))), references[name])
-        good = np.array([label is True for label in buffer.column("label")])
+        desirable = np.array([label is True for label in buffer.column("label")])
 
         def loss(params):
             stats = data.statistics(model, params)
-            sums = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
+            logratios = jnp.sum(jnp.where(data.mask, stats.logp - data.reference.logp, 0), axis=1)
             if name == "kto":
-                kl = jnp.maximum(jax.lax.stop_gradient(jnp.mean(sums[1::2])), 0)
-                return jnp.mean(kto_loss(sums[::2], good[::2], kl=kl, **OPTIONS)), kl
-            return jnp.mean(apo_zero_unpaired_loss(sums, good, **OPTIONS)), 0.0
+                kl = jnp.maximum(jax.lax.stop_gradient(jnp.mean(logratios[1::2])), 0)
+                return jnp.mean(kto_loss(logratios[::2], desirable[::2], kl=kl, **OPTIONS)), kl
+            return jnp.mean(apo_zero_unpaired_loss(logratios, desirable, **OPTIONS)), 0.0
 
         (value, kl), grads = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(host_params))
         return value, kl, grads
 
-    return {name: get(name) for name in LOSSES}
+    return {name: compute(name) for name in LOSSES}
 
 
 @pytest.mark.slow
@@ -73,20 +73,20 @@ def expected(model, host_params, buffers, references, dense):
     [("kto", None, 1), ("kto", None, 4), ("kto", "fsdp=8", 1), ("kto", "replica=2,fsdp=2", 2),
      ("apo_zero_unpaired", None, 1), ("apo_zero_unpaired", "fsdp=8", 2)],
 )  # fmt: skip
-def test_loss_and_gradient_do_not_depend_on_the_cut(
+def test_loss_and_gradient_are_independent_of_mesh_and_microbatches(
     name, mesh, microbatches, buffers, references, expected, on_mesh, requested_mesh, relative
 ):
     objective, buffer = OBJECTIVES[name].configure(**OPTIONS), buffers[name]
     model, params = on_mesh(mesh)
-    drawn, rows = pack_groups(buffer, objective.unit), data_devices(requested_mesh(mesh)) * microbatches
-    shape = plan(buffer, drawn, multiple=8)
+    groups, rows = pack_groups(buffer, objective.unit), data_devices(requested_mesh(mesh)) * microbatches
+    shape = plan(buffer, groups, multiple=8)
     batch = place(
-        pack(drawn, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch,
+        pack(groups, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch,
         requested_mesh(mesh),
     )
-    rule = optax.sgd(1.0, momentum=0.0)
-    update = make_update(model, objective, rule, microbatches=microbatches)
-    state, metrics = update(init_state(model, params, rule), batch)
+    optimizer = optax.sgd(1.0, momentum=0.0)
+    update = make_update(model, objective, optimizer, microbatches=microbatches)
+    state, metrics = update(init_state(model, params, optimizer), batch)
     loss, kl, grads = expected[name]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
     assert relative(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE
@@ -97,12 +97,14 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(
 
 
 @pytest.mark.parametrize("prompts_per_batch", [3, 64])
-def test_a_measurement_couples_the_whole_buffer(prompts_per_batch, buffers, references, expected, on_mesh):
+def test_objective_metrics_estimate_the_kl_over_the_whole_buffer(
+    prompts_per_batch, buffers, references, expected, on_mesh
+):
     model, params = on_mesh()
     objective, buffer = OBJECTIVES["kto"].configure(**OPTIONS), buffers["kto"]
-    found = objective_metrics(
+    metrics = objective_metrics(
         model, params, objective, buffer, {"reference": references["kto"]}, prompts_per_batch=prompts_per_batch
     )
     loss, kl, _ = expected["kto"]
-    assert found["loss"] == pytest.approx(loss, rel=TOLERANCE) and found["kl"] == pytest.approx(kl, rel=TOLERANCE)
-    assert found["desirable"] == pytest.approx(np.mean(buffer.column("label")[::2]))
+    assert metrics["loss"] == pytest.approx(loss, rel=TOLERANCE) and metrics["kl"] == pytest.approx(kl, rel=TOLERANCE)
+    assert metrics["desirable"] == pytest.approx(np.mean(buffer.column("label")[::2]))

@@ -1,4 +1,4 @@
-"""A log that an interruption leaves no trace in, and trackers that see what it holds."""
+"""The metrics log after interruptions, and the rows that its trackers receive."""
 
 import json
 
@@ -15,12 +15,12 @@ def log(tmp_path):
     return MetricsLog(tmp_path / "metrics.jsonl")
 
 
-def fill(log, stage, first, last):
+def write_steps(log, stage, first, last):
     for step in range(first, last + 1):
         log.write(stage, step, loss=step / 4)
 
 
-def test_each_line_is_an_object_in_order(log):
+def test_lines_are_json_objects_in_order(log):
     assert log.rows() == []
     log.write("passes", 1, loss=0.5, note="first")
     log.write("evaluation", 1, kl=0.25)
@@ -35,37 +35,40 @@ def test_each_line_is_an_object_in_order(log):
     [np.float32(1.5), np.float64(1.5), np.array([1.5]), jnp.float32(1.5), np.array(1.5, ml_dtypes.bfloat16), 1.5],
     ids=["float32", "float64", "one element", "jax", "bfloat16", "python"],
 )
-def test_numbers_of_any_library_become_plain(value, log):
+def test_array_scalars_become_python_numbers(value, log):
     log.write("passes", np.int64(7), loss=value, count=np.int32(3), done=np.bool_(True))
     row = json.loads(log.path.read_text())
     assert row == {"stage": "passes", "step": 7, "loss": 1.5, "count": 3, "done": True}
-    assert [type(each) for each in row.values()] == [str, int, float, int, bool]
+    assert [type(item) for item in row.values()] == [str, int, float, int, bool]
 
 
-def test_an_array_is_no_number_and_leaves_no_line(log):
+def test_array_value_is_an_error_and_writes_no_line(log):
     log.write("passes", 1, loss=1.0)
     with pytest.raises(ValueError):
         log.write("passes", 2, loss=np.zeros(2))
     assert len(log.rows()) == 1 and log.path.read_bytes().endswith(b"\n")
 
 
-def test_an_interrupted_log_becomes_that_of_one_run(tmp_path):
-    whole, broken = MetricsLog(tmp_path / "whole.jsonl"), MetricsLog(tmp_path / "broken.jsonl")
-    for log in (whole, broken):
-        fill(log, "warm_start", 1, 3)
-    fill(whole, "passes", 1, 6)
-    # Five steps were done but the last checkpoint is of the third.
-    fill(broken, "passes", 1, 5)
-    resumed = MetricsLog(broken.path)
+def test_resumed_log_equals_uninterrupted_log(tmp_path):
+    uninterrupted, interrupted = (
+        MetricsLog(tmp_path / "uninterrupted.jsonl"),
+        MetricsLog(tmp_path / "interrupted.jsonl"),
+    )
+    for log in (uninterrupted, interrupted):
+        write_steps(log, "warm_start", 1, 3)
+    write_steps(uninterrupted, "passes", 1, 6)
+    # Interrupted after step 5, with the last checkpoint at step 3.
+    write_steps(interrupted, "passes", 1, 5)
+    resumed = MetricsLog(interrupted.path)
     resumed.rewind(["passes"], 3)
     assert [row["step"] for row in resumed.rows("passes")] == [1, 2, 3]
-    fill(resumed, "passes", 4, 6)
-    assert broken.path.read_bytes() == whole.path.read_bytes()
+    write_steps(resumed, "passes", 4, 6)
+    assert interrupted.path.read_bytes() == uninterrupted.path.read_bytes()
 
 
-def test_rewind_touches_only_its_stages(log):
+def test_rewind_keeps_other_stages(log):
     for stage in ("warm_start", "passes", "evaluation"):
-        fill(log, stage, 1, 4)
+        write_steps(log, stage, 1, 4)
     log.rewind({"passes", "evaluation"}, 2)
     steps = {stage: [row["step"] for row in log.rows(stage)] for stage in ("warm_start", "passes", "evaluation")}
     assert steps == {"warm_start": [1, 2, 3, 4], "passes": [1, 2], "evaluation": [1, 2]}
@@ -73,62 +76,62 @@ def test_rewind_touches_only_its_stages(log):
     assert log.rows("passes") == [] and len(log.rows()) == 6
 
 
-def test_rewind_of_a_log_that_is_not_there_makes_none(log):
+def test_rewind_does_not_create_a_missing_file(log):
     log.rewind(["passes"], 0)
     assert not log.path.exists()
 
 
-@pytest.mark.parametrize("kept", range(1, 40, 6))
-def test_a_line_that_was_cut_is_dropped(kept, log):
-    fill(log, "passes", 1, 2)
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole + whole.splitlines()[0][:kept])
-    again = MetricsLog(log.path)
-    assert [row["step"] for row in again.rows()] == [1, 2]
-    again.write("passes", 3, loss=0.75)
-    assert [row["step"] for row in again.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(whole)
+@pytest.mark.parametrize("length", range(1, 40, 6))
+def test_truncated_line_is_dropped(length, log):
+    write_steps(log, "passes", 1, 2)
+    complete = log.path.read_bytes()
+    log.path.write_bytes(complete + complete.splitlines()[0][:length])
+    reopened = MetricsLog(log.path)
+    assert [row["step"] for row in reopened.rows()] == [1, 2]
+    reopened.write("passes", 3, loss=0.75)
+    assert [row["step"] for row in reopened.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(complete)
 
 
-def test_a_reader_leaves_a_line_that_is_being_written_alone(log):
-    fill(log, "passes", 1, 2)
-    half = log.path.read_bytes() + b'{"stage": "pass'
-    log.path.write_bytes(half)
-    assert len(MetricsLog(log.path).rows()) == 2 and log.path.read_bytes() == half
+def test_reader_does_not_modify_a_line_being_written(log):
+    write_steps(log, "passes", 1, 2)
+    content = log.path.read_bytes() + b'{"stage": "pass'
+    log.path.write_bytes(content)
+    assert len(MetricsLog(log.path).rows()) == 2 and log.path.read_bytes() == content
 
 
-def test_only_the_end_of_the_last_line_was_cut(log):
-    fill(log, "passes", 1, 2)
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole[:-1])
+def test_missing_final_newline_is_restored(log):
+    write_steps(log, "passes", 1, 2)
+    content = log.path.read_bytes()
+    log.path.write_bytes(content[:-1])
     MetricsLog(log.path).write("passes", 3, loss=0.75)
-    assert [row["step"] for row in log.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(whole)
+    assert [row["step"] for row in log.rows()] == [1, 2, 3] and log.path.read_bytes().startswith(content)
 
 
-class Mirror:
-    """A tracker that remembers what it was told, as a viewer would show it."""
+class RecordingTracker:
+    """Tracker that keeps the rows it received."""
 
     def __init__(self):
-        self.shown, self.begun, self.closed = [], 0, False
+        self.rows, self.starts, self.closed = [], 0, False
 
     def begin(self, rows):
-        self.shown, self.begun = list(rows), self.begun + 1
+        self.rows, self.starts = list(rows), self.starts + 1
 
     def write(self, row):
-        self.shown.append(row)
+        self.rows.append(row)
 
     def close(self):
         self.closed = True
 
 
-def test_a_tracker_shows_what_the_log_holds_whatever_happens(tmp_path):
+def test_tracker_follows_writes_and_rewinds(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    fill(MetricsLog(path), "warm start", 1, 3)
-    mirror = Mirror()
-    log = MetricsLog(path, [mirror])
-    assert mirror.begun == 0
+    write_steps(MetricsLog(path), "warm start", 1, 3)
+    tracker = RecordingTracker()
+    log = MetricsLog(path, [tracker])
+    assert tracker.starts == 0
     log.rewind(["warm start"], 2)
-    # Nothing was written yet, so whoever is refused now has told nobody of this run.
-    assert mirror.begun == 0
+    # Trackers start with the first new row, so a run rejected before that leaves no trace in them.
+    assert tracker.starts == 0
     for change in (
         lambda: log.write("update", 1, loss=jnp.float32(0.5)),
         lambda: log.write("update", 2, loss=0.25),
@@ -137,16 +140,16 @@ def test_a_tracker_shows_what_the_log_holds_whatever_happens(tmp_path):
         lambda: log.write("update", 2, loss=0.125),
     ):
         change()
-        assert mirror.shown == log.rows()
-    assert mirror.begun == 2 and len(mirror.shown) == 4 and not mirror.closed
+        assert tracker.rows == log.rows()
+    assert tracker.starts == 2 and len(tracker.rows) == 4 and not tracker.closed
     log.close()
-    assert mirror.closed
+    assert tracker.closed
 
 
-def test_a_finished_log_is_shown_once(log):
-    fill(log, "update", 1, 3)
-    mirror = Mirror()
-    again = MetricsLog(log.path, [mirror])
-    again.begin()
-    again.begin()
-    assert mirror.begun == 1 and mirror.shown == log.rows()
+def test_begin_starts_the_trackers_once(log):
+    write_steps(log, "update", 1, 3)
+    tracker = RecordingTracker()
+    reopened = MetricsLog(log.path, [tracker])
+    reopened.begin()
+    reopened.begin()
+    assert tracker.starts == 1 and tracker.rows == log.rows()

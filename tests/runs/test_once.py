@@ -1,4 +1,4 @@
-"""Work that a run does once: data files are hashed once, and weights are read once, however often it evaluates."""
+"""A run hashes each data file once and loads the weights once."""
 
 import json
 from collections import Counter
@@ -11,23 +11,21 @@ from shiq_jax.runs import options, run
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("more", [(), ("--lora.rank", "2")])
-def test_files_are_hashed_once_and_weights_are_read_once(more, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--lora.rank", "2")], ids=["full", "lora"])
+def test_files_are_hashed_and_weights_loaded_once(flags, tiny, tmp_path, monkeypatch):
     rows = [{"prompt": f"say {n}", "chosen": f"{n}!", "rejected": "or so"} for n in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "say 9"}\n')
     hashed, loaded = Counter(), Counter()
-    digest, load = options._digest, run.load_hf
-    monkeypatch.setattr(options, "_digest", lambda path: hashed.update([path.name]) or digest(path))
-    monkeypatch.setattr(run, "load_hf", lambda source, **given: loaded.update([str(source)]) or load(source, **given))
+    digest, load = options._sha256, run.load_hf
+    monkeypatch.setattr(options, "_sha256", lambda path: hashed.update([path.name]) or digest(path))
+    monkeypatch.setattr(run, "load_hf", lambda source, **kwargs: loaded.update([str(source)]) or load(source, **kwargs))
     train_command.main([
         "dpo", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "run"),
-        "--evaluation.data", str(tmp_path / "held_out.jsonl"), "--evaluation.times", "2", "--evaluation.max-tokens", "2",
-        "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", *more,
+        "--evaluation.data", str(tmp_path / "held_out.jsonl"), "--evaluation.times", "2",
+        "--evaluation.max-tokens", "2", "--mesh", "fsdp=1", "--batch-size", "4", "--epochs", "1", *flags,
     ])  # fmt: skip
-    evaluations = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()].count(
-        "evaluation"
-    )
-    assert evaluations == 3
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert stages.count("evaluation") == 3
     assert hashed == {"pairs.jsonl": 1, "held_out.jsonl": 1}
     assert loaded == {tiny: 1}

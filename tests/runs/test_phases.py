@@ -1,4 +1,4 @@
-"""Phases: the log, evaluations and checkpoints at their marks, stops, early ends, and resuming in any phase."""
+"""Phases: schedule of log lines, evaluations and checkpoints, stop requests, early stopping, resume in any phase."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,35 +9,35 @@ from shiq_jax import stopping
 from shiq_jax.errors import UserError
 from shiq_jax.runs.callbacks import EvaluatePolicy
 from shiq_jax.runs.metrics import MetricsLog, tokens_per_second
-from shiq_jax.runs.phases import Ledger, Phase, Plan, run_phases
+from shiq_jax.runs.phases import Outputs, Phase, Plan, run_phases
 from shiq_jax.training.batches import DeviceBatch
 from shiq_jax.training.state import State
 
 
-class Shelf:
+class MemoryCheckpoints:
     """Checkpoints in memory."""
 
-    directory = "the shelf"
+    directory = "memory"
 
     def __init__(self):
-        self.kept, self.saved = {}, []
+        self.checkpoints, self.saved_steps = {}, []
 
     def latest(self):
-        return max(self.kept, default=None)
+        return max(self.checkpoints, default=None)
 
     def save(self, state, metadata, metrics):
         step = int(state.step)
-        if step in self.kept and (self.kept[step][2] or not metrics):
+        if step in self.checkpoints and (self.checkpoints[step][2] or not metrics):
             return
-        self.saved.append(step)
-        self.kept[step] = state, dict(metadata), dict(metrics)
+        self.saved_steps.append(step)
+        self.checkpoints[step] = state, dict(metadata), dict(metrics)
 
-    def restore(self, into):
-        state, metadata, _ = self.kept[self.latest()]
+    def restore(self, target):
+        state, metadata, _ = self.checkpoints[self.latest()]
         return state, metadata
 
     def metrics(self, step):
-        return self.kept[step][2] or None
+        return self.checkpoints[step][2] or None
 
     def wait(self):
         pass
@@ -46,12 +46,12 @@ class Shelf:
         pass
 
 
-def start() -> State:
+def initial_state() -> State:
     return State({"x": jnp.zeros(())}, {}, {}, (), jnp.int32(0))
 
 
-def adding(amount):
-    """An update that adds its batch and a number of its own."""
+def update_adding(amount):
+    """An update that adds the batch and a constant, so that its result depends on the order of updates."""
 
     def update(state, batch):
         x = state.trainable["x"] * 1.5 + batch + amount
@@ -64,35 +64,35 @@ def batch(step):
     return DeviceBatch(jnp.float32(step), tokens=5, fill=0.5)
 
 
-def plan_of(*phases) -> Plan:
+def make_plan(*phases) -> Plan:
     return Plan(phases, optax.identity(), lambda step: 0.5 / (step + 1))
 
 
-class Evaluating(EvaluatePolicy):
-    """Notes where it evaluates and samples."""
+class RecordingEvaluation(EvaluatePolicy):
+    """Records (step, epoch) of every evaluation and sampling."""
 
     def __init__(self, every):
         self.evaluated, self.sampled = [], []
         super().__init__(self._evaluate, self._sample, every=every)
 
-    def _evaluate(self, state, step, passes):
-        self.evaluated.append((step, passes))
+    def _evaluate(self, state, step, epoch):
+        self.evaluated.append((step, epoch))
         return {"reward": float(step)}
 
-    def _sample(self, state, step, passes):
-        self.sampled.append((step, passes))
+    def _sample(self, state, step, epoch):
+        self.sampled.append((step, epoch))
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    def make(shelf, save_every=100, **options):
-        return Ledger(MetricsLog(tmp_path / "metrics.jsonl"), shelf, {"seed": 1}, save_every, **options)
+def make_outputs(tmp_path):
+    def make(checkpoints, save_every=100, **kwargs):
+        return Outputs(MetricsLog(tmp_path / "metrics.jsonl"), checkpoints, {"seed": 1}, save_every, **kwargs)
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("evaluate", "save", "evaluated", "saved"),
+    ("evaluate_every", "save_every", "evaluated", "saved"),
     [
         (None, 100, [7], [7]),
         (3, 100, [3, 6, 7], [3, 6, 7]),
@@ -100,27 +100,28 @@ def ledger(tmp_path):
         (None, 7, [7], [7]),
     ],
 )
-def test_evaluations_and_saves_come_at_their_marks_and_at_the_end(ledger, evaluate, save, evaluated, saved):
-    shelf, evaluation = Shelf(), Evaluating(evaluate)
-    run_phases(plan_of(Phase("update", adding(1), batch, 7)), start(), ledger(shelf, save), evaluation)
-    assert [step for step, _ in evaluation.evaluated] == evaluated and shelf.saved == saved
-    for step, (_, metadata, metrics) in shelf.kept.items():
+def test_evaluations_and_saves_follow_their_schedules(make_outputs, evaluate_every, save_every, evaluated, saved):
+    checkpoints, evaluation = MemoryCheckpoints(), RecordingEvaluation(evaluate_every)
+    phase = Phase("update", update_adding(1), batch, 7)
+    run_phases(make_plan(phase), initial_state(), make_outputs(checkpoints, save_every), evaluation)
+    assert [step for step, _ in evaluation.evaluated] == evaluated and checkpoints.saved_steps == saved
+    for step, (_, metadata, metrics) in checkpoints.checkpoints.items():
         assert metadata == {"settings": {"seed": 1}, "phase": "update", "began": 0}
         assert metrics == ({"reward": float(step)} if step in evaluated else {})
 
 
-def test_generations_are_kept_where_passes_end(ledger):
-    evaluation = Evaluating(5)
-    phase = Phase("update", adding(1), batch, 7, steps_per_pass=4, pass_ends=[4, 7])
-    run_phases(plan_of(phase), start(), ledger(Shelf()), evaluation)
+def test_generations_are_sampled_at_epoch_ends(make_outputs):
+    evaluation = RecordingEvaluation(5)
+    phase = Phase("update", update_adding(1), batch, 7, steps_per_epoch=4, epoch_ends=[4, 7])
+    run_phases(make_plan(phase), initial_state(), make_outputs(MemoryCheckpoints()), evaluation)
     assert evaluation.sampled == [(4, 1.0)] and evaluation.evaluated == [(5, 1.25), (7, 1.75)]
 
 
-def test_every_update_is_a_line_of_the_log(ledger):
-    made = ledger(Shelf(), before=10, tags={"round": 2})
-    phase = Phase("update", adding(1), batch, 3, metrics=lambda done: {"epsilon": done / 10})
-    run_phases(plan_of(phase), start(), made)
-    rows = made.log.rows()
+def test_every_update_is_logged(make_outputs):
+    outputs = make_outputs(MemoryCheckpoints(), step_offset=10, tags={"round": 2})
+    phase = Phase("update", update_adding(1), batch, 3, metrics=lambda step: {"epsilon": step / 10})
+    run_phases(make_plan(phase), initial_state(), outputs)
+    rows = outputs.log.rows()
     assert [row["step"] for row in rows] == [11, 12, 13]
     for number, row in enumerate(rows):
         assert row["stage"] == "update" and row["round"] == 2 and row["tokens"] == 5 and row["fill"] == 0.5
@@ -128,89 +129,89 @@ def test_every_update_is_a_line_of_the_log(ledger):
     assert [row["loss"] for row in rows] == [1.0, 3.5, 8.25]
 
 
-def two_phases(seen):
-    """Three updates of one kind, or two where the log says so, and four of another."""
+def two_phases(events):
+    """A phase of three updates that ends early after two, and a phase of four updates."""
     first = Phase(
-        "public", adding(1), batch, 3, on_end=lambda state: seen.append("end") or state, window=2,
-        enough=lambda done: done == 2,
+        "public", update_adding(1), batch, 3, on_end=lambda state: events.append("end") or state, check_every=2,
+        should_end=lambda step: step == 2,
     )  # fmt: skip
-    return plan_of(first, Phase("private", adding(100), batch, 4))
+    return make_plan(first, Phase("private", update_adding(100), batch, 4))
 
 
-@pytest.mark.parametrize("at", range(1, 7))
-def test_a_plan_resumes_in_whatever_phase_it_was_stopped(at, ledger, tmp_path):
-    seen = []
-    whole = run_phases(two_phases(seen), start(), ledger(Shelf(), 1))
-    rows = [(row["stage"], row["step"], row["loss"]) for row in ledger(Shelf()).log.rows()]
+@pytest.mark.parametrize("killed_at", range(1, 7))
+def test_plan_resumes_in_any_phase(killed_at, make_outputs, tmp_path):
+    events = []
+    uninterrupted = run_phases(two_phases(events), initial_state(), make_outputs(MemoryCheckpoints(), 1))
+    rows = [(row["stage"], row["step"], row["loss"]) for row in make_outputs(MemoryCheckpoints()).log.rows()]
     assert [row[:2] for row in rows] == [("public", 1), ("public", 2), *(("private", step) for step in (3, 4, 5, 6))]
-    assert seen == ["end"]
+    assert events == ["end"]
     (tmp_path / "metrics.jsonl").unlink()
 
-    shelf, saves = Shelf(), Shelf.save
+    checkpoints = MemoryCheckpoints()
 
     class Killed(Exception):
         pass
 
-    def save(state, metadata, metrics):
-        saves(shelf, state, metadata, metrics)
-        if int(state.step) == at:
+    def save_and_crash(state, metadata, metrics):
+        MemoryCheckpoints.save(checkpoints, state, metadata, metrics)
+        if int(state.step) == killed_at:
             raise Killed
 
-    shelf.save = save
+    checkpoints.save = save_and_crash
     with pytest.raises(Killed):
-        run_phases(two_phases([]), start(), ledger(shelf, 1))
-    shelf.save = lambda *args: saves(shelf, *args)
-    resumed = run_phases(two_phases([]), start(), ledger(shelf, 1))
-    assert float(resumed.trainable["x"]) == float(whole.trainable["x"]) and int(resumed.step) == 6
-    again = [(row["stage"], row["step"], row["loss"]) for row in ledger(shelf).log.rows()]
-    assert again == rows
+        run_phases(two_phases([]), initial_state(), make_outputs(checkpoints, 1))
+    del checkpoints.save
+    resumed = run_phases(two_phases([]), initial_state(), make_outputs(checkpoints, 1))
+    assert float(resumed.trainable["x"]) == float(uninterrupted.trainable["x"]) and int(resumed.step) == 6
+    resumed_rows = [(row["stage"], row["step"], row["loss"]) for row in make_outputs(checkpoints).log.rows()]
+    assert resumed_rows == rows
 
 
-@pytest.mark.parametrize("at", [2, 3, 5])
-def test_a_stop_saves_and_leaves_the_marks_to_the_run_that_resumes(at, ledger):
-    shelf = Shelf()
+@pytest.mark.parametrize("stopped_at", [2, 3, 5])
+def test_stop_request_saves_and_leaves_evaluation_to_the_resumed_run(stopped_at, make_outputs):
+    checkpoints = MemoryCheckpoints()
 
-    def stopping_batch(step):
-        return batch(step)
-
-    def update(state, item):
-        if int(item) == at - 1:
+    def update_requesting_stop(state, item):
+        if int(item) == stopped_at - 1:
             stopping._asked.append(15)
-        return adding(1)(state, item)
+        return update_adding(1)(state, item)
 
-    evaluation = Evaluating(3)
+    evaluation = RecordingEvaluation(3)
+    plan = make_plan(Phase("update", update_requesting_stop, batch, 5))
     try:
-        with pytest.raises(stopping.Stopped, match=f"^stopped at update {at} of 5$"):
-            run_phases(plan_of(Phase("update", update, stopping_batch, 5)), start(), ledger(shelf), evaluation)
+        with pytest.raises(stopping.Stopped, match=f"^stopped at update {stopped_at} of 5$"):
+            run_phases(plan, initial_state(), make_outputs(checkpoints), evaluation)
     finally:
         stopping._asked.clear()
-    assert shelf.latest() == at and not shelf.metrics(at)
-    more = Evaluating(3)
-    state = run_phases(plan_of(Phase("update", adding(1), batch, 5)), start(), ledger(shelf), more)
+    assert checkpoints.latest() == stopped_at and not checkpoints.metrics(stopped_at)
+    resumed_evaluation = RecordingEvaluation(3)
+    plan = make_plan(Phase("update", update_adding(1), batch, 5))
+    state = run_phases(plan, initial_state(), make_outputs(checkpoints), resumed_evaluation)
     assert int(state.step) == 5
-    assert [step for step, _ in evaluation.evaluated + more.evaluated] == [3, 5]
+    assert [step for step, _ in evaluation.evaluated + resumed_evaluation.evaluated] == [3, 5]
 
 
-def test_checkpoints_of_other_settings_are_refused(ledger):
-    shelf = Shelf()
-    plan = plan_of(Phase("update", adding(1), batch, 2))
-    run_phases(plan, start(), ledger(shelf))
-    other = ledger(shelf)._replace(settings={"seed": 2})
-    with pytest.raises(UserError, match="was begun with seed=1, not 2"):
-        run_phases(plan, start(), other)
+def test_checkpoint_with_other_settings_is_an_error(make_outputs):
+    checkpoints = MemoryCheckpoints()
+    plan = make_plan(Phase("update", update_adding(1), batch, 2))
+    run_phases(plan, initial_state(), make_outputs(checkpoints))
+    outputs = make_outputs(checkpoints)._replace(settings={"seed": 2})
+    with pytest.raises(UserError, match="was started with seed=1, not 2"):
+        run_phases(plan, initial_state(), outputs)
 
 
 @pytest.mark.parametrize("lse, warned", [(9e-5, True), (2e-4, False), (12.0, False)])
-def test_logits_that_seem_normalized_are_warned_of_once(ledger, capsys, lse, warned):
+def test_normalized_logits_are_warned_about_once(make_outputs, capsys, lse, warned):
     def update(state, item):
-        state, metrics = adding(1)(state, item)
+        state, metrics = update_adding(1)(state, item)
         return state, metrics | {"lse_abs": np.float32(lse)}
 
-    run_phases(plan_of(Phase("update", update, batch, 3)), start(), ledger(Shelf()))
-    assert capsys.readouterr().err.count("as if they were normalized already") == warned
+    plan = make_plan(Phase("update", update, batch, 3))
+    run_phases(plan, initial_state(), make_outputs(MemoryCheckpoints()))
+    assert capsys.readouterr().err.count("seem to be normalized") == warned
 
 
-def test_throughput_leaves_out_what_compiled():
+def test_throughput_excludes_compilation():
     rows = [
         {"tokens": 100, "seconds": 50.0, "compiled": True},
         {"tokens": 30, "seconds": 0.5, "compiled": False},

@@ -1,4 +1,4 @@
-"""Work that is done once: validating a record, building a trie, reading a file for its checksum."""
+"""Records are validated once, tries are built once, and checksums are computed only when a buffer is reopened."""
 
 import json
 from collections import Counter
@@ -20,79 +20,74 @@ TOKENIZER = tiny_tokenizer()
 MODEL = SimpleNamespace(config=SimpleNamespace(max_positions=2048, vocab_size=len(TOKENIZER)))
 
 
+def import_ultrafeedback(path, read=formats.trajectories):
+    return import_records(path, lambda context: read(DATA / "ultrafeedback.jsonl", TOKENIZER, context), MODEL)
+
+
 @pytest.fixture
 def validated(monkeypatch):
-    """How often each record was validated, by its identity in memory."""
-    calls, kept = Counter(), []
+    """Number of validations of each record, by `id`."""
+    calls, alive = Counter(), []
 
-    def counted(record, *args, **options):
+    def counting(record, *args, **kwargs):
         calls[id(record)] += 1
-        kept.append(record)
-        return validate(record, *args, **options)
+        # An id is unique only while its object is alive.
+        alive.append(record)
+        return validate(record, *args, **kwargs)
 
-    validate = reading.validate
-    for module in (reading, buffer, export):
-        monkeypatch.setattr(module, "validate", counted)
+    validate = import_context.validate
+    for module in (import_context, buffer, export):
+        monkeypatch.setattr(module, "validate", counting)
     return calls
 
 
 @pytest.fixture
 def checksums(monkeypatch):
-    """How often each file was read for its checksum."""
+    """Number of checksum computations of each file."""
     calls, checksum = Counter(), storage.checksum
     monkeypatch.setattr(storage, "checksum", lambda path: calls.update([path]) or checksum(path))
     return calls
 
 
 @pytest.mark.parametrize("read", [formats.trajectories, formats.preferences])
-def test_a_record_is_validated_once_where_it_enters(read, validated, tmp_path):
-    made = import_records(
-        tmp_path / "made", lambda reading: read(DATA / "ultrafeedback.jsonl", TOKENIZER, reading), MODEL
-    )
-    # Of a prompt's answers two make a pair; all were validated before the best and the worst were chosen.
-    assert set(validated.values()) == {1} and len(validated) == 19 >= len(made)
+def test_each_record_is_validated_once_on_import(read, validated, tmp_path):
+    imported = import_ultrafeedback(tmp_path / "imported", read)
+    # Preferences keep two answers per prompt, but validate all.
+    assert set(validated.values()) == {1} and len(validated) == 19 >= len(imported)
 
 
-def test_records_of_tokens_are_validated_once(validated, tmp_path):
+def test_tokenized_records_are_validated_once(validated, tmp_path):
     rows = ({"tokens": [1, 5, number], "action_mask": [0, 1, 1], "rewards": [0, 0, 1]} for number in range(4))
     file = tmp_path / "tokens.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    import_records(tmp_path / "made", lambda reading: formats.trajectories(file, TOKENIZER, reading), MODEL)
+    import_records(tmp_path / "imported", lambda context: formats.trajectories(file, TOKENIZER, context), MODEL)
     assert list(validated.values()) == [1] * 4
 
 
-def test_records_from_elsewhere_are_validated_by_the_buffer_that_takes_them(validated, tmp_path):
-    made = import_records(
-        tmp_path / "made", lambda reading: formats.trajectories(DATA / "ultrafeedback.jsonl", TOKENIZER, reading), MODEL
-    )
+def test_append_validates_other_records_once(validated, tmp_path):
+    imported = import_ultrafeedback(tmp_path / "imported")
     validated.clear()
-    records = made.read(range(len(made)))
+    records = imported.read(range(len(imported)))
     Buffer.create(tmp_path / "copy").append(records)
     assert list(validated.values()) == [1] * len(records)
 
 
-def test_a_trie_is_built_once_over_all_passes(monkeypatch, tmp_path):
-    made = import_records(
-        tmp_path / "made", lambda reading: formats.trajectories(DATA / "ultrafeedback.jsonl", TOKENIZER, reading), MODEL
-    )
+def test_tries_are_built_once_over_all_epochs(monkeypatch, tmp_path):
+    imported = import_ultrafeedback(tmp_path / "imported")
     built, build = [], trees.build_trie
     monkeypatch.setattr(trees, "build_trie", lambda sequences: built.append(sequences) or build(sequences))
-    batches = Batches(made, "trajectory", 2, seed=0, row_length=128)
+    batches = Batches(imported, "trajectory", 2, seed=0, row_length=128)
     for step in range(batches.steps(3)):
         batches(step)
     assert len(built) == len(batches.pack_groups)
 
 
-def test_a_file_is_read_for_its_checksum_when_it_is_opened_again_and_never_before(checksums, tmp_path):
-    def fill():
-        answers = import_records(
-            tmp_path / "answers",
-            lambda reading: formats.trajectories(DATA / "ultrafeedback.jsonl", TOKENIZER, reading),
-            MODEL,
-        )
+def test_checksums_are_verified_once_on_reopening(checksums, tmp_path):
+    def create_or_open():
+        answers = import_ultrafeedback(tmp_path / "answers")
         return answers, label(tmp_path / "labelled", answers, OBJECTIVES["kto"], None, 2048)
 
-    fill()
+    create_or_open()
     assert not checksums
-    files = {file for found in fill() for file in found.record_files()}
+    files = {file for opened in create_or_open() for file in opened.record_files()}
     assert set(checksums) == files and set(checksums.values()) == {1}

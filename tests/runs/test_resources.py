@@ -1,4 +1,4 @@
-"""A run and an evaluation close what they opened: checkpointers, event loops and threads."""
+"""Runs and evaluations close their checkpoint managers, event loops and threads."""
 
 import asyncio
 import gc
@@ -14,20 +14,20 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def resources() -> dict:
-    """What is open in this process."""
+    """Open threads, event loops and checkpoint managers of this process."""
     gc.collect()
-    kept = gc.get_objects()
-    # `type` and not `isinstance`, which would wake lazy modules and proxies.
-    loops = [each for each in kept if issubclass(type(each), asyncio.AbstractEventLoop)]
+    objects = gc.get_objects()
+    # `isinstance` would trigger lazy imports and proxies.
+    loops = [each for each in objects if issubclass(type(each), asyncio.AbstractEventLoop)]
     return {
         "threads": {thread.name for thread in threading.enumerate()},
         "event loops": sum(not loop.is_closed() for loop in loops),
-        "checkpoint managers": sum(issubclass(type(each), CheckpointManager) for each in kept),
+        "checkpoint managers": sum(issubclass(type(each), CheckpointManager) for each in objects),
     }
 
 
 @pytest.mark.slow
-def test_a_run_and_an_evaluation_leave_nothing_open(tiny, tmp_path):
+def test_run_and_evaluation_close_their_resources(tiny, tmp_path):
     rows, out = tmp_path / "rows.jsonl", str(tmp_path / "run")
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     before = resources()

@@ -1,4 +1,4 @@
-"""When a run may begin or go on in a directory, and files that are whole or as they were."""
+"""Starting, resuming and discarding runs in a directory, and atomic writes of its files."""
 
 import json
 import os
@@ -27,71 +27,71 @@ def contents(directory):
     return {file.relative_to(directory): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_every_file_has_its_own_name(path):
+def test_paths_are_distinct(path):
     run = RunDirectory(path)
-    # With one round its policy is the export.
-    places = [place for name, place in vars(run).items() if name not in ("path", "policy")]
-    assert len(set(places)) == len(places) >= 10 and {place.parent for place in places} == {path}
+    # With one round, the policy is the export.
+    paths = [value for name, value in vars(run).items() if name not in ("path", "policy")]
+    assert len(set(paths)) == len(paths) >= 10 and {value.parent for value in paths} == {path}
     assert not path.exists()
 
 
-@pytest.mark.parametrize("made_before", [False, True])
-def test_a_run_begins_in_a_missing_or_empty_directory(made_before, path):
-    if made_before:
+@pytest.mark.parametrize("exists", [False, True])
+def test_run_starts_in_a_missing_or_empty_directory(exists, path):
+    if exists:
         path.mkdir(parents=True)
     run = RunDirectory.begin(path, SETTINGS, resume=False)
     assert json.loads(run.config.read_text()) == SETTINGS | {"data": "rows.jsonl"}
     assert set(contents(path)) == {Path("config.json")}
 
 
-def test_a_second_run_is_refused(run, path):
+def test_existing_run_is_not_overwritten(run, path):
     before = contents(path)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         RunDirectory.begin(path, SETTINGS, resume=False)
-    expected = "holds a run already: add --resume to go on with it, or name another --output-dir"
-    assert str(refusal.value) == f"{path} {expected}"
+    message = "already holds a run: add --resume to continue it, or choose another --output-dir"
+    assert str(error.value) == f"{path} {message}"
     assert contents(path) == before
 
 
-def test_files_of_others_are_left_alone(path):
+def test_directory_with_other_files_is_an_error(path):
     path.mkdir(parents=True)
     (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         RunDirectory.begin(path, SETTINGS, resume=False)
-    assert str(refusal.value) == f"{path} is not empty and holds no run: name another --output-dir"
+    assert str(error.value) == f"{path} is not empty and holds no run: choose another --output-dir"
     assert contents(path) == {Path("thesis.txt"): b"years of work"}
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_file_is_no_directory(resume, tmp_path):
+def test_file_instead_of_directory_is_an_error(resume, tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(UserError, match="holds no run"):
         RunDirectory.begin(tmp_path / "file", SETTINGS, resume=resume)
     assert (tmp_path / "file").read_text() == "text"
 
 
-@pytest.mark.parametrize("made_before", [False, True])
-def test_nothing_to_resume_is_refused(made_before, path):
-    if made_before:
+@pytest.mark.parametrize("exists", [False, True])
+def test_resume_without_a_run_is_an_error(exists, path):
+    if exists:
         path.mkdir(parents=True)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         RunDirectory.begin(path, SETTINGS, resume=True)
-    expected = "holds no run to resume (it has no config.json): leave --resume out to begin one"
-    assert str(refusal.value) == f"{path} {expected}"
-    assert path.exists() == made_before
+    message = "holds no run to resume (it has no config.json): omit --resume to start a run"
+    assert str(error.value) == f"{path} {message}"
+    assert path.exists() == exists
 
 
-def test_the_same_settings_go_on(run, path):
+def test_resume_with_the_same_settings(run, path):
     (path / "summary.json").write_text("{}")
     before = contents(path)
-    # Equal once written down: a path is its text, a tuple its list.
-    again = RunDirectory.begin(path, dict(reversed(SETTINGS.items())) | {"data": "rows.jsonl"}, resume=True)
-    assert again.path == path and vars(again) == vars(RunDirectory(path))
+    # Settings are compared as JSON, so a path equals its string.
+    resumed = RunDirectory.begin(path, dict(reversed(SETTINGS.items())) | {"data": "rows.jsonl"}, resume=True)
+    assert resumed.path == path and vars(resumed) == vars(RunDirectory(path))
     assert contents(path) == before
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
         ({"seed": 2}, "seed=1, not 2"),
         ({"task": "bfcl"}, "task='sorting', not 'bfcl'"),
@@ -100,62 +100,59 @@ def test_the_same_settings_go_on(run, path):
         ({"steps": 10}, "steps=None, not 10"),
     ],
 )
-def test_other_settings_are_refused_by_name(change, said, run, path):
+def test_resume_with_other_settings_is_an_error(change, difference, run, path):
     before = contents(path)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         RunDirectory.begin(path, SETTINGS | change, resume=True)
-    assert str(refusal.value) == f"{path} was begun with {said}: resume it with its own options and data"
+    assert str(error.value) == f"{path} was started with {difference}: resume it with the same options and data"
     assert contents(path) == before
 
 
 @pytest.mark.parametrize("text", ['{"task": "sor', "", "[1, 2]", "3"])
-def test_a_broken_config_is_refused(text, run, path):
+def test_damaged_config_is_an_error(text, run, path):
     run.config.write_text(text)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         RunDirectory.begin(path, SETTINGS, resume=True)
-    assert str(refusal.value).startswith(f"{run.config} is not")
+    assert str(error.value).startswith(f"{run.config} is not")
     assert run.config.read_text() == text
 
 
-def test_weights_are_those_of_the_first_time(run):
+def test_changed_weights_are_an_error(run):
     for _ in range(2):
-        run.keep_weights("model", "ab12", "some/model")
-        run.keep_weights("reference", "cd34", run.reference)
+        run.record_weights("model", "ab12", "some/model")
+        run.record_weights("reference", "cd34", run.reference)
     assert json.loads(run.weights.read_text()) == {"model": "ab12", "reference": "cd34"}
     before = contents(run.path)
-    with pytest.raises(UserError) as refusal:
-        RunDirectory(run.path).keep_weights("model", "ef56", "some/model")
-    expected = (
-        f"some/model holds other weights than those that {run.path} was begun with: restore them, or begin another run"
-    )
-    assert str(refusal.value) == expected and contents(run.path) == before
+    with pytest.raises(UserError) as error:
+        RunDirectory(run.path).record_weights("model", "ef56", "some/model")
+    message = f"the weights in some/model have changed since {run.path} was started: restore them, or start another run"
+    assert str(error.value) == message and contents(run.path) == before
 
 
-@pytest.mark.parametrize("made_before", [0, 1, 2])
-def test_a_run_that_is_discarded_leaves_the_directories_that_were_there(made_before, path):
-    places = [path.parent, path][:made_before]
-    for place in places:
-        place.mkdir(parents=True)
+@pytest.mark.parametrize("existing", [0, 1, 2])
+def test_discard_keeps_directories_that_existed_before(existing, path):
+    for directory in [path.parent, path][:existing]:
+        directory.mkdir(parents=True)
     run = RunDirectory.begin(path, SETTINGS, resume=False)
     run.data.mkdir()
     (run.data / "rows.jsonl").write_text("{}")
     run.discard(samples=True)
-    assert [place.exists() for place in (path.parent, path)] == [made_before > 0, made_before > 1]
-    assert path.parent.parent.exists() and (made_before < 2 or not list(path.iterdir()))
+    assert [directory.exists() for directory in (path.parent, path)] == [existing > 0, existing > 1]
+    assert path.parent.parent.exists() and (existing < 2 or not list(path.iterdir()))
 
 
 @pytest.mark.parametrize("write", [write_json, write_jsonl])
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_crash_leaves_the_old_file(step, write, tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_crash_during_a_write_keeps_the_old_file(call, write, tmp_path, monkeypatch):
     file = tmp_path / "file.json"
     write(file, [{"version": 1}])
     before = file.read_bytes()
 
     def crash(*_):
-        raise OSError("the power went out")
+        raise OSError("power failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, step, crash)
+        patch.setattr(os, call, crash)
         with pytest.raises(OSError, match="power"):
             write(file, [{"version": 2}])
     assert file.read_bytes() == before
@@ -163,7 +160,7 @@ def test_a_crash_leaves_the_old_file(step, write, tmp_path, monkeypatch):
     assert b"3" in file.read_bytes() and [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_what_is_no_json_leaves_the_old_file(tmp_path):
+def test_value_without_json_representation_keeps_the_old_file(tmp_path):
     file = tmp_path / "file.json"
     write_json(file, {"kept": True})
     with pytest.raises(TypeError):
@@ -171,7 +168,7 @@ def test_what_is_no_json_leaves_the_old_file(tmp_path):
     assert json.loads(file.read_text()) == {"kept": True}
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_values_are_read_back(tmp_path):
     value = {"text": "zwölf\n☃", "numbers": [1, 0.5, None], "nested": {"a": {}}}
     write_json(tmp_path / "one.json", value)
     assert json.loads((tmp_path / "one.json").read_text()) == value

@@ -223,7 +223,7 @@ def test_each_of_two_offloads_its_own_parts(two):
 
 def test_two_share_one_run_directory(two):
     for each in two:
-        assert "run holds a run already" in each["second run"]
+        assert "run already holds a run" in each["second run"]
         assert each["appended"] == [1, 2] and each["manifests equal"]
         assert each["rows"] == [{"stage": "update", "step": step, "loss": 1.0 / (step + 1)} for step in range(2)]
 

@@ -1,4 +1,4 @@
-"""Outer-loop algorithms: each recipe says what a round samples, scores, annotates and learns."""
+"""Outer-loop algorithms: a recipe defines how each round collects data and which plan it trains with."""
 
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.recipes.iterative import Iterative
@@ -6,6 +6,6 @@ from shiq_jax.runs.recipes.offline import Offline
 from shiq_jax.runs.rounds import Recipe
 
 
-def recipe_of(job: Job) -> Recipe:
-    """The recipe that a job's options ask for."""
+def select_recipe(job: Job) -> Recipe:
+    """The recipe for the options of a job."""
     return Iterative(job) if job.rounds > 1 else Offline(job)

@@ -1,6 +1,6 @@
-"""Iterative learning: sample from the policy, score, learn, again.
+"""Iterative training: repeat sampling from the policy, scoring and training.
 
-With `dpo` this is iterative DPO: each round learns from the best and the worst of the policy's own answers to each
+With `dpo` this is iterative DPO: each round trains on the best and the worst of the policy's own answers to each
 prompt. Sources: Xu et al., "Some things are more CRINGE than others" (arXiv 2312.16682); Dong et al., "RLHF Workflow:
 From Reward Modeling to Online RLHF" (arXiv 2405.07863).
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
-from shiq_jax.runs.learning import passes
+from shiq_jax.runs.learning import training_plan
 from shiq_jax.runs.options import Job
 from shiq_jax.runs.phases import Plan
 from shiq_jax.runs.round import LearningProblem, Round
@@ -22,13 +22,13 @@ from shiq_jax.training.reference import Reference
 
 @dataclasses.dataclass(frozen=True)
 class Iterative:
-    """`--rounds` rounds; each starts from the policy that the one before has learned."""
+    """Sampling and training in `--rounds` rounds, each starting from the policy of the previous round."""
 
     job: Job
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are."""
+        """The number of rounds."""
         return self.job.rounds
 
     def collect(self, round: Round) -> Buffer:
@@ -36,14 +36,14 @@ class Iterative:
         return sample_answers(round)
 
     def objective(self, round: Round) -> Objective:
-        """The loss that the options name."""
-        return self.job.loss.configured()
+        """The loss selected by the options."""
+        return self.job.loss.build()
 
     def references(self, round: Round) -> Mapping[str, Reference]:
-        """The policy before the first round, or the one that this round samples from."""
+        """The policy before the first round, or the policy that this round samples from."""
         previous = self.job.round.reference == "previous"
         return {"reference": round.policy if previous else round.reference}
 
     def plan(self, round: Round, problem: LearningProblem) -> Plan:
         """Passes over the round's buffer."""
-        return passes(round, problem)
+        return training_plan(round, problem)
