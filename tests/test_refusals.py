@@ -171,7 +171,7 @@ MODELS = {
         "tensor model.norm.weight holds infinities or NaN",
     ),
     "another kind": (config(model_type="gpt2"), "model_type is 'gpt2'; supported: llama"),
-    "another width": (config(hidden_size=32, head_dim=16), "shape (264, 16), config.json says (264, 32)"),
+    "another width": (config(hidden_size=32, head_dim=16), "shape (264, 16), but config.json implies (264, 32)"),
     "more layers": (config(num_hidden_layers=2), "tensor model.layers.1."),
     "a size that is text": (config(hidden_size="16"), "hidden_size is '16'"),
     "config cut": (cut("model/config.json", 100), "config.json: cannot be read as JSON"),

@@ -199,7 +199,7 @@ def _pack_mask(mask: AttentionMask, rows: int):
         return jnp.pad(stacked, ((0, 0), *(((0, 0), (0, short)) if axis == 1 else ((0, short), (0, 0)))),
                        constant_values=padding)  # fmt: skip
 
-    # The fourth key field is alignment only.
+    # The repeated field pads the last dimension to four.
     key_fields = stack((*mask[2:5], mask.key_exit), 2, 0)
     return stack(mask[:2], 1, -1), key_fields
 

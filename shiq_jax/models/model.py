@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import cache as caches
+from shiq_jax.models import lora as adapters
 from shiq_jax.models.attention import ENGINES
 from shiq_jax.models.attention_mask import forest_mask
 from shiq_jax.models.cache import Branches, Cache
@@ -22,7 +23,6 @@ from shiq_jax.models.decoder import REMAT, Decoder
 from shiq_jax.models.ghost_norms import NormTracker
 from shiq_jax.models.ghost_vocabulary import tracked_token_stats, with_tie
 from shiq_jax.models.layers import ForwardSettings
-from shiq_jax.models import lora as adapters
 from shiq_jax.models.lora import Lora
 from shiq_jax.models.sharded_statistics import sharded_token_stats
 from shiq_jax.objectives import TokenStats, token_stats

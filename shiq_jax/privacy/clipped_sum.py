@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.ghost_norms import BUDGET, GIVEN, NormTracker
+from shiq_jax.models.ghost_norms import BUDGET, PRECOMPUTED, NormTracker
 from shiq_jax.privacy.clip_rules import ClipRule, Groupwise
 from shiq_jax.privacy.coverage import coverage
 
@@ -171,7 +171,7 @@ def _booked(losses, params, batch, clip, mask, share):
     """The gradients are linear in the factors, and all that does not depend on these is computed once and kept."""
 
     def of(params, factors):
-        return losses(params, batch, NormTracker(factors, rule=GIVEN))
+        return losses(params, batch, NormTracker(factors, rule=PRECOMPUTED))
 
     def gradients(factors):
         values, pull = jax.vjp(of, params, factors)

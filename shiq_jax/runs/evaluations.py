@@ -69,4 +69,4 @@ class Evaluations:
         """The run's reference; where it is the base of the policy's adapters, that base."""
         if self._model.lora is None or self._round.policy is not self._round.reference:
             return self._round.reference
-        return Reference(self._round.reference.source, lambda _: self._model.switched_off(weights), keep=False)
+        return Reference(self._round.reference.source, lambda _: self._model.without_adapters(weights), keep=False)
