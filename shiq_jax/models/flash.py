@@ -129,7 +129,7 @@ def _query_gradient_kernel(scale, aligned, query_mask, key_mask, q, k, v, cotang
 
 
 def _key_gradient_kernel(scale, aligned, query_mask, key_mask, q, k, v, cotangent, lse, delta, dk, dv):
-    """Contributions of one query head to the gradients of a tile of keys and values, over the queries block by block."""
+    """One query head's contribution to the gradients of a tile of keys and values, over the queries block by block."""
     keys, values = k[...], v[...]
 
     def update(index, sums):

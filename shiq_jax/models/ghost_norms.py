@@ -130,7 +130,7 @@ _tracked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def is_differentiated(argument) -> tuple | None:
-    """() if a `custom_vjp` argument is differentiated, else None: pytree structure, unlike a value, stays static."""
+    """() if a `custom_vjp` argument is differentiated, else None; unlike a bool, both are static as residuals."""
     return () if argument.perturbed else None
 
 

@@ -54,16 +54,17 @@ def with_tie(tracker: NormTracker, tokens: Int[Array, "rows length"], features: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tie(kind, squares, tokens):
-    zeros = jnp.zeros((*tokens.shape, kind[0]), kind[1])
+def _tie(features_and_dtype, squares, tokens):
+    features, dtype = features_and_dtype
+    zeros = jnp.zeros((*tokens.shape, features), dtype)
     return zeros, zeros
 
 
-def _tie_forward(kind, squares, tokens):
-    return _tie(kind, squares.value, tokens.value), (squares.value, tokens.value)
+def _tie_forward(features_and_dtype, squares, tokens):
+    return _tie(features_and_dtype, squares.value, tokens.value), (squares.value, tokens.value)
 
 
-def _tie_backward(kind, residuals, cotangents):
+def _tie_backward(features_and_dtype, residuals, cotangents):
     squares, tokens = residuals
     if all(isinstance(cotangent, SymbolicZero) for cotangent in cotangents):
         return None, None

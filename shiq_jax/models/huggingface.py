@@ -309,10 +309,15 @@ def _check_params(abstract: Mapping[str, Any], params: Mapping[str, Any]) -> Non
         for tree in (params, abstract)
     )
     for path in shapes.keys() | expected.keys():
-        if shapes.get(path) != expected.get(path):
+        name, shape, expected_shape = ".".join(path), shapes.get(path), expected.get(path)
+        if shape is None:
+            raise ValueError(f"parameter {name} is missing; pass the parameters of this model")
+        if expected_shape is None:
+            raise ValueError(f"parameter {name} does not belong to this model; pass the parameters of this model")
+        if shape != expected_shape:
             raise ValueError(
-                f"parameter {'.'.join(path)} has shape {shapes.get(path, '(missing)')}, but the model expects "
-                f"{expected.get(path, 'no such parameter')}; pass the parameters of this model"
+                f"parameter {name} has shape {shape}, but the model expects {expected_shape}; pass the parameters of "
+                "this model"
             )
 
 

@@ -98,7 +98,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich, 2019), computed in float32 and returned in the dtype of `x`."""
+    """RMSNorm (Zhang and Sennrich, 2019), computed in float32 or wider and returned in the dtype of `x`."""
 
     def __init__(self, stack: StackInit, size: int, epsilon: float):
         self.scale = _parameter(stack, nnx.initializers.ones, (size,), ("norm",))

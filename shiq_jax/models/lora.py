@@ -23,7 +23,7 @@ class Lora:
     """LoRA configuration, the same for every layer.
 
     targets: linear layers with an adapter, a subset of `TARGETS`. Raises ValueError for a rank below 1, a non-positive
-    or non-finite alpha, or an unknown target.
+    or non-finite alpha, or unknown or empty targets.
     """
 
     rank: int
@@ -37,8 +37,10 @@ class Lora:
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"the alpha of LoRA must be positive and finite, not {self.alpha}")
         unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"LoRA has no target {', '.join(unknown)!r}; the targets are {', '.join(TARGETS)}")
+        if unknown:
+            raise ValueError(f"unknown LoRA target {', '.join(unknown)!r}; the targets are {', '.join(TARGETS)}")
+        if not self.targets:
+            raise ValueError(f"LoRA needs at least one target; the targets are {', '.join(TARGETS)}")
 
     @property
     def scale(self) -> float:

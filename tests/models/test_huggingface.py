@@ -241,6 +241,6 @@ def test_save_rejects_parameters_of_another_model(llama, tmp_path):
     shallower = dataclasses.replace(model, config=dataclasses.replace(model.config, num_layers=2))
     with pytest.raises(ValueError, match="has shape .*but the model expects"):
         save_hf(shallower, params, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"embed.table has shape \(missing\)"):
+    with pytest.raises(ValueError, match="embed.table is missing"):
         save_hf(model, {name: child for name, child in params.items() if name != "embed"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -32,7 +32,7 @@ def anonymous_bytes() -> int:
 
 
 def measure(directory: str, mesh: str) -> dict[str, int]:
-    """Load a checkpoint; bytes of its parameters on all devices, of the largest shard, and of the peak memory growth."""
+    """Load a checkpoint; return the bytes of its parameters, of the largest shard, and of the peak memory growth."""
     import jax
 
     from shiq_jax.models import load_hf

@@ -177,10 +177,10 @@ def test_invalid_configurations_raise(setup):
         Lora(0, 1.0)
     with pytest.raises(ValueError, match="alpha of LoRA must be positive and finite, not nan"):
         Lora(4, float("nan"))
-    with pytest.raises(ValueError, match="LoRA has no target 'lm_head'; the targets are q_proj"):
+    with pytest.raises(ValueError, match="unknown LoRA target 'lm_head'; the targets are q_proj"):
         Lora(4, 8.0, ("q_proj", "lm_head"))
     model, base, params = setup
     with pytest.raises(ValueError, match="the model has no lora"):
         dataclasses.replace(model, lora=None).with_adapters(base, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"parameter layers.*lora_. has shape \(missing\)"):
+    with pytest.raises(ValueError, match="parameter layers.*lora_. is missing"):
         save_hf(model, base, "/nowhere")
