@@ -104,6 +104,7 @@ class Norm(nnx.Module):
         self.scale = _parameter(stack, nnx.initializers.ones, (size,), ("norm",))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*rows features"], settings: ForwardSettings) -> Float[Array, "*rows features"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)

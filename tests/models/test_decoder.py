@@ -158,4 +158,4 @@ def test_lowered_step_contains_the_stage_names():
 
     lowered = jax.jit(jax.grad(loss)).lower(model.abstract_params(), tokens).as_text(debug_info=True)
     for stage in ("embed", "attention", "mlp", "final_norm", "statistics", "unembedding"):
-        assert re.search(rf"[/(]{stage}[/)]", lowered), stage
+        assert re.search(rf'["/(]{stage}[/)]', lowered), stage

@@ -39,15 +39,15 @@ def perturb_adapters(params, scale=0.2):
 
 
 @pytest.fixture(scope="module")
-def setup():
+def lora_setup():
     """(model with adapters, base parameters, parameters with nonzero adapters)."""
     model = Model.from_config(CONFIG, lora=LORA)
     base = jax.tree.map(lambda leaf: 5 * leaf, init_params(dataclasses.replace(model, lora=None), jax.random.key(0)))
     return model, base, perturb_adapters(model.with_adapters(base, jax.random.key(1)))
 
 
-def test_new_adapters_leave_logits_bitwise_unchanged(setup):
-    model, base, _ = setup
+def test_new_adapters_leave_logits_bitwise_unchanged(lora_setup):
+    model, base, _ = lora_setup
     base_model = dataclasses.replace(model, lora=None)
     params = model.with_adapters(base, jax.random.key(1))
     np.testing.assert_array_equal(model.logits(params, TOKENS), base_model.logits(base, TOKENS))
@@ -62,9 +62,9 @@ def test_new_adapters_leave_logits_bitwise_unchanged(setup):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_logits_match_a_merged_kernel(target, setup):
+def test_logits_match_a_merged_kernel(target, lora_setup):
     """One target at a time, against a decoder whose kernel has the product added in float64."""
-    model, base, _ = setup
+    model, base, _ = lora_setup
     model = dataclasses.replace(model, lora=Lora(4, 6.0, (target,)))
     params = perturb_adapters(model.with_adapters(base, jax.random.key(1)))
     assert len(flatten_dict(only_adapters(params))) == 2
@@ -100,15 +100,15 @@ def test_merged_export_matches_transformers(variant, llama, tmp_path):
     assert reloaded.lora is None and jax.tree.structure(merged) == jax.tree.structure(base)
 
 
-def test_without_adapters_returns_the_base_arrays(setup):
-    model, base, params = setup
+def test_without_adapters_returns_the_base_arrays(lora_setup):
+    model, base, params = lora_setup
     base_model, base_params = model.without_adapters(params)
     assert base_model.lora is None
     assert all(x is y for x, y in zip(jax.tree.leaves(base_params), jax.tree.leaves(base), strict=True))
 
 
-def test_cached_decoding_matches_forward(setup):
-    model, _, params = setup
+def test_cached_decoding_matches_forward(lora_setup):
+    model, _, params = lora_setup
     positions = jnp.arange(9)[None].repeat(2, 0)
     hidden, cache = model.extend(params, model.init_cache(2, 12), TOKENS[:, :6], positions[:, :6], 0)
     continued, _ = model.extend(params, cache, TOKENS[:, 6:], positions[:, 6:], 6)
@@ -117,9 +117,9 @@ def test_cached_decoding_matches_forward(setup):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_adapter_gradients_match_the_merged_kernel(remat, setup):
+def test_adapter_gradients_match_the_merged_kernel(remat, lora_setup):
     """With W' = W + s A B: dA = s G B^T and dB = s A^T G, where G is the gradient of W'."""
-    model, base, params = setup
+    model, base, params = lora_setup
     model = dataclasses.replace(model, remat=remat)
     base_model = dataclasses.replace(model, lora=None)
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(2, 9, 48)), jnp.float32)
@@ -145,8 +145,8 @@ def test_adapter_gradients_match_the_merged_kernel(remat, setup):
         assert np.linalg.norm(grads[path] - expected) < 1e-4 * np.linalg.norm(expected), path
 
 
-def test_only_adapters_are_trained(setup):
-    model, _, params = setup
+def test_only_adapters_are_trained(lora_setup):
+    model, _, params = lora_setup
     adapters = only_adapters(params)
     state = init_state(model, params, optax.adam(1e-3), trainable=is_adapter)
     assert flatten_dict(dict(state.trainable)).keys() == flatten_dict(adapters).keys()
@@ -154,8 +154,8 @@ def test_only_adapters_are_trained(setup):
     assert moments < 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) + 9
 
 
-def test_sharded_adapters_match_unsharded(setup):
-    model, base, _ = setup
+def test_sharded_adapters_match_unsharded(lora_setup):
+    model, base, _ = lora_setup
     mesh = make_mesh("fsdp=2,tensor=2")
     sharded = dataclasses.replace(model, mesh=mesh)
     shapes = sharded.abstract_params()["layers"]
@@ -172,14 +172,14 @@ def test_sharded_adapters_match_unsharded(setup):
     np.testing.assert_allclose(sharded.logits(params, TOKENS), model.logits(jax.device_get(params), TOKENS), atol=1e-4)
 
 
-def test_invalid_configurations_raise(setup):
+def test_invalid_configurations_raise(lora_setup):
     with pytest.raises(ValueError, match="rank of LoRA must be at least 1, not 0"):
         Lora(0, 1.0)
     with pytest.raises(ValueError, match="alpha of LoRA must be positive and finite, not nan"):
         Lora(4, float("nan"))
     with pytest.raises(ValueError, match="unknown LoRA target 'lm_head'; the targets are q_proj"):
         Lora(4, 8.0, ("q_proj", "lm_head"))
-    model, base, params = setup
+    model, base, params = lora_setup
     with pytest.raises(ValueError, match="the model has no lora"):
         dataclasses.replace(model, lora=None).with_adapters(base, jax.random.key(0))
     with pytest.raises(ValueError, match="parameter layers.*lora_. is missing"):
