@@ -157,7 +157,7 @@ MODELS = {
     "no tokenizer": (without("model/tokenizer.json"), "holds no tokenizer"),
     "download under way": (
         lambda root: (root / WEIGHTS).rename(root / f"{WEIGHTS}.incomplete"),
-        "model.safetensors.incomplete is there: finish the download",
+        "found model.safetensors.incomplete; finish the download",
     ),
     "a shard not downloaded": (second_shard_absent, "model-00002-of-00002.safetensors: no such file"),
     "weights not fetched by git": (put(WEIGHTS, POINTER), "model.safetensors: is a pointer of Git LFS"),
