@@ -218,7 +218,8 @@ class _Head(NamedTuple):
             start = jnp.minimum(chunk * size, num_ids - size)
             columns = jax.lax.dynamic_slice_in_dim(self.unembedding, start, size, axis=1)
             ids = start + jnp.arange(size)
-            logit_grads = self._logit_gradients(wide_einsum("bad,dv->bav", self.hidden, columns), first_id + ids)
+            global_ids = first_id + ids
+            logit_grads = self._logit_gradients(wide_einsum("bad,dv->bav", self.hidden, columns), global_ids)
             logit_grads = jnp.where(ids >= chunk * size, logit_grads, 0).astype(self.hidden.dtype)
             hidden_grad, square, logit_grad_square, weight_grad = sums
             hidden_grad = hidden_grad + wide_einsum("bav,dv->bad", logit_grads, columns)
