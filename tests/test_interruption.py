@@ -319,7 +319,7 @@ def test_waiting_for_a_lock_whose_file_is_removed(tmp_path):
     file, order = tmp_path / "lock", []
 
     def wait_for_lock():
-        with exclusive_lock(file, create=True, waiting=lambda: order.append("waiting")) as locked:
+        with exclusive_lock(file, create=True, on_wait=lambda: order.append("waiting")) as locked:
             order.append(locked and file.exists())
 
     with exclusive_lock(file, create=True):

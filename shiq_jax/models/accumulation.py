@@ -1,7 +1,7 @@
-"""Gradients that are added to sums where they arise: accumulating holds one array of gradients, not sum and summand.
+"""In-place gradient accumulation: backward passes add to running sums, so no second gradient pytree is allocated.
 
-The trick is a detour of the parameters through the carry of the scan over layers. Forward it does nothing; backward the
-cotangent of a carry is itself a carry, which begins as the sums and to which each layer adds its own part in place.
+The layer parameters are routed through the carry of the scan over layers. The forward pass is unchanged. In the
+backward pass the carry's cotangent starts as the running sums, and each layer adds its gradient to its own slice.
 """
 
 from collections.abc import Callable
@@ -12,87 +12,88 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-LAYERS = "layers"  # of the parameters, those that the scan goes over
-# A flat dict of parameters, or of sums of their gradients, by path.
+LAYERS = "layers"  # key of the scanned parameters
+# Flat dict from path to parameter, or to the running sum of its gradients.
 Leaves = dict[tuple[str, ...], jax.Array]
 
 
-def continuing(model, params: dict[str, Any], before: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A model and parameters of it whose gradients are added to `before`.
+def accumulate_into(model, params: dict[str, Any], sums: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model and parameters whose gradients come out added to `sums`.
 
-    model: a `Model` adds those of its layers in place, layer by layer; any other model adds whole arrays.
+    model: a `Model` adds the gradients of its layers in place, layer by layer; any other model adds whole arrays.
     """
-    in_place = LAYERS in before and hasattr(model, "accumulating")
-    rest = {
-        name: jax.tree.map(begin, part, before[name])
-        for name, part in params.items()
+    in_place = LAYERS in sums and hasattr(model, "accumulating")
+    whole = {
+        name: jax.tree.map(add_to_cotangent, subtree, sums[name])
+        for name, subtree in params.items()
         if not (in_place and name == LAYERS)
     }
-    return model.accumulating(before[LAYERS]) if in_place else model, {**params, **rest}
+    return model.accumulating(sums[LAYERS]) if in_place else model, {**params, **whole}
 
 
-def scan(layer: Callable, x: Array, weights: dict[str, Any], sums: dict[str, Any] | None) -> tuple[Array, Any]:
-    """`jax.lax.scan(layer, x, weights)`, in which the gradients of those weights that have sums are added to these.
+def scan_layers(layer: Callable, x: Array, weights: dict[str, Any], sums: dict[str, Any] | None) -> tuple[Array, Any]:
+    """`jax.lax.scan(layer, x, weights)` whose weight gradients come out added to `sums`.
 
-    weights: nested dict, leading axis the layers. sums: some of its leaves, by the same names; the others then have no
-    gradient. None: an ordinary scan.
+    weights: nested dict with leading axis layers. sums: nested dict with a subset of the same leaves; leaves without a
+    sum get a zero gradient. None: an ordinary scan.
     """
     if sums is None:
         return jax.lax.scan(layer, x, weights)
     weights, sums = flatten_dict(weights), flatten_dict(dict(sums))
 
     def body(carry, scanned):
-        x, passing = carry
-        number, weights = scanned
-        own, passing = detour({path: weights[path] for path in sums}, passing, number)
-        x, out = layer(x, unflatten_dict(weights | own))
-        return (x, passing), out
+        x, stacked = carry
+        index, layer_weights = scanned
+        tracked, stacked = accumulate_layer({path: layer_weights[path] for path in sums}, stacked, index)
+        x, out = layer(x, unflatten_dict(layer_weights | tracked))
+        return (x, stacked), out
 
-    count = len(next(iter(weights.values())))
-    carry, scanned = (x, {path: weights[path] for path in sums}), (jnp.arange(count), jax.lax.stop_gradient(weights))
-    (x, passing), out = jax.lax.scan(body, carry, scanned)
-    return end(x, passing, sums), out
+    num_layers = len(next(iter(weights.values())))
+    carry = x, {path: weights[path] for path in sums}
+    scanned = jnp.arange(num_layers), jax.lax.stop_gradient(weights)
+    (x, stacked), out = jax.lax.scan(body, carry, scanned)
+    return start_cotangent(x, stacked, sums), out
 
 
 @jax.custom_vjp
-def begin(weights: Float[Array, "..."], before: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Identity in `weights` whose VJP returns `before + cotangent`."""
+def add_to_cotangent(weights: Float[Array, "..."], total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Identity in `weights` whose VJP returns `total + cotangent`."""
     return weights
 
 
-def _begin(weights, before):
-    return weights, before
+def _add_to_cotangent_forward(weights, total):
+    return weights, total
 
 
-begin.defvjp(_begin, lambda before, cotangent: (before + cotangent, None))
-
-
-@jax.custom_vjp
-def detour(weights: Leaves, passing: Leaves, layer: Int[Array, ""]) -> tuple[Leaves, Leaves]:
-    """Identity whose VJP adds the gradient of one layer's `weights` to that layer of `passing`, not to `weights`."""
-    return weights, passing
-
-
-def _detour(weights, passing, layer):
-    return (weights, passing), layer
-
-
-def _return(layer, cotangents):
-    own, whole = cotangents
-    return None, jax.tree.map(lambda sums, part: sums.at[layer].add(part), whole, own), None
-
-
-detour.defvjp(_detour, _return)
+add_to_cotangent.defvjp(_add_to_cotangent_forward, lambda total, cotangent: (total + cotangent, None))
 
 
 @jax.custom_vjp
-def end(x: Float[Array, "..."], passing: Leaves, before: Leaves) -> Float[Array, "..."]:
-    """Identity in `x`; the cotangent of `passing` starts as `before`."""
+def accumulate_layer(weights: Leaves, stacked: Leaves, layer: Int[Array, ""]) -> tuple[Leaves, Leaves]:
+    """Identity whose VJP adds the gradient of one layer's `weights` to slice `layer` of the cotangent of `stacked`."""
+    return weights, stacked
+
+
+def _accumulate_layer_forward(weights, stacked, layer):
+    return (weights, stacked), layer
+
+
+def _accumulate_layer_backward(layer, cotangents):
+    layer_grads, stacked_grads = cotangents
+    return None, jax.tree.map(lambda total, grad: total.at[layer].add(grad), stacked_grads, layer_grads), None
+
+
+accumulate_layer.defvjp(_accumulate_layer_forward, _accumulate_layer_backward)
+
+
+@jax.custom_vjp
+def start_cotangent(x: Float[Array, "..."], stacked: Leaves, sums: Leaves) -> Float[Array, "..."]:
+    """Identity in `x` whose VJP returns `sums` as the cotangent of `stacked`."""
     return x
 
 
-def _end(x, passing, before):
-    return x, before
+def _start_cotangent_forward(x, stacked, sums):
+    return x, sums
 
 
-end.defvjp(_end, lambda before, cotangent: (cotangent, before, None))
+start_cotangent.defvjp(_start_cotangent_forward, lambda sums, cotangent: (cotangent, sums, None))

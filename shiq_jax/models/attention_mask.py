@@ -1,4 +1,4 @@
-"""Who sees whom: the interval rule of packed rows and of caches."""
+"""The interval rule for attention visibility, shared by packed rows and decoding caches."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-NEVER = np.iinfo(np.int32).max  # as `key_enter`: a key that no query sees
+NEVER = np.iinfo(np.int32).max  # `key_enter` of a key that no query sees
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees, without a [Q, K] array: index and interval of either side.
+    """Visibility of keys to queries, described by indices and intervals instead of a [Q, K] array.
 
     Key k is visible to query q iff `key_index[k] <= query_index[q]` and `key_enter[k] <= query_enter[q] < key_exit[k]`.
-    With a token's interval `[enter, exit)` that of its node in a depth-first forest, that is exactly: k is q or one of
-    its ancestors.
+    When each token carries the interval `[enter, exit)` of its node in a depth-first forest, a query sees exactly
+    itself and its ancestors.
+
+    Attributes:
+        aligned: query i and key i have the same index, so no query sees a key at a larger position.
     """
 
     query_index: Int[Array, "#rows queries"]
@@ -41,14 +44,14 @@ def cache_mask(
     query_enter: Int[Array, "rows queries"],
     start: Int[Array, ""] | int,
 ) -> AttentionMask:
-    """The mask of tokens at cache slots start, start + 1, ... over all slots up to their own."""
+    """The mask of queries at cache slots start, start + 1, ..., each over all slots up to its own."""
     slots = jnp.arange(enter.shape[-1], dtype=jnp.int32)[None]
-    own = jnp.arange(query_enter.shape[-1], dtype=jnp.int32)[None] + start
-    return AttentionMask(own, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
+    query_index = jnp.arange(query_enter.shape[-1], dtype=jnp.int32)[None] + start
+    return AttentionMask(query_index, query_enter, slots, enter, exit, aligned=isinstance(start, int) and start == 0)
 
 
 def dense_mask(mask: AttentionMask) -> Bool[Array, "rows queries keys"]:
-    """The rule of `Visibility` spelled out as a mask."""
+    """The mask as a boolean array."""
     query_index, query_enter = mask.query_index[..., :, None], mask.query_enter[..., :, None]
-    key_index, key_enter, key_exit = (keys[..., None, :] for keys in mask[2:5])
+    key_index, key_enter, key_exit = (field[..., None, :] for field in mask[2:5])
     return (key_index <= query_index) & (key_enter <= query_enter) & (query_enter < key_exit)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a decoder has already read."""
+"""Key-value cache of a decoder, with one ring buffer per branch for decoding several continuations of a row."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from shiq_jax.models.config import DecoderConfig
 
 
 class Cache(NamedTuple):
-    """Slots written so far, and the interval of each: one row may hold a prompt and several continuations of it.
+    """Keys, values and intervals of the slots of each row; a row may hold a prompt and several continuations of it.
 
-    Who sees whom is the rule of `attention.Visibility`; a slot that was not written, or holds padding, enters never.
-    Keys are kept transposed, since few queries at a time meet many of them: that product is fast in this order only.
+    Visibility follows the interval rule of `AttentionMask`; unwritten slots and padding have `enter = NEVER`. Keys are
+    stored transposed because decoding multiplies few queries with many keys, which is fast only in this layout.
     """
 
     keys: Float[Array, "layers batch kv_heads head_dim slots"]
@@ -24,10 +24,10 @@ class Cache(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """What several sequences of each row have read beyond what the row's `Cache` holds, the same slots for all.
+    """Keys and values of several continuations (branches) of each row of a `Cache`.
 
-    The slots are a ring: at every step each sequence writes one token to the slot of that step, so that a sequence that
-    begins later needs no clearing of what its predecessor left, only to know how many tokens back are its own.
+    The slots form a ring: decoding step s writes one token per branch to slot s modulo the number of slots. A branch
+    that starts later reuses slots without clearing them, because a token count per branch says how far back it reads.
     """
 
     keys: Float[Array, "layers batch branches kv_heads head_dim slots"]
@@ -48,36 +48,36 @@ BRANCH_AXES = Branches(
 
 
 def empty(config: DecoderConfig, batch: int, length: int, dtype) -> Cache:
-    """A cache of `length` slots for `batch` rows, none of them written."""
+    """An empty cache of `length` slots for `batch` rows."""
     shape = (config.num_layers, batch, config.num_kv_heads)
     keys, values = ((*shape, config.head_dim, length), (*shape, length, config.head_dim))
-    unwritten = jnp.full((batch, length), NEVER, jnp.int32)
-    return Cache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), unwritten, jnp.zeros_like(unwritten))
+    enter = jnp.full((batch, length), NEVER, jnp.int32)
+    return Cache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), enter, jnp.zeros_like(enter))
 
 
 def empty_branches(config: DecoderConfig, batch: int, branches: int, length: int, dtype) -> Branches:
-    """A ring of `length` slots for each of `branches` sequences of `batch` rows."""
+    """An empty ring of `length` slots for each of `branches` continuations of `batch` rows."""
     shape = (config.num_layers, batch, branches, config.num_kv_heads)
     keys, values = ((*shape, config.head_dim, length), (*shape, length, config.head_dim))
     return Branches(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
 
 
-def intervals_of(valid: Bool[Array, "*shape"], enter=0, exit=NEVER) -> Int[Array, "*shape 2"]:
-    """Intervals [enter, exit) of tokens, and of those that are not `valid` the one that is never seen.
+def slot_intervals(valid: Bool[Array, "*shape"], enter=0, exit=NEVER) -> Int[Array, "*shape 2"]:
+    """Intervals [enter, exit) of tokens; tokens that are not `valid` get an interval that no query sees.
 
-    By default what comes later sees them all, whatever it enters; continuation j of a prompt has [j, j + 1).
+    With the defaults every later token sees the valid ones. Continuation j of a prompt uses [j, j + 1).
     """
     return jnp.stack([jnp.where(valid, enter, NEVER), jnp.where(valid, exit, 0)], axis=-1).astype(jnp.int32)
 
 
-def note(cache: Cache, intervals: Int[Array, "batch new 2"], start: jax.Array | int) -> Cache:
-    """The cache with the intervals of the tokens that go to slots start, start + 1, ..."""
+def write_intervals(cache: Cache, intervals: Int[Array, "batch new 2"], start: jax.Array | int) -> Cache:
+    """The cache with `intervals` written to slots start, start + 1, ..."""
     enter = jax.lax.dynamic_update_slice(cache.enter, intervals[..., 0], (0, start))
     return cache._replace(enter=enter, exit=jax.lax.dynamic_update_slice(cache.exit, intervals[..., 1], (0, start)))
 
 
-def write(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> Cache:
-    """The cache with one layer's `keys`, `values` [batch, new, kv_heads, head_dim] at slots start, start + 1, ..."""
+def write_layer(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> Cache:
+    """The cache with one layer's `keys`, `values` [batch, new, kv_heads, head_dim] written to slots start, ..."""
     keys, values = keys.transpose(0, 2, 3, 1)[None], values.transpose(0, 2, 1, 3)[None]
     return cache._replace(
         keys=jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), (layer, 0, 0, 0, start)),
@@ -85,37 +85,39 @@ def write(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array, st
     )
 
 
-def read(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read_layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One layer's keys and values, each [batch, slots, kv_heads, head_dim]."""
-    keys, values = (jax.lax.dynamic_index_in_dim(each, layer, 0, False) for each in cache[:2])
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, 0, False) for x in cache[:2])
     return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
 
 
-def put(cache: Cache, rows: Int[Array, " some"], other: Cache) -> Cache:
-    """The cache with some rows replaced by those of another one, which stand in the last slots; a row may come twice.
+def replace_rows(cache: Cache, rows: Int[Array, " some"], source: Cache) -> Cache:
+    """The cache with row `rows[i]` replaced by row i of `source`, right-aligned in the slots; rows may repeat.
 
-    What the replaced rows hold in earlier slots is not seen any more.
+    Earlier slots of the replaced rows become invisible.
     """
-    gap = cache.enter.shape[1] - other.enter.shape[1]
-    enter = jnp.pad(other.enter, ((0, 0), (gap, 0)), constant_values=NEVER)
-    other = other._replace(enter=enter, exit=jnp.pad(other.exit, ((0, 0), (gap, 0))))
+    gap = cache.enter.shape[1] - source.enter.shape[1]
+    enter = jnp.pad(source.enter, ((0, 0), (gap, 0)), constant_values=NEVER)
+    source = source._replace(enter=enter, exit=jnp.pad(source.exit, ((0, 0), (gap, 0))))
 
-    def one(number, cache: Cache) -> Cache:
-        row = rows[number]
-        places = Cache(keys=(0, row, 0, 0, gap), values=(0, row, 0, gap, 0), enter=(row, 0), exit=(row, 0))
+    def replace_row(i, cache: Cache) -> Cache:
+        row = rows[i]
+        starts = Cache(keys=(0, row, 0, 0, gap), values=(0, row, 0, gap, 0), enter=(row, 0), exit=(row, 0))
 
-        def placed(ours, theirs, where):
-            batch = 1 if ours.ndim > 2 else 0
-            theirs = jax.lax.dynamic_slice_in_dim(theirs, number, 1, batch)
-            return jax.lax.dynamic_update_slice(ours, theirs, where)
+        def copy(old, new, start):
+            batch_axis = 1 if old.ndim > 2 else 0
+            new = jax.lax.dynamic_slice_in_dim(new, i, 1, batch_axis)
+            return jax.lax.dynamic_update_slice(old, new, start)
 
-        return Cache(*map(placed, cache, other, places))
+        return Cache(*map(copy, cache, source, starts))
 
-    return jax.lax.fori_loop(0, len(rows), one, cache)
+    return jax.lax.fori_loop(0, len(rows), replace_row, cache)
 
 
-def grow(branches: Branches, layer: jax.Array, keys: jax.Array, values: jax.Array, slot: jax.Array) -> Branches:
-    """The branches with one layer's `keys`, `values` [batch, branches, kv_heads, head_dim] at a slot."""
+def write_branches(
+    branches: Branches, layer: jax.Array, keys: jax.Array, values: jax.Array, slot: jax.Array
+) -> Branches:
+    """The branches with one layer's `keys`, `values` [batch, branches, kv_heads, head_dim] written to a slot."""
     keys, values = keys[None, ..., None], values[None, ..., None, :]
     return Branches(
         jax.lax.dynamic_update_slice(branches.keys, keys.astype(branches.keys.dtype), (layer, 0, 0, 0, 0, slot)),

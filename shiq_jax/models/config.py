@@ -1,4 +1,4 @@
-"""The shape of a decoder, read from and written to Hugging Face's `config.json`."""
+"""Decoder configuration, read from and written to Hugging Face's `config.json`."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from shiq_jax.errors import UserError, check_not_lfs_pointer
 
-# Model type -> whether queries and keys are normalised, and what its files mean by leaving a field out.
+# Model type -> (whether queries and keys are normalized, defaults of omitted fields that differ from Llama's).
 SUPPORTED_MODELS: Mapping[str, tuple[bool, Mapping[str, int]]] = {
     "llama": (False, {}),
     "qwen3": (True, {"num_key_value_heads": 32, "head_dim": 128}),
@@ -17,7 +17,7 @@ SUPPORTED_MODELS: Mapping[str, tuple[bool, Mapping[str, int]]] = {
 _ARCHITECTURES = {False: ("llama", "LlamaForCausalLM"), True: ("qwen3", "Qwen3ForCausalLM")}
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 
-# Our field -> the name in config.json. Fields without a default here are required of the file.
+# Field of `DecoderConfig` -> field of config.json.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -39,11 +39,11 @@ _OPTIONAL = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: "linear" divides all by `factor`, "llama3" only the slow ones, smoothly.
+    """Scaling of rotary frequencies: "linear" divides all of them by `factor`, "llama3" only the low ones.
 
-    low_freq_factor, high_freq_factor, original_max_positions are used by "llama3" alone: wavelengths beyond
-    `original_max_positions / low_freq_factor` are stretched, those below `original_max_positions / high_freq_factor`
-    kept.
+    "llama3" divides frequencies with wavelengths above `original_max_positions / low_freq_factor`, keeps those with
+    wavelengths below `original_max_positions / high_freq_factor`, and interpolates between them. "linear" ignores the
+    last three fields.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a Llama-family decoder; hashable, so a jitted function may close over it.
+    """Hyperparameters of a Llama-family decoder; hashable, so a jitted function may close over it.
 
-    `num_kv_heads` and `head_dim` default to `num_heads` and `hidden_size // num_heads`. `qk_norm`: queries and keys are
-    normalised over head_dim before they are rotated (arXiv 2010.04245), as in Qwen3. `source` is the config.json that
-    it was read from (kept so that what we do not interpret survives an export); it takes no part in comparison.
-    Raises ValueError when the sizes contradict each other.
+    `num_kv_heads` and `head_dim` default to `num_heads` and `hidden_size // num_heads`. `qk_norm`: RMS-normalize
+    queries and keys over head_dim before the rotary embedding (arXiv 2010.04245), as in Qwen3. `source`: the parsed
+    config.json, kept so that an export preserves fields that this class ignores; excluded from comparison.
+    Raises ValueError for invalid or inconsistent sizes.
     """
 
     vocab_size: int
@@ -94,7 +94,7 @@ class DecoderConfig:
                 "num_kv_heads must divide num_heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"model config: head_dim is {self.head_dim}; rotary positions need an even number")
+            raise ValueError(f"model config: head_dim is {self.head_dim}; rotary embeddings need an even number")
 
     def _check_sizes(self, *names: str) -> None:
         for name in names:
@@ -104,11 +104,11 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], name: str = "config.json") -> "DecoderConfig":
-        """The config that a parsed config.json describes; both spellings of rope settings are read.
+        """Build the config from a parsed config.json, with the rope settings of transformers 4 or 5.
 
-        name: what error messages call the file.
-        Raises UserError for a model type, activation, quantisation or rope type that is not supported, or a missing
-        field.
+        name: file name for error messages.
+        Raises UserError for an unsupported model type, activation, quantization or rope type, and for a missing or
+        invalid field.
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in SUPPORTED_MODELS:
@@ -117,7 +117,7 @@ class DecoderConfig:
             raise UserError(f"{name}: hidden_act is {raw['hidden_act']!r}; supported: silu")
         if raw.get("quantization_config"):
             raise UserError(
-                f"{name}: the weights are quantised (quantization_config); bring a full-precision copy of the model"
+                f"{name}: the weights are quantized (quantization_config); provide a full-precision copy of the model"
             )
         missing = [field for field in _REQUIRED.values() if raw.get(field) is None]
         if missing:
@@ -126,13 +126,13 @@ class DecoderConfig:
             )
         if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
             raise UserError(
-                f"{name}: attention is limited to a sliding window; supported: layers that see all before them"
+                f"{name}: the model uses sliding-window attention; supported: full causal attention in every layer"
             )
         _check_types(raw, name)
-        qk_norm, usual = SUPPORTED_MODELS[model_type]
-        given = {theirs: raw[theirs] for theirs in _OPTIONAL.values() if raw.get(theirs) is not None}
-        values = {ours: raw[theirs] for ours, theirs in _REQUIRED.items()} | {"qk_norm": qk_norm}
-        values |= {ours: (usual | given)[theirs] for ours, theirs in _OPTIONAL.items() if theirs in usual | given}
+        qk_norm, defaults = SUPPORTED_MODELS[model_type]
+        optional = defaults | {key: raw[key] for key in _OPTIONAL.values() if raw.get(key) is not None}
+        values = {field: raw[key] for field, key in _REQUIRED.items()} | {"qk_norm": qk_norm}
+        values |= {field: optional[key] for field, key in _OPTIONAL.items() if key in optional}
         theta, scaling = _read_rope(raw, values.get("max_positions", cls.max_positions), name)
         try:
             return cls(**values, rope_theta=theta, rope_scaling=scaling, source=dict(raw))
@@ -141,42 +141,42 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, directory: str | Path) -> "DecoderConfig":
-        """The config of a Hugging Face model directory; UserError when its config.json is missing or not JSON."""
+        """Read the config of a Hugging Face model directory; UserError for a missing or invalid config.json."""
         path = Path(directory) / "config.json"
         return cls.from_dict(read_json(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """What transformers reads as config.json: everything that `source` held, under the values of this config."""
+        """The content of config.json for transformers: the fields of `source`, updated from this config."""
         model_type, architecture = _ARCHITECTURES[self.qk_norm]
         out = dict(self.source) or {"hidden_act": "silu"}
-        out |= {theirs: getattr(self, ours) for ours, theirs in (_REQUIRED | _OPTIONAL).items()}
+        out |= {key: getattr(self, field) for field, key in (_REQUIRED | _OPTIONAL).items()}
         out |= {"model_type": model_type, "architectures": [architecture]}
         return _write_rope(out, self)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError when there is no such file or it does not hold an object."""
+    """Read a JSON object from a file; UserError when the file is missing or holds something else."""
     check_not_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face model directory with {path.name} is expected") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); bring an undamaged copy of the file") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}); provide an undamaged copy of the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}; an object with named fields is expected")
     return content
 
 
 def _check_types(raw: Mapping[str, Any], name: str) -> None:
-    """Refuses settings that are not of their default's type; sizes are looked at when the config is made."""
+    """Check the types of optional booleans and floats; `DecoderConfig` checks the sizes itself."""
     defaults = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
-    for ours, theirs in _OPTIONAL.items():
-        value, default = raw.get(theirs), defaults[ours]
+    for field, key in _OPTIONAL.items():
+        value, default = raw.get(key), defaults[field]
         if value is not None and isinstance(default, bool) and not isinstance(value, bool):
-            raise UserError(f"{name}: {theirs} is {value!r}; expected true or false")
+            raise UserError(f"{name}: {key} is {value!r}; expected true or false")
         if value is not None and isinstance(default, float):
-            _positive(value, theirs, name)
+            _positive(value, key, name)
 
 
 def _positive(value: Any, field: str, name: str) -> float:
@@ -186,7 +186,7 @@ def _positive(value: Any, field: str, name: str) -> float:
 
 
 def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[float, RopeScaling | None]:
-    """theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
+    """theta and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     rope: dict[str, Any] = {}
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(field) or {}, Mapping):
@@ -198,14 +198,14 @@ def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[f
     if kind not in SUPPORTED_ROPES:
         raise UserError(f"{name}: rope type is {kind!r}; supported: {', '.join(SUPPORTED_ROPES)}")
     if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{name}: partial_rotary_factor is set; supported: rotary positions over the whole head")
+        raise UserError(f"{name}: partial_rotary_factor is set; supported: rotary embeddings over the whole head")
     if kind == "default":
         return theta, None
-    needed = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
-    missing = [field for field in needed if rope.get(field) is None]
+    required = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor"]
+    missing = [field for field in required if rope.get(field) is None]
     if missing:
-        raise UserError(f"{name}: rope type {kind} lacks {missing[0]}; it needs {', '.join(needed)}")
-    factors = [_positive(rope[field], field, name) for field in needed]
+        raise UserError(f"{name}: rope type {kind} lacks {missing[0]}; required: {', '.join(required)}")
+    factors = [_positive(rope[field], field, name) for field in required]
     if kind == "linear":
         return theta, RopeScaling(kind, *factors)
     field = "original_max_position_embeddings"
@@ -214,7 +214,7 @@ def _read_rope(raw: Mapping[str, Any], max_positions: int, name: str) -> tuple[f
 
 
 def _write_rope(out: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """`out` with the rope settings in the spelling that it already uses; by default the older one, which all read."""
+    """Write rope settings in the format that `out` already uses, by default that of transformers 4 (read by all)."""
     scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default"}
     if scaling:
@@ -222,9 +222,9 @@ def _write_rope(out: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
     if scaling and scaling.kind == "llama3":
         rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
         rope["original_max_position_embeddings"] = scaling.original_max_positions
-    newer = "rope_parameters" in out
+    transformers_5 = "rope_parameters" in out
     for field in ("rope_parameters", "rope_theta", "rope_scaling"):
         out.pop(field, None)
-    if newer:
+    if transformers_5:
         return out | {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
     return out | {"rope_theta": config.rope_theta, "rope_scaling": rope if scaling else None}

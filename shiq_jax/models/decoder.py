@@ -1,4 +1,4 @@
-"""The whole decoder: embedding, a scanned stack of layers, the final norm and, when it is not tied, the head."""
+"""Llama-family decoder: token embedding, a scanned stack of layers, final norm, and an optional untied LM head."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,41 +10,41 @@ from jaxtyping import Array, Float, Int
 
 from shiq_jax.models import accumulation, blockwise, rope
 from shiq_jax.models import cache as caches
-from shiq_jax.models.attention import attention, branching
+from shiq_jax.models.attention import attention, branch_attention
 from shiq_jax.models.attention_mask import NEVER, AttentionMask, cache_mask
 from shiq_jax.models.cache import Branches, Cache
 from shiq_jax.models.config import DecoderConfig
-from shiq_jax.models.ghost_norms import BOOKED
-from shiq_jax.models.layers import PROJECTED, Embedding, ForwardSettings, Layer, Norm, Projection, StackInit
+from shiq_jax.models.ghost_norms import COTANGENT
+from shiq_jax.models.layers import LINEAR_OUTPUT, Embedding, ForwardSettings, Layer, Linear, Norm, StackInit
 from shiq_jax.models.lora import Lora
 
-# What the backward pass keeps of a layer. "none": nothing is recomputed but attention scores, which are never kept.
-# "dots": results of the weight matrices and of attention are kept, the rest (activations, norms) is recomputed.
-# "full": only the layer's input is kept. What book-keeping needs is kept besides, where it is asked for.
+# Rematerialization policy per layer. "none": save all residuals except attention scores, which are always recomputed.
+# "dots": save the outputs of linear layers and of attention, and recompute activation functions and norms.
+# "full": save only the layer's input. Every policy saves the cotangents that the book-keeping method needs.
 REMAT: Mapping[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, blockwise.SAVED, BOOKED),
-    "full": jax.checkpoint_policies.save_only_these_names(BOOKED),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, blockwise.SAVED, COTANGENT),
+    "full": jax.checkpoint_policies.save_only_these_names(COTANGENT),
 }
 
 
 class Decoder(nnx.Module):
-    """A Llama-family decoder; its layers are stacked along a leading axis, so its program does not grow with depth."""
+    """Decoder with layer parameters stacked along a leading axis, so that program size is independent of depth."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None = None):
-        single = StackInit(rngs, dtype)
+        unstacked = StackInit(rngs, dtype)
         self.config = config
-        self.embed = Embedding(single, config.vocab_size, config.hidden_size, config.initializer_range)
+        self.embed = Embedding(unstacked, config.vocab_size, config.hidden_size, config.initializer_range)
         self.layers = Layer(StackInit(rngs, dtype, config.num_layers, lora), config)
-        self.norm = Norm(single, config.hidden_size, config.rms_norm_eps)
+        self.norm = Norm(unstacked, config.hidden_size, config.rms_norm_eps)
         if config.tie_word_embeddings:
             self.head = None
         else:
             features, vocabulary = {"embed": config.hidden_size}, {"vocab": config.vocab_size}
-            self.head = Projection(single, features, vocabulary, bias=False, std=config.initializer_range)
+            self.head = Linear(unstacked, features, vocabulary, bias=False, std=config.initializer_range)
 
     def unembedding(self) -> Float[Array, "features vocab"]:
-        """The matrix from hidden states to logits; the transposed embedding table when they are tied."""
+        """The LM head matrix; the transposed embedding table when tied."""
         return self.embed.table[...].T if self.head is None else self.head.kernel[...]
 
     def hidden(
@@ -56,17 +56,17 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "rows length features"]:
         """Hidden states after the final norm."""
         attend, rotation = self._attention(settings), self._rotation(positions)
-        definition, stack = nnx.split(self.layers)
+        graphdef, stack = nnx.split(self.layers)
 
         def layer(x, weights):
-            return nnx.merge(definition, weights)(x, rotation, lambda q, k, v: (attend(q, k, v, mask), None), settings)
+            return nnx.merge(graphdef, weights)(x, rotation, lambda q, k, v: (attend(q, k, v, mask), None), settings)
 
         if REMAT[settings.remat] is not None:
-            # Inside a scan nothing can be merged across iterations, so the barrier against it would only cost.
+            # A scan already prevents CSE across iterations, so the extra barrier would only cost time.
             layer = jax.checkpoint(layer, policy=REMAT[settings.remat], prevent_cse=False)
         x = self.embed(tokens, settings)
-        x, _ = accumulation.scan(layer, x, nnx.to_pure_dict(stack), settings.sums)
-        return self.norm(x, settings)
+        x, _ = accumulation.scan_layers(layer, x, nnx.to_pure_dict(stack), settings.sums)
+        return self._final_norm(x, settings)
 
     def extend(
         self,
@@ -77,29 +77,29 @@ class Decoder(nnx.Module):
         start: Int[Array, ""] | int,
         settings: ForwardSettings,
     ) -> tuple[Float[Array, "batch new features"], Cache]:
-        """Hidden states of new tokens after the final norm, and the cache with them at slots start, start + 1, ..."""
+        """Hidden states of new tokens after the final norm, and the cache extended at slots start, start + 1, ..."""
         attend, rotation = self._attention(settings), self._rotation(positions)
-        cache = caches.note(cache, intervals, start)
+        cache = caches.write_intervals(cache, intervals, start)
         mask = cache_mask(cache.enter, cache.exit, intervals[..., 0], start)
-        definition, stack = nnx.split(self.layers)
+        graphdef, stack = nnx.split(self.layers)
 
         def body(carry, scanned):
             x, cache = carry
             index, weights = scanned
 
-            def remember(q, k, v):
-                grown = caches.write(cache, index, k, v, start)
-                return attend(q, *caches.read(grown, index), mask), grown
+            def attend_and_write(q, k, v):
+                updated = caches.write_layer(cache, index, k, v, start)
+                return attend(q, *caches.read_layer(updated, index), mask), updated
 
-            x, cache = nnx.merge(definition, weights)(x, rotation, remember, settings)
+            x, cache = nnx.merge(graphdef, weights)(x, rotation, attend_and_write, settings)
             return (x, cache), None
 
-        # The cache is carried, not scanned over, so that each write happens in place and copies no other slot.
+        # Carrying the cache lets XLA write the new slots in place; scanning over it would copy every slot.
         carry = (self.embed(tokens, settings), cache)
         (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
-        return self.norm(x, settings), cache
+        return self._final_norm(x, settings), cache
 
-    def branch(
+    def extend_branches(
         self,
         cache: Cache,
         branches: Branches,
@@ -109,28 +109,32 @@ class Decoder(nnx.Module):
         slot: Int[Array, ""],
         settings: ForwardSettings,
     ) -> tuple[Float[Array, "batch branches features"], Branches]:
-        """Hidden states of one further token of every branch after the final norm, and the branches with it."""
+        """Hidden states of one new token per branch after the final norm, and the extended branches."""
         rotation, slots = self._rotation(positions), branches.values.shape[-2]
-        own_seen = (slot - jnp.arange(slots)) % slots < count[..., None]
-        definition, stack = nnx.split(self.layers)
+        branch_mask = (slot - jnp.arange(slots)) % slots < count[..., None]
+        graphdef, stack = nnx.split(self.layers)
 
         def body(carry, scanned):
             x, branches = carry
             index, weights = scanned
 
-            def remember(q, k, v):
-                grown = caches.grow(branches, index, k, v, slot)
-                own = tuple(jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in grown)
-                trunk = tuple(jax.lax.dynamic_index_in_dim(each, index, 0, False) for each in cache[:2])
+            def attend_and_write(q, k, v):
+                updated = caches.write_branches(branches, index, k, v, slot)
+                branch = tuple(jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in updated)
+                prompt = tuple(jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in cache[:2])
                 scale = self.config.head_dim**-0.5
-                return branching(q, trunk, cache.enter != NEVER, own, own_seen, scale=scale), grown
+                return branch_attention(q, prompt, cache.enter != NEVER, branch, branch_mask, scale=scale), updated
 
-            x, branches = nnx.merge(definition, weights)(x, rotation, remember, settings)
+            x, branches = nnx.merge(graphdef, weights)(x, rotation, attend_and_write, settings)
             return (x, branches), None
 
         carry = (self.embed(tokens, settings), branches)
         (x, branches), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.num_layers), stack))
-        return self.norm(x, settings), branches
+        return self._final_norm(x, settings), branches
+
+    @jax.named_scope("final_norm")
+    def _final_norm(self, x, settings: ForwardSettings):
+        return self.norm(x, settings)
 
     def _attention(self, settings: ForwardSettings) -> Callable:
         scale = self.config.head_dim**-0.5

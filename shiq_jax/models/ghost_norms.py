@@ -1,11 +1,11 @@
-"""Parametric operations whose backward pass also says how long each row's own gradient is.
+"""Parametric operations whose backward pass also returns per-row gradient norms (ghost norms).
 
-Every operation that owns a parameter may be given a `NormTracker`, whose value need not be read. What the operation
-returns as its cotangent is the squared norm, row by row, of the gradient of this parameter, so that the cotangents of
-all operations add up to that of the whole gradient, through scans and rematerialisation alike. No gradient of a single
-row is held: ghost norms (Goodfellow, 2015, arXiv 1510.01799; Li et al., 2021, arXiv 2110.05679). With a `rule` each
-operation clips its rows before it adds them up (He et al., 2022, arXiv 2212.01539). With the rule `GIVEN` it scales
-them by the tracker's value, in which the gradients of the parameters, and nothing else, are then linear.
+Each operation accepts a `NormTracker`. Its VJP returns, as the tracker's cotangent, the squared norm of each row's
+gradient of the operation's parameter; the cotangents of all operations sum to the squared norm of the whole gradient,
+also through scans and rematerialization. No per-row gradient is materialized (Goodfellow, 2015, arXiv 1510.01799; Li et
+al., 2021, arXiv 2110.05679). With a `rule` each operation clips its rows before summing them (group-wise clipping, He
+et al., 2022, arXiv 2212.01539). With the rule `PRECOMPUTED` it scales the rows by the tracker's value, and the
+parameters' gradients are linear in these factors (book-keeping, Bu et al., 2022, arXiv 2210.00038).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from shiq_jax.models.linear import contract, to_input, to_kernel
+from shiq_jax.models.linear import contract, input_gradient, kernel_gradient
 
-# By these names a traced program shows which parameters are owned by such operations.
-OPERATION, LOOKUP, HEAD = "owned by a tracked operation", "owned by a tracked lookup", "owned by a tracked head"
-# Floats of the gradients of single rows, of one parameter, that may be held at once where a norm needs them whole.
+# `checkpoint_name` of a tracked parameter: identifies it in a traced program, see `privacy.coverage`.
+OPERATION, LOOKUP, HEAD = "parameter of a tracked operation", "parameter of a tracked lookup", "parameter of an LM head"
+# Maximum number of elements of the per-row gradients of one parameter that are materialized at once.
 BUDGET = 2**26
-# A row's gradient is a sum of its places' parts, and never taken for shorter than this share of what their norms add up
-# to: where they cancel further, rounding is what its norm would be of, and the sum of clipped rows as well.
-CANCELLED = 2.0**-7
-# By how much a squared norm is rounded up, over what it is summed up from.
+# Lower bound of a row's gradient norm, as a share of the summed norms of its per-token contributions. Below it the
+# contributions cancel so far that rounding errors dominate both the norm and the sum of clipped rows.
+CANCELLATION_FLOOR = 2.0**-7
+# Relative amount by which squared norms are rounded up, so that rounding errors never understate a norm.
 ROUNDING = 2.0**-20
-# The rule by which rows are scaled with the tracker's own value, whatever their norms.
-GIVEN = "given"
-# By this name the backward pass keeps the cotangents that, with that rule, the parameters' gradients are made of.
-BOOKED = "cotangent of a tracked operation"
+# Rule that scales rows by the tracker's value, independently of their norms.
+PRECOMPUTED = "precomputed"
+# `checkpoint_name` of the cotangents that the parameters' gradients are computed from under `PRECOMPUTED`.
+COTANGENT = "cotangent of a tracked operation"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NormTracker:
-    """Gradient norms of the rows of one forward pass, each row a unit; `Model.tracking` gives it to all operations.
+    """Per-row gradient norms of one forward pass; `Model.tracking` passes it to all parametric operations.
 
     Attributes:
-        squares: its cotangent is each row's squared gradient norm; its value is read by the rule `GIVEN` alone.
-        tie: connects the two uses of a tied table, see `ghost_vocabulary.tied`; None where the table is not tied.
-        rule: norms [rows] -> factors [rows], by which every operation scales the rows' gradients of its own parameter;
-            None for 1; `GIVEN` for the value of `squares`.
+        squares: its cotangent is the squared gradient norm of each row; its value is read by `PRECOMPUTED` only.
+        tie: connects the two uses of a tied embedding table, see `ghost_vocabulary.with_tie`; None if untied.
+        rule: norms [rows] -> factors [rows], by which each operation scales the rows' gradients of its own parameter;
+            None for no scaling; `PRECOMPUTED` to scale by the value of `squares`.
     """
 
     squares: Float[Array, " rows"]
@@ -57,34 +57,40 @@ class NormTracker:
 
 
 class Tie(NamedTuple):
-    """Connection between the two uses of a tied table: the tokens that are looked up, and zeros with cotangents.
+    """Link between the two uses of a tied embedding table: the looked-up tokens, and zeros that carry cotangents.
 
-    The lookup sends the cotangent of its vectors through `looked_up`; the head sends, through `lines`, the lines of its
-    gradient that belong to the tokens.
+    Attributes:
+        tokens: that the lookup reads.
+        embedding_grads: its cotangent, set by the lookup, is the cotangent of the embeddings.
+        head_grads: its cotangent, set by the LM head, holds the rows of the head's gradient that belong to `tokens`.
     """
 
     tokens: Int[Array, "rows length"]
-    looked_up: Float[Array, "rows length features"]
-    lines: Float[Array, "rows length features"]
+    embedding_grads: Float[Array, "rows length features"]
+    head_grads: Float[Array, "rows length features"]
 
 
 class Operation(NamedTuple):
-    """An operation on an input `[rows, ...]` and one parameter, and its derivatives given the output's cotangent.
+    """An operation on an input `[rows, ...]` and one parameter, with its derivatives.
 
-    to_weights reads the input, the cotangent (scaled; both without rows that are not finite) and the parameter's shape;
-    squared_norm gives `[rows]`. of_rows gives both before they are summed, `[rows, ...]` and `[rows]`, where the norm
-    needs every row's gradient anyway and there is room for all of them; else None.
+    Attributes:
+        apply: (input, parameter) -> output.
+        input_gradient: (input, parameter, cotangent) -> gradient of the input.
+        parameter_gradient: (input, cotangent, parameter shape) -> gradient of the parameter, summed over the rows.
+        squared_norm: (input, cotangent) -> squared norm [rows] of each row's gradient of the parameter.
+        per_row: (input, cotangent) -> (per-row gradients [rows, ...], squared norms [rows]), or None where computing
+            the norm does not materialize per-row gradients or they exceed `BUDGET`.
     """
 
     apply: Callable[[Array, Array], Array]
-    to_input: Callable[[Array, Array, Array], Array]
-    to_weights: Callable[[Array, Array, tuple[int, ...]], Array]
+    input_gradient: Callable[[Array, Array, Array], Array]
+    parameter_gradient: Callable[[Array, Array, tuple[int, ...]], Array]
     squared_norm: Callable[[Array, Array], Array]
-    of_rows: Callable[[Array, Array], tuple[Array, Array] | None] = lambda x, s: None
+    per_row: Callable[[Array, Array], tuple[Array, Array] | None] = lambda x, cotangent: None
 
 
 def apply(operation: Operation, x: Array, weights: Array, tracker: NormTracker | None) -> Array:
-    """The operation's result; with a tracker it can be differentiated in reverse mode only."""
+    """Apply an operation; with a tracker the result supports reverse-mode differentiation only."""
     if tracker is None:
         return operation.apply(x, weights)
     return _tracked(operation, tracker.rule, x, weights, tracker.squares)
@@ -97,189 +103,202 @@ def _tracked(operation, rule, x, weights, squares):
 
 def _forward(operation, rule, x, weights, squares):
     out = operation.apply(x.value, weights.value)
-    return out, (x.value, weights.value, squares.value, _learns(weights))
+    return out, (x.value, weights.value, squares.value, is_differentiated(weights))
 
 
-def _backward(operation, rule, kept, cotangent):
-    x, weights, squares, learns = kept
-    s = jax.lax.optimization_barrier(instantiate(cotangent))
-    before = operation.to_input(x, weights, s).astype(x.dtype)
-    if learns is None:
-        return before, None, None
-    if callable(rule) and (rows := operation.of_rows(x, s)):
-        grads, square = rows
-        factors = _over(row_factor(rule, square), grads)
+def _backward(operation, rule, residuals, cotangent):
+    x, weights, squares, differentiated = residuals
+    cotangent = jax.lax.optimization_barrier(instantiate(cotangent))
+    x_grad = operation.input_gradient(x, weights, cotangent).astype(x.dtype)
+    if differentiated is None:
+        return x_grad, None, None
+    if callable(rule) and (per_row := operation.per_row(x, cotangent)):
+        grads, square = per_row
+        factors = _expand_rows(row_factors(rule, square), grads)
         total = jnp.sum(jnp.where(factors > 0, factors * grads, 0), axis=0).reshape(weights.shape)
-        return before, total.astype(weights.dtype), square.astype(squares.dtype)
-    square = operation.squared_norm(x, s).astype(squares.dtype)
-    # A row of which either is not finite has no norm that is, and no part in the sum.
-    x, s = zero_other_rows(finite_rows(x), x), zero_other_rows(finite_rows(s), s)
-    s = scale_rows(checkpoint_name(s, BOOKED) if rule is GIVEN else s, rule, square, squares)
-    return before, operation.to_weights(x, s, weights.shape).astype(weights.dtype), square
+        return x_grad, total.astype(weights.dtype), square.astype(squares.dtype)
+    square = operation.squared_norm(x, cotangent).astype(squares.dtype)
+    # A row with non-finite values has a non-finite norm and is excluded from the sum.
+    x, cotangent = keep_rows(finite_rows(x), x), keep_rows(finite_rows(cotangent), cotangent)
+    if rule is PRECOMPUTED:
+        cotangent = checkpoint_name(cotangent, COTANGENT)
+    cotangent = scale_rows(cotangent, rule, square, squares)
+    return x_grad, operation.parameter_gradient(x, cotangent, weights.shape).astype(weights.dtype), square
 
 
 _tracked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _learns(weights) -> tuple | None:
-    """Whether the parameter is differentiated; by the structure of a pytree, which unlike a value is known in time."""
-    return () if weights.perturbed else None
+def is_differentiated(argument) -> tuple | None:
+    """() if a `custom_vjp` argument is differentiated, else None; unlike a bool, both are static as residuals."""
+    return () if argument.perturbed else None
 
 
 def instantiate(cotangent) -> Array:
-    """A cotangent as an array."""
+    """Replace a symbolic zero by an array."""
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
 
 
 def finite_rows(*arrays: Array) -> Bool[Array, " rows"]:
-    """Which rows hold nothing but numbers."""
-    fine = [jnp.all(jnp.isfinite(each), axis=tuple(range(1, each.ndim))) for each in arrays]
-    return functools.reduce(jnp.logical_and, fine)
+    """Rows in which all arrays are finite."""
+    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in arrays]
+    return functools.reduce(jnp.logical_and, finite)
 
 
-def zero_other_rows(rows: Bool[Array, " rows"], x: Array) -> Array:
-    """The array with zeros in the other rows: in a sum over rows, 0 times infinity would poison all."""
-    return jnp.where(_over(rows, x), x, 0)
+def keep_rows(rows: Bool[Array, " rows"], x: Array) -> Array:
+    """`x` with all other rows set to zero; multiplying by zero instead would turn infinities into NaN."""
+    return jnp.where(_expand_rows(rows, x), x, 0)
 
 
 def scale_rows(
-    s: Array, rule: Callable | str | None, square: Float[Array, " rows"], given: Float[Array, " rows"], uses: int = 1
+    cotangent: Array,
+    rule: Callable | str | None,
+    square: Float[Array, " rows"],
+    precomputed: Float[Array, " rows"],
+    uses: int = 1,
 ) -> Array:
-    """The cotangent with each row scaled as the rule wants for its norm; by one of `uses` that share a parameter."""
+    """Scale each row of a cotangent by the rule's factor; uses: number of operations that share the parameter."""
     if rule is None:
-        return s
-    factors = given if rule is GIVEN else row_factor(rule, square, uses)
-    return (_over(factors, s) * s).astype(s.dtype)
+        return cotangent
+    factors = precomputed if rule is PRECOMPUTED else row_factors(rule, square, uses)
+    return (_expand_rows(factors, cotangent) * cotangent).astype(cotangent.dtype)
 
 
-def row_factor(rule: Callable, square: Float[Array, " rows"], uses: int = 1) -> Float[Array, " rows"]:
-    """What the rule scales rows by, given their squared norm and one of `uses` of a parameter; 0 if it is no number."""
+def row_factors(rule: Callable, square: Float[Array, " rows"], uses: int = 1) -> Float[Array, " rows"]:
+    """The rule's factors for rows with the given squared norms; 0 for a norm that is not finite.
+
+    uses: number of operations that share the parameter. Each is clipped to 1 / uses of the clip norm.
+    """
     norm = jnp.sqrt(jnp.maximum(square, 0))
-    # Twice as long as it is, it is clipped to half as much.
     return jnp.where(jnp.isfinite(norm), rule(uses * norm), 0)
 
 
-def _over(rows: Array, like: Array) -> Array:
+def _expand_rows(rows: Array, like: Array) -> Array:
     return rows.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-# The operations.
-
-
 @functools.cache
-def product(contracted: int) -> Operation:
-    """The last `contracted` dimensions of the input against the first ones of a kernel."""
+def product(num_inputs: int) -> Operation:
+    """Product with a kernel: contracts the last `num_inputs` dimensions of the input with its first ones."""
 
-    def flat(x, s):
-        inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - contracted :]))
-        outputs = s.reshape(*inputs.shape[:2], -1)
+    def flatten(x, cotangent):
+        inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - num_inputs :]))
+        outputs = cotangent.reshape(*inputs.shape[:2], -1)
         return inputs, outputs, jnp.sum(norms(inputs) * norms(outputs), axis=1)
 
-    def squared_norm(x, s):
-        inputs, outputs, total = flat(x, s)
-        return bounded_square(squared_norm_of_product(inputs, outputs), total)
+    def squared_norm(x, cotangent):
+        inputs, outputs, summed_norms = flatten(x, cotangent)
+        return conservative_square(squared_norm_of_product(inputs, outputs), summed_norms)
 
-    def of_rows(x, s):
-        inputs, outputs, total = flat(x, s)
+    def per_row(x, cotangent):
+        inputs, outputs, summed_norms = flatten(x, cotangent)
         if gram_is_cheaper(inputs, outputs) or len(x) * inputs.shape[2] * outputs.shape[2] > BUDGET:
             return None
-        grads = accumulated("bti,bto->bio", inputs, outputs)
-        square = bounded_square(jnp.sum(jnp.square(grads), axis=(1, 2)), total)
-        return grads.reshape(len(x), *x.shape[x.ndim - contracted :], *s.shape[x.ndim - contracted :]), square
+        grads = wide_einsum("bti,bto->bio", inputs, outputs)
+        square = conservative_square(jnp.sum(jnp.square(grads), axis=(1, 2)), summed_norms)
+        return grads.reshape(len(x), *x.shape[x.ndim - num_inputs :], *cotangent.shape[x.ndim - num_inputs :]), square
 
     return Operation(
-        apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), contracted),
-        to_input=lambda x, kernel, s: to_input(kernel.astype(s.dtype), s, contracted),
-        to_weights=lambda x, s, shape: to_kernel(*_operands(x, s), contracted, _precise(s)),
+        apply=lambda x, kernel: contract(x, kernel.astype(x.dtype), num_inputs),
+        input_gradient=lambda x, kernel, cotangent: input_gradient(
+            kernel.astype(cotangent.dtype), cotangent, num_inputs
+        ),
+        parameter_gradient=lambda x, cotangent, shape: kernel_gradient(
+            *_widen_on_cpu(x, cotangent), num_inputs, _wide_dtype(cotangent)
+        ),
         squared_norm=squared_norm,
-        of_rows=of_rows,
+        per_row=per_row,
     )
 
 
-def gram_is_cheaper(x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]) -> bool:
-    """Whether a row's x^T s takes more operations than the products of all pairs of places of x, and of s."""
-    length, inputs, outputs = x.shape[1], x.shape[2], s.shape[2]
+def gram_is_cheaper(x: Float[Array, "rows T inputs"], cotangent: Float[Array, "rows T outputs"]) -> bool:
+    """Whether the two T x T Gram matrices of a row cost fewer operations than its gradient x^T cotangent."""
+    length, inputs, outputs = x.shape[1], x.shape[2], cotangent.shape[2]
     return length * (inputs + outputs) <= inputs * outputs
 
 
 def squared_norm_of_product(
-    x: Float[Array, "rows T inputs"], s: Float[Array, "rows T outputs"]
+    x: Float[Array, "rows T inputs"], cotangent: Float[Array, "rows T outputs"]
 ) -> Float[Array, " rows"]:
-    """Squared norm of each row's x^T s, by whichever way takes fewer operations.
+    """Squared Frobenius norm of each row's x^T s, s the cotangent, by the cheaper of two methods.
 
-    Either sum_tu (x_t . x_u) (s_t . s_u), in time T^2 (inputs + outputs), or the matrix itself, in time
-    T * inputs * outputs, a part of its lines at a time.
+    The Gram method computes sum_tu (x_t . x_u) (s_t . s_u) in time T^2 (inputs + outputs). The direct method computes
+    the product in time T * inputs * outputs, in slices of at most `BUDGET` elements.
     """
-    if gram_is_cheaper(x, s):
-        return jnp.sum(accumulated("bti,bui->btu", x, x) * accumulated("bto,buo->btu", s, s), axis=(1, 2))
-    inputs, outputs = x.shape[2], s.shape[2]
-    parts = -(-len(x) * inputs * outputs // BUDGET)
-    lines = -(-inputs // parts)
+    if gram_is_cheaper(x, cotangent):
+        grams = wide_einsum("bti,bui->btu", x, x), wide_einsum("bto,buo->btu", cotangent, cotangent)
+        return jnp.sum(grams[0] * grams[1], axis=(1, 2))
+    inputs, outputs = x.shape[2], cotangent.shape[2]
+    num_slices = -(-len(x) * inputs * outputs // BUDGET)
+    size = -(-inputs // num_slices)
 
-    def add(total, part):
-        return total + jnp.sum(jnp.square(accumulated("bti,bto->bio", part, s)), axis=(1, 2)), None
+    def add(total, x_slice):
+        return total + jnp.sum(jnp.square(wide_einsum("bti,bto->bio", x_slice, cotangent)), axis=(1, 2)), None
 
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -inputs % lines)))
-    x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, lines), 2, 0)
-    return jax.lax.scan(add, jnp.zeros(len(s), _precise(s)), x)[0]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -inputs % size)))
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, size), 2, 0)
+    return jax.lax.scan(add, jnp.zeros(len(cotangent), _wide_dtype(cotangent)), x)[0]
 
 
-def bounded_square(square: Float[Array, " rows"], total: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """A squared norm, rounded up, of a sum of parts whose norms add up to `total`; safe where they cancel."""
-    return (1 + ROUNDING) * jnp.maximum(square, jnp.square(CANCELLED * total))
+def conservative_square(square: Float[Array, " rows"], summed_norms: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """Upper bound of a squared norm under rounding and cancellation.
+
+    summed_norms: sum of the norms of the contributions that add up to the vector.
+    """
+    return (1 + ROUNDING) * jnp.maximum(square, jnp.square(CANCELLATION_FLOOR * summed_norms))
 
 
 def norms(x: Float[Array, "*lead features"]) -> Float[Array, "*lead"]:
-    """L2 over the last dimension, in float32 at least."""
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_precise(x))), axis=-1))
+    """L2 norm over the last dimension, in float32 or wider."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_wide_dtype(x))), axis=-1))
 
 
-def _summed(x, s, shape):
-    return jnp.sum(s, axis=tuple(range(s.ndim - len(shape))), dtype=_precise(s))
+def _sum_to_shape(cotangent, shape):
+    return jnp.sum(cotangent, axis=tuple(range(cotangent.ndim - len(shape))), dtype=_wide_dtype(cotangent))
 
 
-def _square_of_shift(x, s):
-    """Of the sum over places; a bias has the input's dimensions from the third on."""
-    return _square_of_sum(s.reshape(*s.shape[:2], -1))
+def _squared_norm_of_shift(x, cotangent):
+    # Dimensions from the third on belong to the bias.
+    return _squared_norm_of_sum(cotangent.reshape(*cotangent.shape[:2], -1))
 
 
-def _square_of_scale(x, s):
-    return _square_of_sum((x * s).reshape(len(s), -1, s.shape[-1]))
+def _squared_norm_of_scale(x, cotangent):
+    return _squared_norm_of_sum((x * cotangent).reshape(len(cotangent), -1, cotangent.shape[-1]))
 
 
-def _square_of_sum(parts: Float[Array, "rows places features"]) -> Float[Array, " rows"]:
-    summed = jnp.sum(parts, axis=1, dtype=_precise(parts))
-    return bounded_square(jnp.sum(jnp.square(summed), axis=-1), jnp.sum(norms(parts), axis=1))
+def _squared_norm_of_sum(terms: Float[Array, "rows terms features"]) -> Float[Array, " rows"]:
+    total = jnp.sum(terms, axis=1, dtype=_wide_dtype(terms))
+    return conservative_square(jnp.sum(jnp.square(total), axis=-1), jnp.sum(norms(terms), axis=1))
 
 
 SHIFT = Operation(
     apply=lambda x, bias: x + bias.astype(x.dtype),
-    to_input=lambda x, bias, s: s,
-    to_weights=_summed,
-    squared_norm=_square_of_shift,
+    input_gradient=lambda x, bias, cotangent: cotangent,
+    parameter_gradient=lambda x, cotangent, shape: _sum_to_shape(cotangent, shape),
+    squared_norm=_squared_norm_of_shift,
 )
 
 SCALE = Operation(
     apply=lambda x, scale: x * scale.astype(x.dtype),
-    to_input=lambda x, scale, s: s * scale.astype(s.dtype),
-    to_weights=lambda x, s, shape: _summed(x, x * s, shape),
-    squared_norm=_square_of_scale,
+    input_gradient=lambda x, scale, cotangent: cotangent * scale.astype(cotangent.dtype),
+    parameter_gradient=lambda x, cotangent, shape: _sum_to_shape(x * cotangent, shape),
+    squared_norm=_squared_norm_of_scale,
 )
 
 
-def accumulated(subscripts: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two arrays, summed in float32 at least."""
-    return jnp.einsum(subscripts, *_operands(a, b), preferred_element_type=_precise(a))
+def wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays, accumulated in float32 or wider."""
+    return jnp.einsum(subscripts, *_widen_on_cpu(a, b), preferred_element_type=_wide_dtype(a))
 
 
-def _operands(a: Array, b: Array) -> tuple[Array, Array]:
-    """The arrays, in float32 where a CPU would have to multiply bfloat16 and sum in float32: not all shapes are had."""
+def _widen_on_cpu(a: Array, b: Array) -> tuple[Array, Array]:
+    """Cast to float32 or wider on CPU, which lacks some bfloat16 products with float32 accumulation."""
     if jax.default_backend() == "cpu":
-        return a.astype(_precise(a)), b.astype(_precise(b))
+        return a.astype(_wide_dtype(a)), b.astype(_wide_dtype(b))
     return a, b
 
 
-def _precise(x: Array) -> Any:
+def _wide_dtype(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,7 +1,7 @@
-"""The building blocks of a decoder, as Flax NNX modules.
+"""Building blocks of a decoder as Flax NNX modules.
 
-Every parameter is declared in one place, by `_parameter`: shape, dtype, initialiser and logical axes. Those four drive
-initialisation, abstract shapes, shardings, loading and saving; nothing else repeats them.
+`_parameter` declares the shape, dtype, initializer and logical axes of every parameter. This one declaration drives
+initialization, abstract shapes, sharding, loading and saving.
 """
 
 import math
@@ -22,17 +22,21 @@ from shiq_jax.models.ghost_vocabulary import lookup
 from shiq_jax.models.lora import Lora
 from shiq_jax.sharding import constrain
 
-# What a rematerialisation policy may keep: the products of activations and weights.
-PROJECTED = "projection"
+# `checkpoint_name` of the outputs of linear layers, for rematerialization policies.
+LINEAR_OUTPUT = "linear output"
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class ForwardSettings(NamedTuple):
-    """How a forward pass is run, for all its modules.
+    """Settings of one forward pass, shared by all modules.
 
-    dtype: of activations. remat: see `decoder.REMAT`. engine: of attention. tracker: of the rows' gradient norms, see
-    `tracked`. sums: what the layers' gradients are added to, see `accumulation`.
+    Attributes:
+        dtype: of activations.
+        remat: rematerialization policy, a key of `decoder.REMAT`.
+        engine: attention engine, a key of `attention.ENGINES`.
+        tracker: per-row gradient norms, see `ghost_norms`.
+        sums: running sums of the layers' gradients, see `accumulation`.
     """
 
     dtype: jnp.dtype
@@ -44,129 +48,128 @@ class ForwardSettings(NamedTuple):
 
 
 class StackInit(NamedTuple):
-    """What the parameters of one stack have in common: random keys, dtype, how many layers there are, adapters."""
+    """Settings shared by the parameters of a stack of layers; num_layers None means unstacked parameters."""
 
     rngs: nnx.Rngs
     dtype: jnp.dtype
-    stack: int | None = None
+    num_layers: int | None = None
     lora: Lora | None = None
 
 
-def _parameter(declaring: StackInit, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    if declaring.stack is not None:
-        shape, axes = (declaring.stack, *shape), ("layers", *axes)
-    return nnx.Param(init(declaring.rngs.params(), shape, declaring.dtype), logical=axes)
+def _parameter(stack: StackInit, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    if stack.num_layers is not None:
+        shape, axes = (stack.num_layers, *shape), ("layers", *axes)
+    return nnx.Param(init(stack.rngs.params(), shape, stack.dtype), logical=axes)
 
 
-class Projection(nnx.Module):
-    """A linear map from all `inputs` dimensions to all `outputs` dimensions: `x @ kernel + bias`.
+class Linear(nnx.Module):
+    """Linear layer over several input and output dimensions: `x @ kernel + bias`, with an optional LoRA adapter.
 
-    inputs, outputs: logical axis -> size. name: in a checkpoint, by which adapters are asked for. kernel [*inputs,
-    *outputs]; bias [*outputs], when asked for; of an adapter lora_a [*inputs, rank] and lora_b [rank, *outputs].
+    inputs, outputs: logical axis -> size. name: checkpoint name, matched against `Lora.targets`. Parameters: kernel
+    [*inputs, *outputs]; optionally bias [*outputs]; with an adapter lora_a [*inputs, rank] and lora_b [rank, *outputs].
     """
 
     def __init__(
-        self, declaring: StackInit, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float,
+        self, stack: StackInit, inputs: dict[str, int], outputs: dict[str, int], bias: bool, std: float,
         name: str = "",
     ):  # fmt: skip
         shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
-        self.kernel = _parameter(declaring, nnx.initializers.normal(std), shape, axes)
-        self.bias = (
-            _parameter(declaring, nnx.initializers.zeros, tuple(outputs.values()), tuple(outputs)) if bias else None
-        )
-        self.contracted = len(inputs)
-        self.lora = declaring.lora if declaring.lora and name in declaring.lora.targets else None
+        self.kernel = _parameter(stack, nnx.initializers.normal(std), shape, axes)
+        self.bias = _parameter(stack, nnx.initializers.zeros, tuple(outputs.values()), tuple(outputs)) if bias else None
+        self.num_inputs = len(inputs)
+        self.lora = stack.lora if stack.lora and name in stack.lora.targets else None
         if self.lora is not None:
             rank, bound = self.lora.rank, math.prod(inputs.values()) ** -0.5
 
             def uniform(key, shape, dtype):
                 return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-            self.lora_a = _parameter(declaring, uniform, (*inputs.values(), rank), (*inputs, "rank"))
-            self.lora_b = _parameter(declaring, nnx.initializers.zeros, (rank, *outputs.values()), ("rank", *outputs))
+            self.lora_a = _parameter(stack, uniform, (*inputs.values(), rank), (*inputs, "rank"))
+            self.lora_b = _parameter(stack, nnx.initializers.zeros, (rank, *outputs.values()), ("rank", *outputs))
 
     def __call__(self, x: jax.Array, settings: ForwardSettings) -> jax.Array:
-        x, product, tracker = x.astype(settings.dtype), ghost_norms.product(self.contracted), settings.tracker
+        x, product, tracker = x.astype(settings.dtype), ghost_norms.product(self.num_inputs), settings.tracker
         out = ghost_norms.apply(product, x, self.kernel[...], tracker)
         if self.lora is not None:
             inner = ghost_norms.apply(product, x, self.lora_a[...], tracker)
             out = out + self.lora.scale * ghost_norms.apply(ghost_norms.product(1), inner, self.lora_b[...], tracker)
-        out = checkpoint_name(out, PROJECTED)
+        out = checkpoint_name(out, LINEAR_OUTPUT)
         return out if self.bias is None else ghost_norms.apply(ghost_norms.SHIFT, out, self.bias[...], tracker)
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale over the features, in float32, returned in the dtype of `x` (Zhang and Sennrich, 2019)."""
+    """RMSNorm (Zhang and Sennrich, 2019), computed in float32 or wider and returned in the dtype of `x`."""
 
-    def __init__(self, declaring: StackInit, size: int, epsilon: float):
-        self.scale = _parameter(declaring, nnx.initializers.ones, (size,), ("norm",))
+    def __init__(self, stack: StackInit, size: int, epsilon: float):
+        self.scale = _parameter(stack, nnx.initializers.ones, (size,), ("norm",))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*rows features"], settings: ForwardSettings) -> Float[Array, "*rows features"]:
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(precise), axis=-1, keepdims=True) + self.epsilon)
-        return ghost_norms.apply(ghost_norms.SCALE, precise * inverse, self.scale[...], settings.tracker).astype(
-            x.dtype
-        )
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        out = ghost_norms.apply(ghost_norms.SCALE, wide * inverse_rms, self.scale[...], settings.tracker)
+        return out.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors, [vocab_size, hidden_size]."""
+    """Token embedding table [vocab_size, hidden_size]."""
 
-    def __init__(self, declaring: StackInit, vocabulary: int, size: int, std: float):
-        self.table = _parameter(declaring, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
+    def __init__(self, stack: StackInit, vocabulary: int, size: int, std: float):
+        self.table = _parameter(stack, nnx.initializers.normal(std), (vocabulary, size), ("vocab", "embed"))
 
     @jax.named_scope("embed")
     def __call__(
         self, tokens: Int[Array, "rows length"], settings: ForwardSettings
     ) -> Float[Array, "rows length features"]:
-        """The tokens' vectors."""
-        # Whole vectors on every device: the result is cut along rows, and a lookup in a table that is cut along
-        # features would first be cut the wrong way.
+        """Embeddings of the tokens."""
+        # Gather the features first: the result is sharded along rows, which a lookup in a table sharded along features
+        # would reach only through another reshard.
         table = constrain(self.table[...], ("vocab", "features"), settings.mesh)
-        vectors = table[tokens] if settings.tracker is None else lookup(table, tokens, settings.tracker)
-        return constrain(vectors.astype(settings.dtype), ("rows", "length", "features"), settings.mesh)
+        embeddings = table[tokens] if settings.tracker is None else lookup(table, tokens, settings.tracker)
+        return constrain(embeddings.astype(settings.dtype), ("rows", "length", "features"), settings.mesh)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what is attended to is the caller's to say.
+    """Grouped-query attention with rotary embeddings and, with `qk_norm`, RMS-normalized queries and keys.
 
-    Queries and keys are normalised over head_dim, by one scale for all heads, where the config has it so.
+    The caller's `attend(q, k, v)` computes the attention itself and may return a second value, such as a cache.
     """
 
-    def __init__(self, declaring: StackInit, config: DecoderConfig):
+    def __init__(self, stack: StackInit, config: DecoderConfig):
         std, bias, embed = config.initializer_range, config.attention_bias, {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        self.query = Projection(declaring, embed, heads, bias, std, "q_proj")
-        self.key = Projection(declaring, embed, kv_heads, bias, std, "k_proj")
-        self.value = Projection(declaring, embed, kv_heads, bias, std, "v_proj")
-        self.output = Projection(declaring, heads, embed, bias, std, "o_proj")
+        self.query = Linear(stack, embed, heads, bias, std, "q_proj")
+        self.key = Linear(stack, embed, kv_heads, bias, std, "k_proj")
+        self.value = Linear(stack, embed, kv_heads, bias, std, "v_proj")
+        self.output = Linear(stack, heads, embed, bias, std, "o_proj")
         self.query_norm, self.key_norm = (
-            Norm(declaring, config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+            Norm(stack, config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
         )
 
     @jax.named_scope("attention")
     def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: ForwardSettings):
-        q, k, v = (project(x, settings) for project in (self.query, self.key, self.value))
+        q, k, v = self.query(x, settings), self.key(x, settings), self.value(x, settings)
         if self.query_norm is not None:
             q, k = self.query_norm(q, settings), self.key_norm(k, settings)
         q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         q = constrain(q, ("rows", "length", "heads", "head_dim"), settings.mesh)
-        k, v = (constrain(each, ("rows", None, "kv_heads", "head_dim"), settings.mesh) for each in (k, v))
-        mixed, memory = attend(q, k, v)
-        return self.output(mixed, settings), memory
+        k = constrain(k, ("rows", None, "kv_heads", "head_dim"), settings.mesh)
+        v = constrain(v, ("rows", None, "kv_heads", "head_dim"), settings.mesh)
+        out, aux = attend(q, k, v)
+        return self.output(out, settings), aux
 
 
 class GatedMlp(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+    """SwiGLU MLP: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
 
-    def __init__(self, declaring: StackInit, config: DecoderConfig):
+    def __init__(self, stack: StackInit, config: DecoderConfig):
         std, bias = config.initializer_range, config.mlp_bias
         embed, hidden = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = Projection(declaring, embed, hidden, bias, std, "gate_proj")
-        self.up = Projection(declaring, embed, hidden, bias, std, "up_proj")
-        self.down = Projection(declaring, hidden, embed, bias, std, "down_proj")
+        self.gate = Linear(stack, embed, hidden, bias, std, "gate_proj")
+        self.up = Linear(stack, embed, hidden, bias, std, "up_proj")
+        self.down = Linear(stack, hidden, embed, bias, std, "down_proj")
 
     @jax.named_scope("mlp")
     def __call__(self, x, settings: ForwardSettings):
@@ -175,17 +178,17 @@ class GatedMlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention and gated MLP, each behind its norm and around its residual."""
+    """Pre-norm decoder layer: attention and gated MLP, each with a residual connection."""
 
-    def __init__(self, declaring: StackInit, config: DecoderConfig):
-        self.attention_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(declaring, config)
-        self.mlp_norm = Norm(declaring, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMlp(declaring, config)
+    def __init__(self, stack: StackInit, config: DecoderConfig):
+        self.attention_norm = Norm(stack, config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(stack, config)
+        self.mlp_norm = Norm(stack, config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(stack, config)
 
     def __call__(self, x, rotation: tuple[jax.Array, jax.Array], attend: Attend, settings: ForwardSettings):
-        """`x` [rows, length, features] after this layer, and whatever `attend` returned beside its result."""
-        mixed, memory = self.attention(self.attention_norm(x, settings), rotation, attend, settings)
-        x = constrain(x + mixed, ("rows", "length", "features"), settings.mesh)
+        """`x` [rows, length, features] after this layer, and the second value that `attend` returned."""
+        out, aux = self.attention(self.attention_norm(x, settings), rotation, attend, settings)
+        x = constrain(x + out, ("rows", "length", "features"), settings.mesh)
         x = x + self.mlp(self.mlp_norm(x, settings), settings)
-        return constrain(x, ("rows", "length", "features"), settings.mesh), memory
+        return constrain(x, ("rows", "length", "features"), settings.mesh), aux

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a kernel W acts as W + alpha / rank * A B, of which A and B alone learn (arXiv 2106.09685)."""
+"""LoRA (arXiv 2106.09685): a frozen kernel W acts as W + alpha / rank * A B with trainable A and B."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-# The linear maps of a layer, as checkpoints call them.
+# Checkpoint names of the linear layers of a decoder layer.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What stands beside a kernel: A [*inputs, rank] and B [rank, *outputs].
+# Parameter names of A [*inputs, rank] and B [rank, *outputs], next to `kernel`.
 A, B = "lora_a", "lora_b"
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which linear maps of every layer have an adapter, and of which size.
+    """LoRA configuration, the same for every layer.
 
-    rank: of A B. alpha: its scale, times the rank. targets: names out of `TARGETS`. Raises ValueError for a rank below
-    1, an alpha that is no positive number, and names that there are not.
+    targets: linear layers with an adapter, a subset of `TARGETS`. Raises ValueError for a rank below 1, a non-positive
+    or non-finite alpha, or unknown or empty targets.
     """
 
     rank: int
@@ -37,41 +37,43 @@ class Lora:
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"the alpha of LoRA must be positive and finite, not {self.alpha}")
         unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"LoRA has no target {', '.join(unknown)!r}; the targets are {', '.join(TARGETS)}")
+        if unknown:
+            raise ValueError(f"unknown LoRA target {', '.join(unknown)!r}; the targets are {', '.join(TARGETS)}")
+        if not self.targets:
+            raise ValueError(f"LoRA needs at least one target; the targets are {', '.join(TARGETS)}")
 
     @property
     def scale(self) -> float:
-        """What A B is multiplied with."""
+        """alpha / rank, the factor of A B."""
         return self.alpha / self.rank
 
 
 def is_adapter(path: Sequence[str]) -> bool:
-    """Whether a parameter's path names a part of an adapter; `init_state(..., trainable=is_adapter)` trains those."""
+    """Whether a parameter path belongs to an adapter; `init_state(..., trainable=is_adapter)` trains adapters only."""
     return path[-1] in (A, B)
 
 
 def only_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapters out of a nested dict of parameters."""
+    """Select the adapters from a nested dict of parameters."""
     return unflatten_dict({path: leaf for path, leaf in flatten_dict(dict(params)).items() if is_adapter(path)})
 
 
 def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict of parameters without its adapters."""
+    """Drop the adapters from a nested dict of parameters."""
     return unflatten_dict({path: leaf for path, leaf in flatten_dict(dict(params)).items() if not is_adapter(path)})
 
 
 @jax.jit
-def merged(
+def merge_adapters(
     kernel: Float[Array, "layers *inputs_and_outputs"],
     a: Float[Array, "layers *inputs rank"],
     b: Float[Array, "layers rank *outputs"],
     scale: float,
 ) -> Float[Array, "layers *inputs_and_outputs"]:
-    """W + scale * A B of every layer, added up in float32 at least."""
-    precise = jnp.promote_types(kernel.dtype, jnp.float32)
+    """W + scale * A B for every layer, computed in float32 or wider."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
     layers, rank = len(a), a.shape[-1]
     product = jnp.matmul(
-        a.reshape(layers, -1, rank).astype(precise), b.reshape(layers, rank, -1).astype(precise), precision="highest"
+        a.reshape(layers, -1, rank).astype(wide), b.reshape(layers, rank, -1).astype(wide), precision="highest"
     )
-    return (kernel.astype(precise) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+    return (kernel.astype(wide) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)

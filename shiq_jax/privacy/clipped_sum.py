@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from shiq_jax.models.ghost_norms import BUDGET, GIVEN, NormTracker
+from shiq_jax.models.ghost_norms import BUDGET, PRECOMPUTED, NormTracker
 from shiq_jax.privacy.clip_rules import ClipRule, Groupwise
 from shiq_jax.privacy.coverage import coverage
 
@@ -187,7 +187,7 @@ def _bookkeeping(losses, params, batch, clip, mask, scale):
     """Linearize the gradients in the clip factors, so that everything independent of the factors is computed once."""
 
     def tracked_losses(params, factors):
-        return losses(params, batch, NormTracker(factors, rule=GIVEN))
+        return losses(params, batch, NormTracker(factors, rule=PRECOMPUTED))
 
     def gradients(factors):
         values, pullback = jax.vjp(tracked_losses, params, factors)

@@ -45,7 +45,7 @@ class Sampler:
     tokens that are drawn, not the longest completion.
 
     Args:
-        model: supplies `init_cache`, `extend`, `init_branches`, `branch` and `project`.
+        model: supplies `init_cache`, `extend`, `init_branches`, `extend_branches` and `project`.
         sampling: how tokens are drawn.
         stop_tokens: ids that end a sequence.
         samples_per_prompt: completions of each prompt.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from shiq_jax.models.cache import Branches, Cache, intervals_of, put
+from shiq_jax.models.cache import Branches, Cache, replace_rows, slot_intervals
 from shiq_jax.rollout.sampling import SampledTokens, Sampling, sample_tokens
 
 
@@ -56,7 +56,7 @@ class DecodeLoop:
         # The token that is drawn last is never read.
         branches = self._model.init_branches(rows, self._lanes, max(steps - 1, 1))
         hidden = jax.eval_shape(
-            self._model.branch, params, cache, branches, *(jnp.zeros((rows, self._lanes), jnp.int32),) * 3, 0
+            self._model.extend_branches, params, cache, branches, *(jnp.zeros((rows, self._lanes), jnp.int32),) * 3, 0
         )[0]
         each, all_ = jnp.zeros((rows, self._lanes), jnp.int32), (rows, samples, steps)
         return Lanes(
@@ -86,9 +86,9 @@ class DecodeLoop:
         """The state with prompts, padded on the left, in some rows; a row that comes twice must come with the same."""
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         fresh = self._model.init_cache(*tokens.shape)
-        hidden, fresh = self._model.extend(params, fresh, tokens, positions, 0, intervals_of(valid))
+        hidden, fresh = self._model.extend(params, fresh, tokens, positions, 0, slot_intervals(valid))
         return state._replace(
-            cache=put(state.cache, rows, fresh),
+            cache=replace_rows(state.cache, rows, fresh),
             ends=state.ends.at[rows].set(hidden[:, -1]),
             lengths=state.lengths.at[rows].set(valid.sum(axis=1)),
             keys=state.keys.at[rows].set(keys),
@@ -112,7 +112,7 @@ class DecodeLoop:
         samples, steps = self._samples, self._sampling.max_tokens
         rows, lanes = state.sample.shape
         positions = state.lengths[:, None] + state.count - 1
-        hidden, branches = self._model.branch(
+        hidden, branches = self._model.extend_branches(
             params, state.cache, state.branches, state.last, positions, state.count, state.slot
         )
         hidden = jnp.where((state.count == 0)[..., None], state.ends[:, None], hidden)

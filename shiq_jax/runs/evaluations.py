@@ -77,4 +77,4 @@ class Evaluations:
         """The run's reference; for LoRA on top of the reference, the policy without its adapters."""
         if self._model.lora is None or self._round.policy is not self._round.reference:
             return self._round.reference
-        return Reference(self._round.reference.source, lambda _: self._model.switched_off(params), keep=False)
+        return Reference(self._round.reference.source, lambda _: self._model.without_adapters(params), keep=False)

@@ -19,7 +19,7 @@ def export(run: Run, model, params, path: Path) -> None:
         return
     hosts.on_writer(shutil.rmtree)(partial, ignore_errors=True)
     if isinstance(model, ModelWithHeads):
-        save_hf(model.plain(), {name: part for name, part in params.items() if name != HEADS}, partial)
+        save_hf(model.without_heads(), {name: part for name, part in params.items() if name != HEADS}, partial)
         model.save(params, partial)
     else:
         save_hf(model, params, partial)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from shiq_jax.models.accumulation import continuing
+from shiq_jax.models.accumulation import accumulate_into
 from shiq_jax.models.ghost_norms import NormTracker
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, clipped_sum, privatize
@@ -36,7 +36,7 @@ class UnitLosses:
     def __call__(self, trainable: Params, batch: Batch, tracker: NormTracker | None = None) -> Float[Array, " rows"]:
         model = self.model
         if self.before is not None:
-            model, trainable = continuing(model, trainable, self.before)
+            model, trainable = accumulate_into(model, trainable, self.before)
         if tracker is not None:
             model = model.tracking(tracker, batch.tokens)
         examples = build_examples(model, self.objective, merge(trainable, self.frozen), self.targets, batch)

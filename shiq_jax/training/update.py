@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from shiq_jax.models.accumulation import continuing
+from shiq_jax.models.accumulation import accumulate_into
 from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism
 from shiq_jax.replay import Batch
@@ -113,7 +113,7 @@ def _accumulated_mean(model, objective: Objective, state: State, pieces):
     """The same over microbatches, one after the other; there is one array of gradients, to which each adds its own."""
 
     def sums(trainable, piece, before):
-        adding, trainable = continuing(model, trainable, before)
+        adding, trainable = accumulate_into(model, trainable, before)
         found = objective_sums(adding, objective, merge(trainable, state.frozen), *piece, state.targets)
         return found.value, found
 

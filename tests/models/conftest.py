@@ -1,4 +1,4 @@
-"""Small Llama models with weights large enough that every part of them shows in the logits."""
+"""Small Llama models whose weights are large enough that every parameter affects the logits."""
 
 import functools
 from pathlib import Path
@@ -33,7 +33,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    """`llama(variant) -> (LlamaForCausalLM, directory that holds it)`; norms and biases are random too."""
+    """`llama(variant) -> (LlamaForCausalLM, checkpoint directory)`, with random norms and biases too."""
     import torch
     import transformers
 
@@ -59,8 +59,8 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def draw():
-    """`draw(model) -> params`: random numbers of a scale that shows, the same on every mesh, each in its sharding."""
+def random_params():
+    """`random_params(model) -> params`: normal with std 0.2, sharded, and the same values on every mesh."""
 
     def make(model):
         rng = np.random.default_rng(0)

@@ -1,12 +1,13 @@
-"""Gradients that are added to sums, against sums of gradients."""
+"""In-place gradient accumulation against sums of separate gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from shiq_jax.models import DecoderConfig, Model
-from shiq_jax.models.accumulation import continuing
+from shiq_jax.models.accumulation import accumulate_into
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -14,7 +15,7 @@ SIZES = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_layers=3, 
 
 
 def gradient(model, params, tokens):
-    """Of some function of all hidden states."""
+    """Gradient of a nonlinear function of all hidden states."""
     weights = np.random.default_rng(2).normal(size=(*tokens.shape, 16)).astype(np.float32)
 
     def loss(params):
@@ -24,46 +25,46 @@ def gradient(model, params, tokens):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_gradient_is_added_to_the_sums(remat, draw):
+def test_layer_gradients_are_added_to_sums(remat, random_params):
     model = Model.from_config(DecoderConfig(**SIZES, attention_bias=True), remat=remat)
-    params = draw(model)
+    params = random_params(model)
     tokens = np.random.default_rng(0).integers(29, size=(2, 9))
-    plain = gradient(model, params, tokens)
-    before = jax.tree.map(lambda leaf: 3 + leaf, params["layers"])
-    added = gradient(model.accumulating(before), params, tokens)
-    np.testing.assert_allclose(added["norm"]["scale"], plain["norm"]["scale"], rtol=1e-6)
-    jax.tree.map(
-        lambda found, sums, more: np.testing.assert_allclose(found, sums + more, rtol=1e-5, atol=1e-6),
-        added["layers"], before, plain["layers"],
-    )  # fmt: skip
+    grads = gradient(model, params, tokens)
+    sums = jax.tree.map(lambda leaf: 3 + leaf, params["layers"])
+    accumulated = gradient(model.accumulating(sums), params, tokens)
+    np.testing.assert_allclose(accumulated["norm"]["scale"], grads["norm"]["scale"], rtol=1e-6)
+    expected = jax.tree.map(jnp.add, sums, grads["layers"])
+    chex.assert_trees_all_close(accumulated["layers"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_what_has_sums_has_a_gradient(draw):
+def test_parameters_without_sums_get_zero_gradients(random_params):
     model = Model.from_config(DecoderConfig(**SIZES))
-    params = draw(model)
+    params = random_params(model)
     tokens = np.random.default_rng(0).integers(29, size=(2, 9))
-    before = {"mlp": {"up": params["layers"]["mlp"]["up"]}}
-    found = gradient(model.accumulating(before), params, tokens)["layers"]
-    plain = gradient(model, params, tokens)["layers"]
-    wanted = plain["mlp"]["up"]["kernel"] + before["mlp"]["up"]["kernel"]
-    np.testing.assert_allclose(found["mlp"]["up"]["kernel"], wanted, rtol=1e-5, atol=1e-6)
-    assert not np.any(found["mlp"]["down"]["kernel"]) and np.any(plain["mlp"]["down"]["kernel"])
+    sums = {"mlp": {"up": params["layers"]["mlp"]["up"]}}
+    accumulated = gradient(model.accumulating(sums), params, tokens)["layers"]
+    grads = gradient(model, params, tokens)["layers"]
+    expected = grads["mlp"]["up"]["kernel"] + sums["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(accumulated["mlp"]["up"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert not np.any(accumulated["mlp"]["down"]["kernel"]) and np.any(grads["mlp"]["down"]["kernel"])
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_the_whole_gradient_is_added_to_sums_of_any_model(own, draw):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_all_gradients_are_added_to_sums(in_place, random_params):
     model = Model.from_config(DecoderConfig(**SIZES, tie_word_embeddings=True))
-    params = draw(model)
+    params = random_params(model)
     tokens = np.random.default_rng(0).integers(29, size=(2, 9))
-    before = jax.tree.map(lambda leaf: 3 + leaf, params)
+    sums = jax.tree.map(lambda leaf: 3 + leaf, params)
 
-    def loss(params, before):
-        # A foreign model has no `accumulating`, but may have parameters of the same names.
-        given, params = (model, params) if before is None else continuing(model if own else object(), params, before)
-        return jnp.sum(jnp.sin((given if own else model).hidden(params, tokens)))
+    def loss(params, sums):
+        accumulating = model
+        if sums is not None and in_place:
+            accumulating, params = accumulate_into(model, params, sums)
+        elif sums is not None:
+            # An external model has no `accumulating`, but may have parameters with the same names.
+            _, params = accumulate_into(object(), params, sums)
+        return jnp.sum(jnp.sin(accumulating.hidden(params, tokens)))
 
-    plain, added = (jax.jit(jax.grad(loss))(params, sums) for sums in (None, before))
-    jax.tree.map(
-        lambda found, sums, more: np.testing.assert_allclose(found, sums + more, rtol=1e-5, atol=1e-5),
-        added, before, plain,
-    )  # fmt: skip
+    gradient = jax.jit(jax.grad(loss))
+    expected = jax.tree.map(jnp.add, sums, gradient(params, None))
+    chex.assert_trees_all_close(gradient(params, sums), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What loading costs the host beyond the parameters themselves; run as a program, this file is the process measured."""
+"""Host memory while loading, beyond the parameters; run as a script, this file is the measured process."""
 
 import json
 import os
@@ -22,45 +22,45 @@ CONFIG = {
     "num_key_value_heads": 8,
     "attention_bias": True,
 }
-LEAF = 4 * CONFIG["num_hidden_layers"] * CONFIG["hidden_size"] * CONFIG["intermediate_size"]
+LARGEST_PARAMETER = 4 * CONFIG["num_hidden_layers"] * CONFIG["hidden_size"] * CONFIG["intermediate_size"]
 
 
-def anonymous() -> int:
-    """Bytes of this process's memory that no file backs."""
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def measure(directory: str, mesh: str) -> dict[str, int]:
-    """Loads a directory; bytes of its parameters on all devices, of the largest shard, and by how much memory grew."""
+    """Load a checkpoint; return the bytes of its parameters, of the largest shard, and of the peak memory growth."""
     import jax
 
     from shiq_jax.models import load_hf
     from shiq_jax.sharding import make_mesh
 
-    chosen = make_mesh(mesh) if mesh else None
+    device_mesh = make_mesh(mesh) if mesh else None
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))
-    before = peak = anonymous()
-    done = threading.Event()
+    start = peak = anonymous_bytes()
+    finished = threading.Event()
 
     def watch():
         nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous())
+        while not finished.is_set():
+            peak = max(peak, anonymous_bytes())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    params = jax.block_until_ready(load_hf(directory, mesh=chosen)[1])
-    done.set()
+    params = jax.block_until_ready(load_hf(directory, mesh=device_mesh)[1])
+    finished.set()
     watcher.join()
     shards = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
-    return {"parameters": sum(shards), "largest shard": max(shards), "peak": max(peak, anonymous()) - before}
+    return {"parameters": sum(shards), "largest shard": max(shards), "peak": max(peak, anonymous_bytes()) - start}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A model of 2.2 GB, 670 MB of it in one stacked leaf, in files of 300 MB; deleted again."""
+    """A 2.2 GB checkpoint with a stacked parameter of 670 MB, in files of 300 MB; deleted after the tests."""
     from safetensors.numpy import save_file
 
     from shiq_jax.models import DecoderConfig, Model
@@ -76,15 +76,15 @@ def directory(tmp_path_factory):
     }
     random = np.random.default_rng(0)
     noise = random.standard_normal(max(map(np.prod, shapes.values())), np.float32)
-    weight_map, pending, written = {}, {}, 0
-    for number, (name, shape) in enumerate(shapes.items(), 1):
+    weight_map, pending, num_files = {}, {}, 0
+    for count, (name, shape) in enumerate(shapes.items(), 1):
         pending[name] = noise[: np.prod(shape)].reshape(shape)
-        weight_map[name] = f"model-{written}.safetensors"
-        if sum(tensor.nbytes for tensor in pending.values()) > 300 * 10**6 or number == len(shapes):
+        weight_map[name] = f"model-{num_files}.safetensors"
+        if sum(tensor.nbytes for tensor in pending.values()) > 300 * 10**6 or count == len(shapes):
             save_file(pending, directory / weight_map[name])
-            pending, written = {}, written + 1
+            pending, num_files = {}, num_files + 1
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert written > 3
+    assert num_files > 3
     yield directory
     for file in directory.iterdir():
         file.unlink()
@@ -92,20 +92,22 @@ def directory(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["", "fsdp=8", "fsdp=4,tensor=2"], ids=["one device", "fsdp=8", "fsdp=4,tensor=2"])
-def test_the_host_holds_the_parameters_and_one_shard(mesh, directory):
+def test_peak_memory_is_the_parameters_plus_one_shard(mesh, directory):
     command = [sys.executable, __file__, str(directory), mesh]
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    print({name: f"{size / 1e6:.0f} MB" for name, size in found.items()})
-    beyond = found["peak"] - found["parameters"]
-    assert beyond <= found["largest shard"] + MARGIN, found
-    # A second copy of everything would be noticed, and on a mesh the copy of a whole leaf ...
-    assert min(found["parameters"], LEAF if mesh else 2 * LEAF) > found["largest shard"] + MARGIN
-    # ... and so would a measurement that misses the parameters themselves.
-    assert found["peak"] > 0.9 * found["parameters"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    sizes = json.loads(process.stdout)
+    print({name: f"{size / 1e6:.0f} MB" for name, size in sizes.items()})
+    overhead = sizes["peak"] - sizes["parameters"]
+    assert overhead <= sizes["largest shard"] + MARGIN, sizes
+    # The bound is tight enough to detect a second copy of the parameters and, on a mesh, of one whole parameter.
+    assert min(sizes["parameters"], LARGEST_PARAMETER if mesh else 2 * LARGEST_PARAMETER) > (
+        sizes["largest shard"] + MARGIN
+    )
+    # The measurement itself must include the parameters.
+    assert sizes["peak"] > 0.9 * sizes["parameters"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of transformers, and the property that gives them their use."""
+"""Rotary embeddings: frequencies against transformers, and invariance of dot products to shifts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +18,41 @@ from shiq_jax.models import DecoderConfig, RopeScaling, rope
         RopeScaling("llama3", 32.0, 2.0, 5.0, 512),
     ],
 )
-def test_frequencies_are_those_of_transformers(scaling):
+def test_frequencies_match_transformers(scaling):
     config = DecoderConfig(64, 256, 48, 3, 2, head_dim=128, rope_theta=5e5, rope_scaling=scaling)
     raw = config.to_dict()
     raw.pop("model_type")
-    theirs, attention_scale = ROPE_INIT_FUNCTIONS[scaling.kind](LlamaConfig(**raw), device="cpu")
-    np.testing.assert_allclose(rope.frequencies(config), theirs.numpy(), rtol=1e-6)
+    expected, attention_scale = ROPE_INIT_FUNCTIONS[scaling.kind](LlamaConfig(**raw), device="cpu")
+    np.testing.assert_allclose(rope.frequencies(config), expected.numpy(), rtol=1e-6)
     assert attention_scale == 1.0
 
 
-def test_llama3_keeps_the_fast_and_stretches_the_slow():
-    plain = rope.frequencies(DecoderConfig(64, 256, 48, 3, 2, rope_theta=5e5))
+def test_llama3_scales_only_low_frequencies():
+    unscaled = rope.frequencies(DecoderConfig(64, 256, 48, 3, 2, rope_theta=5e5))
     scaled = rope.frequencies(
         DecoderConfig(64, 256, 48, 3, 2, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
     )
-    wavelength = 2 * np.pi / plain
-    np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
-    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    wavelength = 2 * np.pi / unscaled
+    np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], unscaled[wavelength < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelength > 8192], unscaled[wavelength > 8192] / 8, rtol=1e-6)
     assert np.all(np.diff(scaled) < 0)
 
 
-def test_products_depend_on_the_distance_alone():
+def test_dot_products_depend_on_the_distance_only():
     config = DecoderConfig(64, 64, 48, 1, 1)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 64))
 
-    def product(query_position: int, key_position: int):
+    def dot(query_position: int, key_position: int):
         cosine, sine = rope.rotation(jnp.array([query_position, key_position]), rope.frequencies(config))
-        turned = rope.rotate(jnp.stack([q[0], k[0]]), cosine, sine)
-        return float(jnp.vdot(turned[0], turned[1]))
+        rotated_q, rotated_k = rope.rotate(jnp.stack([q[0], k[0]]), cosine, sine)
+        return float(jnp.vdot(rotated_q, rotated_k))
 
-    assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-4)
-    assert product(0, 0) == pytest.approx(float(jnp.vdot(q, k)), abs=1e-5)
-    assert abs(product(7, 3) - product(8, 3)) > 1e-3
+    assert dot(7, 3) == pytest.approx(dot(107, 103), abs=1e-4)
+    assert dot(0, 0) == pytest.approx(float(jnp.vdot(q, k)), abs=1e-5)
+    assert abs(dot(7, 3) - dot(8, 3)) > 1e-3
 
 
-def test_lengths_and_dtype_stay():
+def test_rotation_preserves_norm_and_dtype():
     config = DecoderConfig(64, 64, 48, 1, 2)
     x = jax.random.normal(jax.random.key(0), (3, 5, 2, 32), jnp.bfloat16)
     out = rope.rotate(x, *rope.rotation(jnp.arange(15).reshape(3, 5), rope.frequencies(config)))

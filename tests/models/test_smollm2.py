@@ -1,4 +1,4 @@
-"""The real weights of SmolLM2-135M-Instruct against transformers; fetches them on the first run."""
+"""SmolLM2-135M-Instruct against transformers; downloads the weights on the first run."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ git commit -m
 Bees make
 The first step in solving a problem is to
 Thank you for""".split("\n")
-NEW = 12
+NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def directory():
 
 
 @pytest.fixture(scope="module")
-def theirs(directory):
+def reference(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def ours(directory):
+def model_and_params(directory):
     return load_hf(directory)
 
 
@@ -90,35 +90,38 @@ def prompts(directory):
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-def test_logits_are_those_of_transformers(theirs, ours, prompts):
-    model, params = ours
+def test_logits_match_transformers(reference, model_and_params, prompts):
+    model, params = model_and_params
     logits = jax.jit(model.logits)
     width = max(map(len, prompts))
     for prompt in prompts[::5]:
         with torch.no_grad():
-            expected = theirs(torch.tensor([prompt])).logits[0].numpy()
-        found = logits(params, jnp.asarray([prompt + [0] * (width - len(prompt))]))[0, : len(prompt)]
-        assert np.abs(found - expected).max() <= 1e-3
+            expected = reference(torch.tensor([prompt])).logits[0].numpy()
+        actual = logits(params, jnp.asarray([prompt + [0] * (width - len(prompt))]))[0, : len(prompt)]
+        assert np.abs(actual - expected).max() <= 1e-3
 
 
-def test_the_same_greedy_tokens(theirs, ours, prompts):
+def test_greedy_matches_transformers(reference, model_and_params, prompts):
     assert len(prompts) == 50 and len(set(map(len, prompts))) > 10
-    model, params = ours
-    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (), prompts_in_flight=25)
-    found = [answer["tokens"].tolist() for (answer,) in draw(params, prompts, jax.random.key(0))]
-    settings = dict(do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
+    model, params = model_and_params
+    sample = Sampler(model, Sampling(temperature=0, max_tokens=NEW_TOKENS), (), prompts_in_flight=25)
+    actual = [answer["tokens"].tolist() for (answer,) in sample(params, prompts, jax.random.key(0))]
+    settings = dict(
+        do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+    )
     expected = {}
-    for length in set(map(len, prompts)):  # prompts of one length make a batch without padding
+    # Batches of prompts of equal length need no padding.
+    for length in set(map(len, prompts)):
         batch = torch.tensor([prompt for prompt in prompts if len(prompt) == length])
         with torch.no_grad():
-            out = theirs.generate(batch, attention_mask=torch.ones_like(batch), repetition_penalty=1.0, **settings)
+            out = reference.generate(batch, attention_mask=torch.ones_like(batch), repetition_penalty=1.0, **settings)
         expected |= {tuple(row[:length]): row[length:] for row in out.tolist()}
-    assert found == [expected[tuple(prompt)] for prompt in prompts]
+    assert actual == [expected[tuple(prompt)] for prompt in prompts]
 
 
-def test_an_export_is_exact_from_any_mesh(directory, ours, tmp_path):
+def test_sharded_round_trip_is_exact(directory, model_and_params, tmp_path):
     model, params = load_hf(directory, mesh=make_mesh("fsdp=4,tensor=2"))
-    assert fingerprint(params) == fingerprint(ours[1])
+    assert fingerprint(params) == fingerprint(model_and_params[1])
     save_hf(model, params, tmp_path)
     assert fingerprint(load_hf(tmp_path)[1]) == fingerprint(params)
     assert model.generation_config is not None

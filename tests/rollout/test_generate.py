@@ -287,7 +287,7 @@ class Counting:
     def __init__(self, model):
         self.config, self.seen = model.config, []
         self.init_cache, self.init_branches, self.project = model.init_cache, model.init_branches, model.project
-        self.extend, self.branch = self._noted(model.extend), self._noted(model.branch)
+        self.extend, self.extend_branches = self._noted(model.extend), self._noted(model.extend_branches)
 
     def _noted(self, forward):
         def noted(params, *args):

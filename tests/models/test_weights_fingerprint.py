@@ -1,4 +1,4 @@
-"""The fingerprint follows bits and positions, never the placement."""
+"""The fingerprint depends on bits and positions, not on sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,21 @@ from shiq_jax.sharding import make_mesh
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2)
 
 
-def test_the_same_on_every_mesh(draw):
-    params = draw(Model.from_config(CONFIG))
-    prints = {fingerprint(params)}
+def test_independent_of_mesh(random_params):
+    params = random_params(Model.from_config(CONFIG))
+    fingerprints = {fingerprint(params)}
     for mesh in ("fsdp=8", "replica=2,fsdp=2,tensor=2"):
         shardings = jax.tree.map(
             lambda leaf: leaf.sharding, Model.from_config(CONFIG, mesh=make_mesh(mesh)).abstract_params()
         )
-        prints.add(fingerprint(jax.device_put(params, shardings)))
-    assert len(prints) == 1
-    assert len(prints.pop()) == 64
+        fingerprints.add(fingerprint(jax.device_put(params, shardings)))
+    assert len(fingerprints) == 1
+    assert len(fingerprints.pop()) == 64
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 11), st.integers(0, 11))
-def test_swapping_two_entries_shows(i, j):
+def test_swapped_elements_change_it(i, j):
     array = np.arange(12, dtype=np.float32)
     swapped = array.copy()
     swapped[[i, j]] = swapped[[j, i]]
@@ -36,19 +36,19 @@ def test_swapping_two_entries_shows(i, j):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.bool_])
-def test_one_changed_element_shows(dtype):
+def test_changed_element_changes_it(dtype):
     array = jnp.zeros((5, 7), dtype)
     assert fingerprint({"a": array}) != fingerprint({"a": array.at[4, 6].set(True)})
     assert fingerprint({"a": array}) == fingerprint({"a": jnp.zeros((5, 7), dtype)})
 
 
-def test_the_smallest_change_shows():
+def test_smallest_change_changes_it():
     array = jnp.ones(100)
     assert fingerprint({"a": array}) != fingerprint({"a": array.at[50].set(np.nextafter(np.float32(1), np.float32(2)))})
     assert fingerprint({"a": jnp.zeros(1)}) != fingerprint({"a": -jnp.zeros(1)})
 
 
-def test_name_shape_and_dtype_count():
+def test_names_shapes_and_dtypes_change_it():
     zeros = jnp.zeros((2, 3))
     trees = [
         {"a": zeros},
@@ -62,12 +62,12 @@ def test_name_shape_and_dtype_count():
     assert len({fingerprint(tree) for tree in trees}) == len(trees)
 
 
-def test_order_of_insertion_does_not_count():
+def test_independent_of_insertion_order():
     x, y = jnp.ones(2), jnp.zeros(3)
     assert fingerprint({"x": x, "y": y}) == fingerprint({"y": y, "x": x})
 
 
-def test_words_of_eight_bytes():
+def test_float64():
     with jax.enable_x64(True):
         array = jnp.arange(3, dtype=jnp.float64)
         assert fingerprint({"a": array}) == fingerprint({"a": array + 0})
