@@ -167,7 +167,7 @@ STOPS = {
         (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
         (CheckFinite, "on_update", at_update("update", 1), "stopped at update 2 of 6"),
         (CheckFinite, "on_update", at_update("update", 3), "stopped at update 3 of 6"),
-        (reference, "statistics_of", lambda *_, **__: True, "stopped at update 3 of 6"),
+        (reference, "record_statistics", lambda *_, **__: True, "stopped at update 3 of 6"),
     ],
     "data": [(CheckFinite, "on_update", at_update("update", 2), "stopped at update 2 of")],
 }
@@ -233,14 +233,14 @@ def test_an_interrupt_stops_after_the_step_and_a_second_at_once(times, said, job
         run(jobs["sampled"], tmp_path / "run")
     assert stop.value.code == 130
     error = capfd.readouterr().err
-    assert "interrupt again to stop at once" in error
+    assert "interrupt again to stop immediately" in error
     assert error.endswith(f"train.py: {said}; the same command with --resume goes on\n")
     assert (tmp_path / "run" / "warm_start" / "checkpoints" / "2").is_dir() == (times == 1)
 
 
 def test_nobody_who_did_not_ask_is_stopped():
     stopping.check("here")
-    with stopping.on_signals():
+    with stopping.stop_on_signals():
         assert not stopping.requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.requested()
@@ -253,7 +253,7 @@ def test_other_threads_leave_signals_alone():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with stopping.on_signals():
+        with stopping.stop_on_signals():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -78,7 +78,7 @@ def test_work_of_unknown_length_says_what_it_can(clock, capsys):
 
 def test_a_note_stands_at_the_end_and_is_asked_for_late(clock, capsys):
     latest = {}
-    for item in track(range(3), "update", 3, "updates", note=lambda: f"loss {latest['loss']}"):
+    for item in track(range(3), "update", 3, "updates", postfix=lambda: f"loss {latest['loss']}"):
         latest["loss"] = item / 2
         clock.now += 1
     assert capsys.readouterr().err.endswith(", loss 1.0\n")
@@ -137,6 +137,6 @@ def test_a_terminal_without_control_sequences_gets_lines(clock, monkeypatch):
 
 
 def test_a_library_call_prints_nothing(clock, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_shown", False)
+    monkeypatch.setattr(progress, "_enabled", False)
     assert work(clock, 40, iter("ab"), "sampling", 2) == ["a", "b"]
     assert capsys.readouterr().err == ""

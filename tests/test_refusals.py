@@ -276,7 +276,7 @@ def test_rewards_that_are_not_finite(root, capsys, monkeypatch):
         "--warm-start.steps", "0", "--collection.prompts", "2", "--collection.sampling.max-tokens", "2",
     ]  # fmt: skip
     said = refused(training_door, root, arguments, capsys)
-    assert "the reward 'my_rewards:bad' gave nan for the row with the prompt \"sort" in said
+    assert "the reward 'my_rewards:bad' returned nan for the row with the prompt \"sort" in said
 
 
 # ---- in the middle of a run ----

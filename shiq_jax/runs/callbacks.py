@@ -12,7 +12,7 @@ import numpy as np
 from shiq_jax import stopping
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training.callbacks import SaveCheckpoints
-from shiq_jax.training.fit import Callback, FinishedUpdate
+from shiq_jax.training.fit import Callback, UpdateResult
 from shiq_jax.training.state import State
 
 # Mean |lse| in nats below which logits are taken for normalized ones.
@@ -42,12 +42,12 @@ class LogUpdates(Callback):
         self.before, self.tags, self.more = before, tags, more
         self.latest: Mapping[str, Any] = {}
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, done: UpdateResult) -> None:
         """Write the line; a metric with one number per unit is reduced to its median."""
         metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in done.metrics.items()}
         about = {"seconds": round(done.seconds, 4), "compiled": done.compiled}
-        if done.item.tokens is not None:
-            about |= {"tokens": done.item.tokens, "waited": round(done.waited, 4), "fill": round(done.item.fill, 4)}
+        if done.batch.tokens is not None:
+            about |= {"tokens": done.batch.tokens, "waited": round(done.wait_seconds, 4), "fill": round(done.batch.fill, 4)}
         rate = float(self.learning_rate(done.step - 1))
         self.latest = metrics | dict(self.more(done.step)) | {"learning_rate": rate} | about | dict(self.tags)
         self.log.write(self.stage, self.before + done.step, **self.latest)
@@ -112,7 +112,7 @@ class EndWhen(Callback):
         """At the end of a window, so that the log is complete when `enough` reads it."""
         return bool(self.window) and step % self.window == 0
 
-    def ends(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether there have been enough updates."""
         return self.needs_state(step) and self.enough(step)
 
@@ -146,7 +146,7 @@ class WarnIfNormalized(Callback):
 
     warned = False
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, done: UpdateResult) -> None:
         """Check the first update."""
         size = done.metrics.get("lse_abs", 1)
         if not self.warned and size < NORMALIZED:
@@ -169,9 +169,9 @@ class ShowProgress(Callback):
         self._log, self._evaluation = log, evaluation
         self.advance: Callable[[float], None] = lambda amount: None
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, done: UpdateResult) -> None:
         """Advance by one update."""
-        self.advance(done.item.tokens or 0)
+        self.advance(done.batch.tokens or 0)
 
     def note(self) -> str:
         """The newest numbers as text."""

@@ -33,9 +33,9 @@ from shiq_jax.tasks import rewards
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
-from shiq_jax.training.placement import requested_mesh
+from shiq_jax.training.placement import mesh_from_flag
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.trainable import add_trainable_parts
+from shiq_jax.training.trainable import add_adapters_and_heads
 
 
 @progress.display()
@@ -78,11 +78,11 @@ def _learner(model, params, settings: Mapping[str, Any]):
     """The model with the adapters and heads of a run, for those of its checkpoints to come to."""
     objective = recorded(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).configured(), jax.random.key(0)
-    return add_trainable_parts(model, params, objective, lora=lora, keys=(key, key))
+    return add_adapters_and_heads(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
-    mesh = requested_mesh(options.mesh)
+    mesh = mesh_from_flag(options.mesh)
 
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
@@ -122,7 +122,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         options.samples_per_prompt, options.prompts_in_flight, options.greedy,
     )  # fmt: skip
     found = evaluator(params, reference, jax.random.key(options.seed))
-    numbers = found.numbers
+    numbers = found.metrics
     if reference is None:
         numbers = {key: value for key, value in numbers.items() if not key.startswith("kl")}
     if examples is None and reward is not None:
@@ -135,7 +135,7 @@ def _measure(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     objective, metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     return (
         numbers | {"objective": objective, "objective_metrics": metrics, "machine": report.machine()},
-        evaluator.shown(found),
+        evaluator.generations(found),
     )
 
 

@@ -13,7 +13,7 @@ from shiq_jax.runs.run import RngStream
 from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.runs.sources import prompts_of
 from shiq_jax.sharding import hosts
-from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
+from shiq_jax.training.evaluation import LOGGED_PROMPTS, LOGGED_SAMPLES, Evaluator
 from shiq_jax.training.reference import Reference
 
 STAGES = ("evaluation", "samples")
@@ -49,18 +49,18 @@ class Evaluations:
         run.log.rewind([stage], at - 1)
         where = {"step": at, "pass": round(passes, 3)} | self._round.tags
         from_itself = {} if at else {"logratio": 0.0}
-        shown = self._evaluator.shown(found, SHOWN_PROMPTS, SHOWN_SAMPLES)
+        shown = self._evaluator.generations(found, LOGGED_PROMPTS, LOGGED_SAMPLES)
         hosts.on_writer(run.directory.samples.mkdir)(exist_ok=True)
         write_jsonl(run.directory.generations(at), [where | row | from_itself for row in shown])
-        run.log.write(stage, at, **found.numbers, **self._round.tags)
-        return found.numbers
+        run.log.write(stage, at, **found.metrics, **self._round.tags)
+        return found.metrics
 
     def callback(self, plan: Plan) -> EvaluatePolicy:
         """The callback that evaluates at the marks which the run's options ask for."""
         times = self._round.run.job.evaluation.times
         return EvaluatePolicy(
             lambda state, step, passes: self(state.params(), step, passes),
-            lambda state, step, passes: self(state.params(), step, passes, "samples", SHOWN_PROMPTS),
+            lambda state, step, passes: self(state.params(), step, passes, "samples", LOGGED_PROMPTS),
             every=math.ceil(plan.steps / times) if times else None,
             before=plan.on_evaluation,
         )
@@ -69,4 +69,4 @@ class Evaluations:
         """The run's reference; where it is the base of the policy's adapters, that base."""
         if self._model.lora is None or self._round.policy is not self._round.reference:
             return self._round.reference
-        return Reference(self._round.reference.source, lambda _: self._model.switched_off(weights), keep=False)
+        return Reference(self._round.reference.source, lambda _: self._model.switched_off(weights), cache=False)

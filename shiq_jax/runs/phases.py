@@ -145,7 +145,7 @@ def _run_phase(
         metrics=lambda: evaluation.numbers if evaluation is not None else {},
     )  # fmt: skip
     ending = EndWhen(phase.window, phase.enough)
-    ended = start == stop or (start > began and ending.ends(start))
+    ended = start == stop or (start > began and ending.should_stop(start))
     log = LogUpdates(
         ledger.log, phase.name, plan.learning_rate, before=ledger.before, tags=ledger.tags,
         more=lambda step: phase.metrics(step - began),
@@ -161,7 +161,7 @@ def _run_phase(
                 callback.on_state(start, state, ended)
     callbacks = [CheckFinite(phase.name, phase.records), WarnIfNormalized(), log, shown, ending, *of_state]
     if not ended:
-        counted = counter(phase.name, stop, "updates", first=start, amount="tokens", note=shown.note)
+        counted = counter(phase.name, stop, "updates", initial=start, amount="tokens", postfix=shown.note)
         with counted as shown.advance:
             state = fit(state, phase.update, phase.batches, start=start, stop=stop, callbacks=callbacks)
     ledger.checkpoints.wait()

@@ -17,7 +17,7 @@ from shiq_jax.runs.phases import Phase
 from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import Batches, DeviceBatch
-from shiq_jax.training.private_batches import units_of
+from shiq_jax.training.private_batches import privacy_units
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
@@ -125,7 +125,7 @@ class PublicData:
 
 def _cut(buffer: Buffer, unit: str, references: References):
     """Some units, one per row, as stacked equal batches; None if there are too few for two batches."""
-    units = units_of(buffer, unit)[:LOOKED_AT]
+    units = privacy_units(buffer, unit)[:LOOKED_AT]
     count = min(BATCHES, len(units))
     if count < 2:
         return None

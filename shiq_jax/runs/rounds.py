@@ -16,7 +16,7 @@ from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.runs.run_directory import read_json, write_json
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.state import partition
-from shiq_jax.training.trainable import add_trainable_parts, trainable_filter
+from shiq_jax.training.trainable import add_adapters_and_heads, trainable_filter
 
 
 class Recipe(Protocol):
@@ -100,4 +100,4 @@ def _run_round(round: Round, recipe: Recipe) -> None:
 def _learner(round: Round, objective: Objective):
     """The round's policy with the adapters and heads that learn."""
     job, keys = round.run.job, [round.run.key(use, round.number) for use in (RngStream.ADAPTERS, RngStream.HEADS)]
-    return add_trainable_parts(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))
+    return add_adapters_and_heads(*round.policy.open(), objective, lora=job.lora.configured(), keys=tuple(keys))

@@ -20,7 +20,7 @@ from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.runs.sources import Task, prepare
 from shiq_jax.runs.trackers import trackers
-from shiq_jax.training.placement import requested_mesh
+from shiq_jax.training.placement import mesh_from_flag
 
 
 class RngStream(enum.IntEnum):
@@ -79,7 +79,7 @@ class Run:
 
 def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Run:
     """Prepare what all stages share; input that can be checked before any computation is checked here."""
-    task, mesh = prepare(job, directory), requested_mesh(job.mesh)
+    task, mesh = prepare(job, directory), mesh_from_flag(job.mesh)
     source = locate(task.model)
     # Read first: transformers would blame the tokenizer for an error in config.json.
     config = DecoderConfig.read(source)

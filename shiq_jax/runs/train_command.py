@@ -40,7 +40,7 @@ def run(command, name: str) -> None:
     if idle := list(without_effect(command)):
         why = "nothing is sampled or warmed up with data" if command.data else "sft samples nothing to learn from"
         print(f"{name}: {', '.join(idle)} without effect here: {why}", file=sys.stderr)
-    with stopping.on_signals():
+    with stopping.stop_on_signals():
         from shiq_jax.runs.compilation_cache import enable_compilation_cache
         from shiq_jax.runs.pipeline import train
 

@@ -17,7 +17,7 @@ from shiq_jax.privacy import FlatClip, Mechanism
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import init_state, partition
 from shiq_jax.training.update import make_update
@@ -75,7 +75,7 @@ def epsilon_of_a_step(setting, seed: int) -> float:
     update = make_update(model, OBJECTIVES["sft"], rule, privacy=MECHANISM, method="ghost")
     state = init_state(model, params(), rule, trainable=lambda path: path[0] == "embed")
     before = np.asarray(state.trainable["embed"]["table"])
-    given = place(batch._replace(real=batch.real & inside[:, None]), model.mesh)
+    given = shard_batch(batch._replace(real=batch.real & inside[:, None]), model.mesh)
     state, _ = update(state, given, Secret.insecure(seed).noise)
     released = (before - np.asarray(state.trainable["embed"]["table"])) * MECHANISM.expected_batch
     scores = np.sum(released * directions, axis=1) / MECHANISM.clip.clip_norm

@@ -14,7 +14,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups
 from shiq_jax.privacy.coverage import coverage
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.state import init_state, merge
 from shiq_jax.training.update import make_update
 
@@ -108,7 +108,7 @@ def test_the_private_update_moves_adapters_alone_and_the_same_on_every_mesh(mesh
             given = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         state = init_state(model, given, RULE, trainable=is_adapter)
         update = make_update(model, objective, RULE, privacy=mechanism)
-        state, _ = update(state, place(batch_of("pair", 8), grid), private_key=jax.random.key(5))
+        state, _ = update(state, shard_batch(batch_of("pair", 8), grid), private_key=jax.random.key(5))
         after = jax.device_get(state.params())
         kept = jax.tree.map(np.array_equal, without_adapters(after), without_adapters(params))
         assert all(jax.tree.leaves(kept))

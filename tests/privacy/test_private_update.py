@@ -14,7 +14,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups, privatize
 from shiq_jax.replay import full_rows
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -43,7 +43,7 @@ def released(decoder, batch_of):
             given = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         update = make_update(model, OBJECTIVE, RULE, privacy=mechanism, microbatches=microbatches, method=method)
         state = init_state(model, given, RULE)
-        state, metrics = update(state, place(batch, grid), private_key=ROOT)
+        state, metrics = update(state, shard_batch(batch, grid), private_key=ROOT)
         moved = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, jax.device_get(state.params()))
         return moved, jax.device_get(metrics)
 
@@ -161,7 +161,7 @@ def test_coupled_objectives_and_shared_rows_are_refused(decoder, batch_of):
 
 def test_what_units_said_is_told_only_to_those_who_ask(decoder, batch_of):
     model, params = decoder("tied")
-    update = make_update(model, OBJECTIVE, RULE, privacy=SILENT, reveal=True)
+    update = make_update(model, OBJECTIVE, RULE, privacy=SILENT, return_unit_metrics=True)
     state = init_state(model, jax.tree.map(jnp.array, params), RULE)
     _, metrics = update(state, batch_of("pair", 8), private_key=ROOT)
     assert set(metrics) == {"grad_norm", "param_norm", "private/norm", "private/loss"}

@@ -1,27 +1,27 @@
 """The tiny decoder and the random records of the tests of training."""
 
 from tests.training.conftest import (
-    dense,
+    unpacked_records,
     host_params,
     make_buffer,
     make_records,
     model,
-    on_mesh,
-    quickly,
+    model_on_mesh,
+    use_quick_compilation,
     records,
-    relative,
-    requested_mesh,
+    relative_error,
+    get_mesh,
 )
 
 __all__ = [
-    "dense",
+    "unpacked_records",
     "host_params",
     "make_buffer",
     "make_records",
     "model",
-    "on_mesh",
-    "quickly",
+    "model_on_mesh",
+    "use_quick_compilation",
     "records",
-    "relative",
-    "requested_mesh",
+    "relative_error",
+    "get_mesh",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from shiq_jax.objectives import OBJECTIVES, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.replay import Buffer, pack, pack_groups, plan
 from shiq_jax.replay.labels import labelled
 from shiq_jax.training.objective_metrics import objective_metrics
-from shiq_jax.training.placement import data_devices, place
+from shiq_jax.training.placement import data_parallel_size, shard_batch
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -45,12 +45,12 @@ def references(buffers):
 
 
 @pytest.fixture(scope="module")
-def expected(model, host_params, buffers, references, dense):
+def expected(model, host_params, buffers, references, unpacked_records):
     """Loss, KL and gradient from whole logits, a record to a row."""
 
     def get(name):
         buffer = buffers[name]
-        data = dense(buffer.read(range(len(buffer))), references[name])
+        data = unpacked_records(buffer.read(range(len(buffer))), references[name])
         good = np.array([label is True for label in buffer.column("label")])
 
         def loss(params):
@@ -74,22 +74,22 @@ def expected(model, host_params, buffers, references, dense):
      ("apo_zero_unpaired", None, 1), ("apo_zero_unpaired", "fsdp=8", 2)],
 )  # fmt: skip
 def test_loss_and_gradient_do_not_depend_on_the_cut(
-    name, mesh, microbatches, buffers, references, expected, on_mesh, requested_mesh, relative
+    name, mesh, microbatches, buffers, references, expected, model_on_mesh, get_mesh, relative_error
 ):
     objective, buffer = OBJECTIVES[name].configure(**OPTIONS), buffers[name]
-    model, params = on_mesh(mesh)
-    drawn, rows = pack_groups(buffer, objective.unit), data_devices(requested_mesh(mesh)) * microbatches
+    model, params = model_on_mesh(mesh)
+    drawn, rows = pack_groups(buffer, objective.unit), data_parallel_size(get_mesh(mesh)) * microbatches
     shape = plan(buffer, drawn, multiple=8)
-    batch = place(
+    batch = shard_batch(
         pack(drawn, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch,
-        requested_mesh(mesh),
+        get_mesh(mesh),
     )
     rule = optax.sgd(1.0, momentum=0.0)
     update = make_update(model, objective, rule, microbatches=microbatches)
     state, metrics = update(init_state(model, params, rule), batch)
     loss, kl, grads = expected[name]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
-    assert relative(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE
+    assert relative_error(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE
     assert metrics["weight"] == len(buffer) // (2 if name == "kto" else 1)
     if name == "kto":
         np.testing.assert_allclose(metrics["kl"], kl, rtol=TOLERANCE)
@@ -97,8 +97,8 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(
 
 
 @pytest.mark.parametrize("prompts_per_batch", [3, 64])
-def test_a_measurement_couples_the_whole_buffer(prompts_per_batch, buffers, references, expected, on_mesh):
-    model, params = on_mesh()
+def test_a_measurement_couples_the_whole_buffer(prompts_per_batch, buffers, references, expected, model_on_mesh):
+    model, params = model_on_mesh()
     objective, buffer = OBJECTIVES["kto"].configure(**OPTIONS), buffers["kto"]
     found = objective_metrics(
         model, params, objective, buffer, {"reference": references["kto"]}, prompts_per_batch=prompts_per_batch

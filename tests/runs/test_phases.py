@@ -175,7 +175,7 @@ def test_a_stop_saves_and_leaves_the_marks_to_the_run_that_resumes(at, ledger):
 
     def update(state, item):
         if int(item) == at - 1:
-            stopping._asked.append(15)
+            stopping._received.append(15)
         return adding(1)(state, item)
 
     evaluation = Evaluating(3)
@@ -183,7 +183,7 @@ def test_a_stop_saves_and_leaves_the_marks_to_the_run_that_resumes(at, ledger):
         with pytest.raises(stopping.Stopped, match=f"^stopped at update {at} of 5$"):
             run_phases(plan_of(Phase("update", update, stopping_batch, 5)), start(), ledger(shelf), evaluation)
     finally:
-        stopping._asked.clear()
+        stopping._received.clear()
     assert shelf.latest() == at and not shelf.metrics(at)
     more = Evaluating(3)
     state = run_phases(plan_of(Phase("update", adding(1), batch, 5)), start(), ledger(shelf), more)
