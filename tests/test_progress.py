@@ -67,7 +67,7 @@ def test_the_first_item_which_compiles_is_left_out_of_the_rates(clock, capsys):
 
 
 def test_what_was_done_before_counts_but_not_for_the_rate(clock, capsys):
-    work(clock, 1, range(5), "sampling", 100, "batches", first=95)
+    work(clock, 1, range(5), "sampling", 100, "batches", initial=95)
     assert capsys.readouterr().err == "sampling: 100/100 batches (100%), 1.00 batches/s, 0:05 elapsed\n"
 
 

@@ -85,7 +85,9 @@ def _encode(tokenizer, row: Mapping) -> list[int]:
     try:
         return [operator.index(token) for token in row["tokens"]]
     except TypeError as error:
-        raise UserError(f"{describe(row)} has 'tokens' that are not integers: give token ids, or remove 'tokens'") from error
+        raise UserError(
+            f"{describe(row)} has 'tokens' that are not integers: give token ids, or remove 'tokens'"
+        ) from error
 
 
 def _group_id(row: Mapping, row_number: int) -> str:

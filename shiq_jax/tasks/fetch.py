@@ -121,7 +121,9 @@ def _download(package: str, directory: Path, size: str) -> Path:
     options = {"capture_output": True, "text": True, "env": os.environ | {"TMPDIR": str(pip_directory)}}
     with ThreadPoolExecutor(1, thread_name_prefix="pip") as worker:
         download = worker.submit(subprocess.run, command, **options)
-        for _ in track(_downloaded_megabytes(pip_directory, download), f"downloading {package}", int(size.split()[0]), "MB"):
+        for _ in track(
+            _downloaded_megabytes(pip_directory, download), f"downloading {package}", int(size.split()[0]), "MB"
+        ):
             pass
         result = download.result()
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []

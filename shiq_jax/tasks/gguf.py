@@ -84,9 +84,7 @@ def _huggingface_name(name: str) -> tuple[str, bool]:
     if stem == "rope_freqs":
         return name, False
     if stem not in _NAMES:
-        raise UserError(
-            f"the GGUF tensor {name} is not a Llama parameter: expected one of {', '.join(sorted(_NAMES))}"
-        )
+        raise UserError(f"the GGUF tensor {name} is not a Llama parameter: expected one of {', '.join(sorted(_NAMES))}")
     return f"{prefix}{_NAMES[stem]}.{suffix}", True
 
 

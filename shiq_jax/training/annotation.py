@@ -90,9 +90,7 @@ def _round_up(shape: BatchShape) -> BatchShape:
     )
 
 
-def probe_sampler_statistics(
-    model, params, buffer: Buffer, *, sequences: int = 32
-) -> dict[str, float | bool] | None:
+def probe_sampler_statistics(model, params, buffer: Buffer, *, sequences: int = 32) -> dict[str, float | bool] | None:
     """Compare the sampler's statistics with the update step's forward pass on records spread over the buffer.
 
     Returns:

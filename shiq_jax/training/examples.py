@@ -52,9 +52,7 @@ def example_losses(objective: Objective, examples: Example, real: Bool[Array, "r
     return jax.tree.map(lambda values: jnp.where(real, values, 0), out)
 
 
-def coupling_summaries(
-    model, objective: Objective, params: Params, batch: Batch, targets: Params = NO_TARGETS
-) -> Any:
+def coupling_summaries(model, objective: Objective, params: Params, batch: Batch, targets: Params = NO_TARGETS) -> Any:
     """`objective.couple.summary` of every example, leading axes [rows, slots]."""
     return jax.vmap(jax.vmap(objective.couple.summary))(build_examples(model, objective, params, targets, batch))
 
