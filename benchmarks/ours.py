@@ -16,7 +16,7 @@ from benchmarks import flops, serving
 from shiq_jax.models import Model, load_hf
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, Record
-from shiq_jax.training.annotation import reference_identity, record_statistics
+from shiq_jax.training.annotation import record_statistics, reference_identity
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.reference import Reference

@@ -47,7 +47,11 @@ class LogUpdates(Callback):
         metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in done.metrics.items()}
         about = {"seconds": round(done.seconds, 4), "compiled": done.compiled}
         if done.batch.tokens is not None:
-            about |= {"tokens": done.batch.tokens, "waited": round(done.wait_seconds, 4), "fill": round(done.batch.fill, 4)}
+            about |= {
+                "tokens": done.batch.tokens,
+                "waited": round(done.wait_seconds, 4),
+                "fill": round(done.batch.fill, 4),
+            }
         rate = float(self.learning_rate(done.step - 1))
         self.latest = metrics | dict(self.more(done.step)) | {"learning_rate": rate} | about | dict(self.tags)
         self.log.write(self.stage, self.before + done.step, **self.latest)

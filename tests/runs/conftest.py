@@ -1,27 +1,27 @@
 """The tiny decoder and the random records of the tests of training."""
 
 from tests.training.conftest import (
-    unpacked_records,
+    get_mesh,
     host_params,
     make_buffer,
     make_records,
     model,
     model_on_mesh,
-    use_quick_compilation,
     records,
     relative_error,
-    get_mesh,
+    unpacked_records,
+    use_quick_compilation,
 )
 
 __all__ = [
-    "unpacked_records",
+    "get_mesh",
     "host_params",
     "make_buffer",
     "make_records",
     "model",
     "model_on_mesh",
-    "use_quick_compilation",
     "records",
     "relative_error",
-    "get_mesh",
+    "unpacked_records",
+    "use_quick_compilation",
 ]  # fmt: skip

@@ -360,7 +360,10 @@ def test_stages_have_named_scopes(model, packed):
     )
     update = make_update(model, objective, optimizer, privacy=mechanism)
     text = update.lower(state, packed(objective), private_key=jax.random.key(0)).as_text(debug_info=True)
-    assert all(f"{scope}/" in text or f"{scope})" in text for scope in ("statistics", "objective", "clip", "noise", "optimizer"))
+    assert all(
+        f"{scope}/" in text or f"{scope})" in text
+        for scope in ("statistics", "objective", "clip", "noise", "optimizer")
+    )
 
 
 @pytest.mark.parametrize("name", ["shiq", "coupled"])
