@@ -29,7 +29,7 @@ _MAX_EXPRESSION_LENGTH = 2000
 
 
 class Official(NamedTuple):
-    """The leaderboard's functions `decode(text) -> calls` and `check(functions, calls, answers, category) -> result`."""
+    """The leaderboard's `decode(text) -> calls` and `check(functions, calls, answers, category) -> result`."""
 
     decode: Callable[[str], list[dict]]
     check: Callable[[list, list, list, str], dict]

@@ -51,7 +51,7 @@ class Checkpoints:
             self.directory.absolute(),
             # The default policy silently drops a save that is requested while another is in progress.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            # Orbax deletes file by file under the final name, so a crash could leave a partial checkpoint; see `_prune`.
+            # Orbax deletes files under the final name, so a crash could leave a partial checkpoint; see `_delete`.
             preservation_policy=ocp.training.preservation_policies.PreserveAll(),
         )
 

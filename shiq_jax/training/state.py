@@ -17,7 +17,7 @@ Path = tuple[str, ...]
 
 
 class State(NamedTuple):
-    """One pytree: trainable and frozen parameters, Polyak-averaged copies, optimizer state and the number of updates."""
+    """Pytree of trainable and frozen parameters, Polyak-averaged targets, optimizer state and number of updates."""
 
     trainable: Params
     frozen: Params

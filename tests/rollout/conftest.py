@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """`random_params(model, seed)`: random parameters with the config's `initializer_range`, made with numpy for speed."""
+    """`random_params(model, seed)`: parameters with the config's `initializer_range`, made with numpy for speed."""
 
     def make(model, seed):
         rng = np.random.default_rng(seed)
