@@ -102,18 +102,18 @@ class _Count:
     amount: float = 0.0
 
     def __post_init__(self):
-        self.began = self.rate_start = time.monotonic()
+        self.start_time = self.rate_start = time.monotonic()
         self.rate_items, self.rate_amount = 0, 0.0
 
     def advance(self, amount: float) -> None:
         self.items, self.amount = self.items + 1, self.amount + amount
         if self.items == 1:
-            self.first_rates = (1 / self._since(self.began), amount / self._since(self.began))
+            self.first_rates = (1 / self._since(self.start_time), amount / self._since(self.start_time))
             self.rate_start, self.rate_items, self.rate_amount = time.monotonic(), 1, amount
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.began
+        return time.monotonic() - self.start_time
 
     def text(self, *, elapsed: bool) -> str:
         """Count, rates, remaining time and postfix, optionally with the elapsed time."""
@@ -147,7 +147,7 @@ class _Count:
 @contextlib.contextmanager
 def _lines(description: str, count: _Count) -> Iterator[Callable[[bool], None]]:
     """Print a line at intervals of `MIN_INTERVAL` to `MAX_INTERVAL` seconds, and one at the end."""
-    last_time, last_items = count.began, None
+    last_time, last_items = count.start_time, None
 
     def show(finished: bool) -> None:
         nonlocal last_time, last_items

@@ -36,9 +36,9 @@ def prefetch(batches: Callable[[int], DeviceBatch], start: int, stop: int) -> It
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
         pending = worker.submit(batches, start) if start < stop else None
         for step in range(start, stop):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             batch = pending.result()
-            wait_seconds = time.perf_counter() - began
+            wait_seconds = time.perf_counter() - start_time
             pending = worker.submit(batches, step + 1) if step + 1 < stop else None
             yield batch, wait_seconds
 

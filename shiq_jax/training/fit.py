@@ -79,21 +79,21 @@ def fit(
     pending, shapes, previous_end = None, set(), 0.0
 
     def finish(pending, previous_end: float) -> float:
-        step, batch, metrics, began, wait_seconds, compiled = pending
+        step, batch, metrics, start_time, wait_seconds, compiled = pending
         metrics = hosts.gather(metrics)
         now = time.perf_counter()
-        result = UpdateResult(step, batch, metrics, now - max(began, previous_end), wait_seconds, compiled)
+        result = UpdateResult(step, batch, metrics, now - max(start_time, previous_end), wait_seconds, compiled)
         for callback in callbacks:
             callback.on_update(result)
         return now
 
     with contextlib.closing(prefetch(batches, start, stop)) as prefetched:
         for step, (batch, wait_seconds) in enumerate(prefetched, start + 1):
-            began, shape = time.perf_counter(), tuple(map(np.shape, jax.tree.leaves(batch.batch)))
+            start_time, shape = time.perf_counter(), tuple(map(np.shape, jax.tree.leaves(batch.batch)))
             state, metrics = update(state, batch.batch)
             if pending is not None:
                 previous_end = finish(pending, previous_end)
-            pending = (step, batch, metrics, began, wait_seconds, shape not in shapes)
+            pending = (step, batch, metrics, start_time, wait_seconds, shape not in shapes)
             shapes.add(shape)
             if step == stop or any(callback.needs_state(step) for callback in callbacks):
                 previous_end, pending = finish(pending, previous_end), None

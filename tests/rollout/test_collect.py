@@ -211,16 +211,18 @@ def test_rows_can_be_sampled_in_parts(tokenizer, random_params):
     def reward(row, text):
         return len(text) / 8
 
-    whole = collect_in_order(sampler, params, tokenizer, ROWS, reward, **kwargs)
+    all_records = collect_in_order(sampler, params, tokenizer, ROWS, reward, **kwargs)
     first_part = collect_in_order(sampler, params, tokenizer, ROWS[:1], reward, **kwargs)
-    for record, expected in zip(first_part, whole[:2], strict=True):
+    for record, expected in zip(first_part, all_records[:2], strict=True):
         assert (record.tokens.tolist(), record.prompt) == (expected.tokens.tolist(), expected.prompt)
         np.testing.assert_allclose(record.logp, expected.logp, atol=1e-5)
     rest = collect_in_order(sampler, params, tokenizer, ROWS[1:], reward, first=1, **kwargs)
-    assert [record.tokens.tolist() for record in rest] == [record.tokens.tolist() for record in whole[2:]]
-    assert [record.group for record in whole] == [record.group for record in whole[:2]] + [r.group for r in rest]
-    assert len({record.tokens.tobytes() for record in whole}) == 6
-    for record in whole:
+    assert [record.tokens.tolist() for record in rest] == [record.tokens.tolist() for record in all_records[2:]]
+    assert [record.group for record in all_records] == [record.group for record in all_records[:2]] + [
+        r.group for r in rest
+    ]
+    assert len({record.tokens.tobytes() for record in all_records}) == 6
+    for record in all_records:
         validate(record, vocab_size=264)
         actions = record.tokens[record.action_mask]
         np.testing.assert_array_equal(record.logp, record.behaviour_logp)

@@ -75,7 +75,7 @@ def test_questions_are_compared_without_case_and_white_space():
 
 
 def test_held_out_size_is_exact_for_unrelated_rows():
-    rows = [_row(str(number), f"f{number}") for number in range(50)]
+    rows = [_row(str(index), f"f{index}") for index in range(50)]
     splits = [bfcl.split_held_out(rows, seed=seed, held_out=0.3) for seed in (0, 1)]
     assert [len(held_out) for _, held_out in splits] == [15, 15]
     assert splits[0] != splits[1]

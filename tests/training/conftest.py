@@ -20,7 +20,7 @@ def random_records(seed: int, sizes=GROUP_SIZES) -> list[Record]:
     """Groups of different sizes and lengths, one prompt each, with environment tokens between the actions."""
     rng = np.random.default_rng(seed)
     records = []
-    for number, size in enumerate(sizes):
+    for group_index, size in enumerate(sizes):
         prompt = rng.integers(CONFIG.vocab_size, size=rng.integers(2, 9))
         for _ in range(size):
             completion = rng.integers(CONFIG.vocab_size, size=rng.integers(2, 10))
@@ -31,7 +31,7 @@ def random_records(seed: int, sizes=GROUP_SIZES) -> list[Record]:
                     tokens=np.concatenate([prompt, completion]),
                     action_mask=np.concatenate([np.zeros(len(prompt), bool), mask]),
                     rewards=rng.normal(size=int(mask.sum())).astype(np.float32),
-                    group=f"group {number}",
+                    group=f"group {group_index}",
                 )
             )
     return records

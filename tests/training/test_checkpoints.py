@@ -38,7 +38,7 @@ def make_state(seed, mesh=None, *, shapes=SHAPES, optimizer=OPTIMIZER, step=0, f
         params,
         optimizer,
         trainable=lambda path: not frozen or path[0] != "norm",
-        targets=lambda params: {"slow": params["norm"]},
+        targets=lambda params: {"norm": params["norm"]},
     )
     noise = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
     moments = jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim else leaf + step, state.opt_state)

@@ -53,12 +53,12 @@ def batch(models, tmp_path_factory):
     """All pairs in one packed batch, with reference statistics."""
     buffer = Buffer.create(tmp_path_factory.mktemp("replay") / "buffer")
     records = []
-    for number, pair in enumerate(GOLDEN["pairs"]):
+    for pair_index, pair in enumerate(GOLDEN["pairs"]):
         prompt = pair["prompt_ids"]
         for answer, reward in ((pair["chosen_ids"], 1.0), (pair["rejected_ids"], 0.0)):
             mask = [False] * len(prompt) + [True] * len(answer)
             rewards = [0.0] * (len(answer) - 1) + [reward]
-            records.append(Record(tokens=prompt + answer, action_mask=mask, rewards=rewards, group=str(number)))
+            records.append(Record(tokens=prompt + answer, action_mask=mask, rewards=rewards, group=str(pair_index)))
     buffer.append(records)
     identity = reference_identity(*models["reference"])
     annotate(*models["reference"], buffer, identity)
