@@ -66,9 +66,9 @@ def records(fake_sampler, tokenizer):
     def reward(row, text):
         return len(text) + 10 * (text == row["answer"])
 
-    out = collect_in_order(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
+    records = collect_in_order(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
     assert sampler.args == ("weights", [encode_prompt(tokenizer, row["prompt"]) for row in ROWS], "key", 7)
-    return out
+    return records
 
 
 def test_records_are_in_the_order_of_the_rows(records, tokenizer):
@@ -105,10 +105,10 @@ def test_answers_to_one_prompt_form_a_group(records):
 
 def test_ids_never_collide_with_row_numbers(fake_sampler, tokenizer):
     rows = [{"prompt": "a", "id": name} for name in ("3", "#3", "##3", 0, None)] + [{"prompt": "a"}]
-    out = collect_in_order(
+    records = collect_in_order(
         fake_sampler([["x"]] * 6), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2
     )
-    assert [record.group for record in out] == ["3", "##3", "###3", "0", "#2", "#3"]
+    assert [record.group for record in records] == ["3", "##3", "###3", "0", "#2", "#3"]
 
 
 def test_record_stores_the_row_as_json(records):
@@ -136,11 +136,11 @@ def test_tokens_of_a_row_replace_its_prompt(tokens, fake_sampler, tokenizer):
         rewarded_rows.append(row)
         return 0
 
-    out = collect_in_order(sampler, None, tokenizer, rows, reward, key=0, stop_tokens=())
+    records = collect_in_order(sampler, None, tokenizer, rows, reward, key=0, stop_tokens=())
     assert sampler.args[1] == [[5, 6, 7]] * 2
-    assert [record.tokens[~record.action_mask].tolist() for record in out] == [[5, 6, 7]] * 2
+    assert [record.tokens[~record.action_mask].tolist() for record in records] == [[5, 6, 7]] * 2
     # The stored row can be scored again; its tokens are in the record.
-    assert [json.loads(record.prompt) for record in out] == [{"prompt": "sort 21:", "answer": "12"}, {}]
+    assert [json.loads(record.prompt) for record in records] == [{"prompt": "sort 21:", "answer": "12"}, {}]
     assert rewarded_rows[1] is row
 
 
@@ -175,10 +175,10 @@ def test_reward_gets_row_and_text(fake_sampler, tokenizer):
         return np.float32(0.5)
 
     sampler = fake_sampler([["a<eos>", "b"], ["<eos>", "c d"]])
-    out = collect_in_order(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
+    records = collect_in_order(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
     assert calls == [(ROWS[1], ""), (ROWS[1], "c d"), (ROWS[0], "a"), (ROWS[0], "b")]
     assert all(arg is row for (arg, _), row in zip(calls, [ROWS[1]] * 2 + [ROWS[0]] * 2, strict=True))
-    assert [record.rewards.sum() for record in out] == [0.5] * 4
+    assert [record.rewards.sum() for record in records] == [0.5] * 4
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from shiq_jax.sharding import make_mesh
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(11)
-NEW = 12
-FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=NEW)
+MAX_TOKENS = 12
+FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=MAX_TOKENS)
 FIELDS = ("tokens", "logp", "lse", "behaviour_logp")
 
 
@@ -73,16 +73,16 @@ def filtered_logp(logits, sampling):
 
 
 def test_greedy_matches_argmax_decoding(sampler, params, prompts, uncached):
-    sample = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
+    sample = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), samples_per_prompt=1, prompts_in_flight=4)
     answers = sample(params, prompts, KEY)
-    expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
+    expected = [uncached.greedy(params, prompt, MAX_TOKENS) for prompt in prompts]
     assert [answer["tokens"].tolist() for (answer,) in answers] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(prompts) and max(map(len, map(set, expected))) > 2
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         logp, lse = uncached.statistics(params, prompt, answer["tokens"])
         np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
         np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
-        np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(NEW))
+        np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(MAX_TOKENS))
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -90,7 +90,7 @@ def test_greedy_completion_does_not_change_the_samples(sampler, sampled, params,
     sizes = dict(samples_per_prompt=3, prompts_in_flight=4)
     both = sampler(FILTERED, greedy=True, lanes_per_prompt=lanes, **sizes)(params, prompts, KEY)
     assert_same([answers[:3] for answers in both], sampled)
-    alone = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_in_flight=4)(params, prompts, KEY)
+    alone = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), prompts_in_flight=4)(params, prompts, KEY)
     assert_same([answers[3:] for answers in both], alone)
 
 
@@ -112,25 +112,25 @@ def test_greedy_matches_transformers(tmp_path):
 
     def generate(same_length):
         tokens = torch.tensor(same_length)
-        kwargs = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=13)
+        kwargs = dict(max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=13)
         out = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **kwargs)[:, tokens.shape[1] :]
         return [row[: row.index(13) + 1] if 13 in row else row for row in out.tolist()]
 
     order = rng.permutation(50)  # mixes prompts of different lengths
     answers = [None] * 50
-    sample = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_in_flight=25)
+    sample = Sampler(model, Sampling(temperature=0, max_tokens=MAX_TOKENS), (13,), prompts_in_flight=25)
     rows = [row.tolist() for same_length in prompts for row in same_length]
     for index, (answer,) in zip(order, sample(params, [rows[index] for index in order], KEY), strict=True):
         answers[index] = answer["tokens"].tolist()
     assert answers == [answer for same_length in prompts for answer in generate(same_length)]
     # The answers are diverse, and some end at a stop token and some at the maximum length.
     ends = {len(tokens) for tokens in answers}
-    assert NEW in ends and len(ends) > 4 and len(set(map(tuple, answers))) > 25
+    assert MAX_TOKENS in ends and len(ends) > 4 and len(set(map(tuple, answers))) > 25
 
 
 @pytest.mark.parametrize(
     ("sampling", "samples"),
-    [(Sampling(temperature=0, max_tokens=NEW), 1), pytest.param(FILTERED, 3, marks=pytest.mark.slow)],
+    [(Sampling(temperature=0, max_tokens=MAX_TOKENS), 1), pytest.param(FILTERED, 3, marks=pytest.mark.slow)],
     ids=["greedy", "sampled"],
 )
 def test_samples_on_a_mesh(sampling, samples, sampler, config, params, prompts):
@@ -151,10 +151,10 @@ def test_statistics_match_uncached_forward(sampled, params, prompts, uncached):
             logp, lse = uncached.statistics(params, prompt, answer["tokens"])
             np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
             np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
-            assert all(answer[name].shape == (NEW,) for name in FIELDS)
+            assert all(answer[name].shape == (MAX_TOKENS,) for name in FIELDS)
 
 
-@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=MAX_TOKENS)], ids=["filtered", "raw"])
 def test_behaviour_logp_is_of_the_filtered_distribution(sampling, sampler, params, prompts, uncached):
     answers_by_prompt = sampler(sampling, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
     raw_matches = 0
@@ -166,7 +166,7 @@ def test_behaviour_logp_is_of_the_filtered_distribution(sampling, sampler, param
             np.testing.assert_allclose(answer["behaviour_logp"], expected, atol=3e-5)
             raw_matches += np.allclose(answer["behaviour_logp"], answer["logp"], atol=1e-5)
     # The two agree only without filters at temperature 1.
-    assert raw_matches == (18 if sampling == Sampling(max_tokens=NEW) else 0)
+    assert raw_matches == (18 if sampling == Sampling(max_tokens=MAX_TOKENS) else 0)
 
 
 # --- distributions
@@ -253,7 +253,7 @@ def test_token_pair_frequencies(sampler, params, prompts, config, uncached):
     assert chi_square(counts.ravel(), np.outer(first, joint.sum(0)).ravel()) < 1e-3
 
 
-@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=MAX_TOKENS)], ids=["filtered", "raw"])
 def test_token_t_uses_fold_in_of_its_key(sampling, sampler, params, prompts, uncached):
     answers_by_prompt = sampler(sampling, samples_per_prompt=2, prompts_in_flight=4)(params, prompts[:3], KEY, first=5)
     for index, (prompt, answers) in enumerate(zip(prompts, answers_by_prompt)):
@@ -273,11 +273,11 @@ def test_stop_tokens_truncate(sampler, params, prompts, sampled):
     stopped = sampler(FILTERED, stops, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
     truncated = []
     for answers in sampled:
-        ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), NEW) for a in answers]
+        ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), MAX_TOKENS) for a in answers]
         truncated.append([{name: a[name][:end] for name in FIELDS} for a, end in zip(answers, ends, strict=True)])
     assert_same(stopped, truncated)
     lengths = [len(answer["tokens"]) for answers in stopped for answer in answers]
-    assert NEW in lengths and min(lengths) < NEW // 2
+    assert MAX_TOKENS in lengths and min(lengths) < MAX_TOKENS // 2
 
 
 class ForwardRecorder:
@@ -298,14 +298,14 @@ class ForwardRecorder:
 
 
 @pytest.mark.parametrize(
-    ("stops", "new"),
-    [((), NEW), ((), 1), ((2, 9, 17), NEW), (range(24), NEW)],
+    ("stops", "max_tokens"),
+    [((), MAX_TOKENS), ((), 1), ((2, 9, 17), MAX_TOKENS), (range(24), MAX_TOKENS)],
     ids=["no stop", "one token", "stop", "stop at first token"],
 )
 @pytest.mark.parametrize("lanes", [1, 2, 6])
-def test_number_of_decode_steps_is_minimal(lanes, stops, new, model, params, prompts):
+def test_number_of_decode_steps_is_minimal(lanes, stops, max_tokens, model, params, prompts):
     recorder = ForwardRecorder(model)
-    sampling = Sampling(0.8, 7, 0.9, new)
+    sampling = Sampling(0.8, 7, 0.9, max_tokens)
     sample = Sampler(recorder, sampling, stops, samples_per_prompt=6, prompts_in_flight=1, lanes_per_prompt=lanes)
     (answers,) = sample(params, prompts[1:2], KEY)
     jax.effects_barrier()
@@ -322,13 +322,13 @@ def test_free_rows_take_the_next_prompt(model, params, prompts):
     recorder = ForwardRecorder(model)
     stops, many_prompts = (2, 9, 17), [prompts[index % 6] for index in range(40)]
     sizes = dict(samples_per_prompt=3, prompts_in_flight=4, lanes_per_prompt=1)
-    sample = Sampler(recorder, Sampling(max_tokens=NEW), stops, **sizes)
+    sample = Sampler(recorder, Sampling(max_tokens=MAX_TOKENS), stops, **sizes)
     answers = sample(params, many_prompts, KEY)
     jax.effects_barrier()
     steps = [shape for shape in recorder.shapes if shape == (4, 1)]
     tokens = sum(len(answer["tokens"]) for prompt_answers in answers for answer in prompt_answers)
     # Four lanes; some are idle at the end, when no prompt is left.
-    assert tokens / 4 <= len(steps) <= 1.2 * tokens / 4 + 3 * NEW
+    assert tokens / 4 <= len(steps) <= 1.2 * tokens / 4 + 3 * MAX_TOKENS
     assert len(recorder.shapes) - len(steps) == 40
     # Every prefill has the smallest width that holds its prompts.
     assert {shape for shape in recorder.shapes if shape != (4, 1)} == {(1, 32)}
@@ -388,9 +388,9 @@ def test_empty_list_of_prompts(sampler, params):
 
 
 def test_context_limit_is_enforced(sampler, params, config):
-    sample = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
-    fits = [[3] * (config.max_positions - NEW)]
-    assert len(sample(params, fits, KEY)[0][0]["tokens"]) == NEW
+    sample = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), samples_per_prompt=1, prompts_in_flight=4)
+    fits = [[3] * (config.max_positions - MAX_TOKENS)]
+    assert len(sample(params, fits, KEY)[0][0]["tokens"]) == MAX_TOKENS
     message = (
         "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
     )
@@ -401,7 +401,7 @@ def test_context_limit_is_enforced(sampler, params, config):
 @pytest.mark.parametrize(
     ("max_tokens", "length", "message"),
     [
-        (NEW, 96, "prompt 0 has 96 tokens.*: shorten the prompt to 84$"),
+        (MAX_TOKENS, 96, "prompt 0 has 96 tokens.*: shorten the prompt to 84$"),
         (96, 5, "prompt 0 has 5 tokens.*: lower max_tokens to 91$"),
         (100, 200, "prompt 0 has 200 tokens.*: shorten the prompt and lower max_tokens$"),
     ],
