@@ -16,7 +16,7 @@ from benchmarks import flops, serving
 from shiq_jax.models import Model, load_hf
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, Record
-from shiq_jax.training.annotation import reference_identity, statistics_of
+from shiq_jax.training.annotation import record_statistics, reference_identity
 from shiq_jax.training.batches import Batches
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.reference import Reference
@@ -41,9 +41,9 @@ def main(model: str, work: str, remat: str, objective: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         buffer = filled(Path(directory) / "buffer", model, decoder, params, steps)
         records, options = buffer.read(range(len(buffer))), {"prompts_per_batch": len(steps[0])}
-        statistics_of(decoder, params, records, **options)
+        record_statistics(decoder, params, records, **options)
         began = time.perf_counter()
-        statistics_of(decoder, params, records, **options)
+        record_statistics(decoder, params, records, **options)
         annotation = (time.perf_counter() - began) / len(steps) / EPOCHS
         batches, state, update = training(decoder, params, buffer, objective, len(steps[0]))
         ready = [batches(number) for number in range(len(steps))]

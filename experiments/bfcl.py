@@ -265,7 +265,7 @@ class Seed:
             "seconds": round(time.monotonic() - began),
         }
         path.parent.mkdir(exist_ok=True)
-        write_jsonl(path.with_suffix(".samples.jsonl"), evaluator.shown(found, prompts=40))
+        write_jsonl(path.with_suffix(".samples.jsonl"), evaluator.generations(found, prompts=40))
         write_json(path, numbers)
         return numbers
 

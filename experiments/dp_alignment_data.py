@@ -127,7 +127,7 @@ def _sampled(reference: Path, rows: Sequence[Row], sizes: Sizes) -> dict[str, li
         model, tokenizer, stop_tokens(tokenizer, reference), rows, rewards.resolve("bfcl"), sizes.max_tokens,
         sizes.samples, prompts_in_flight=32,
     )  # fmt: skip
-    shown = evaluator.shown(evaluator(params, None, jax.random.key(0)))
+    shown = evaluator.generations(evaluator(params, None, jax.random.key(0)))
     texts = [(row["completion"], row["reward"]) for row in shown]
     ends = sizes.samples * (1 + np.arange(len(rows)))
     return {row["id"]: texts[end - sizes.samples : end] for row, end in zip(rows, ends, strict=True)}

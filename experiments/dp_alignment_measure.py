@@ -17,7 +17,7 @@ from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs.ingest import READERS, import_records
 from shiq_jax.tasks import rewards
-from shiq_jax.training.annotation import statistics_of
+from shiq_jax.training.annotation import record_statistics
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.reference import Reference
@@ -47,7 +47,7 @@ def measure(policy: Path, reference: Path | None, root: Path, sizes: Sizes) -> d
     logratios = np.zeros(len(found.records)) if found.logratios is None else found.logratios
     file = root / "held_out.pairs.jsonl"
     pairs = _buffer(root / "held_out_pairs", lambda reading: formats.preferences(file, tokenizer, reading), model)
-    sums = [float(np.sum(logp)) for logp, _ in statistics_of(model, params, [pairs[n] for n in range(len(pairs))])]
+    sums = [float(np.sum(logp)) for logp, _ in record_statistics(model, params, [pairs[n] for n in range(len(pairs))])]
     return {
         "greedy": [float(record.rewards.sum()) for record in found.greedy],
         "sampled": np.reshape([float(record.rewards.sum()) for record in found.records], shape).tolist(),

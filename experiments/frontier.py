@@ -200,7 +200,7 @@ class Lab:
 
     def _evaluate(self, params, step: int, itself: bool = False) -> tuple[float, float]:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        numbers = self.evaluator(params, None if itself else self.reference, key).numbers
+        numbers = self.evaluator(params, None if itself else self.reference, key).metrics
         return numbers["kl"], numbers["reward"]
 
     def _job(self, directory: Path) -> commands.Shiq:

@@ -1,4 +1,4 @@
-"""Stopping a run that is asked to stop: a signal sets a flag, and loops look at it where nothing is lost."""
+"""Graceful stop: a signal sets a flag, and loops check it at points where no work is lost."""
 
 from __future__ import annotations
 
@@ -8,66 +8,66 @@ import signal
 import threading
 from collections.abc import Iterator
 
-# Signals belong to the whole process, and so does what they asked for.
-_asked: list[int] = []
+# Signal handlers are per process, so the requests are global too.
+_received: list[int] = []
 
 
 class Stopped(Exception):
-    """A run that ended early because it was asked to; what it left on disk goes on from there.
+    """The run was stopped by a signal, and can be resumed from its files.
 
     Args:
         where: completes the sentence "stopped ...".
 
     Attributes:
-        signal: number of the signal that asked for it.
+        signal: number of the signal.
     """
 
     def __init__(self, where: str):
         super().__init__(f"stopped {where}")
-        self.signal = _asked[0] if _asked else signal.SIGTERM
+        self.signal = _received[0] if _received else signal.SIGTERM
 
 
 @contextlib.contextmanager
-def on_signals() -> Iterator[None]:
-    """Inside, SIGTERM and the first SIGINT ask the run to stop, and a second SIGINT interrupts it at once.
+def stop_on_signals() -> Iterator[None]:
+    """Context in which SIGTERM and the first SIGINT request a stop, and a second SIGINT interrupts immediately.
 
-    The handlers that were there before are put back at the end. Only the main thread of a process can have handlers;
-    in any other this does nothing. `jax.distributed.initialize` takes SIGTERM for itself, so enter this after it.
+    The previous handlers are restored on exit. In threads other than the main thread, which cannot install handlers,
+    it does nothing. `jax.distributed.initialize` installs its own SIGTERM handler, so enter the context afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(number: int, frame) -> None:
-        if number == signal.SIGINT and signal.SIGINT in _asked:
+    def handle(number: int, frame) -> None:
+        if number == signal.SIGINT and signal.SIGINT in _received:
             raise KeyboardInterrupt
-        _asked.append(number)
+        _received.append(number)
         if number == signal.SIGINT:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, b"stopping after the step under way; interrupt again to stop at once\n")
+            # print is not reentrant, and the signal may have interrupted one.
+            os.write(2, b"stopping after the current step; interrupt again to stop immediately\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        _asked.clear()
+        _received.clear()
 
 
 def requested() -> bool:
-    """Whether the run has been asked to stop; never, unless `on_signals` is entered."""
-    return bool(_asked)
+    """Whether a stop was requested inside `stop_on_signals`."""
+    return bool(_received)
 
 
 def check(where: str) -> None:
-    """Stop here if the run has been asked to.
+    """Raise `Stopped` if a stop was requested.
 
     Args:
         where: completes the sentence "stopped ...".
 
     Raises:
-        Stopped: it has.
+        Stopped: a stop was requested.
     """
-    if _asked:
+    if _received:
         raise Stopped(where)

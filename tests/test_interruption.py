@@ -163,7 +163,7 @@ STOPS = {
         (evaluation, "collect", lambda *_, **__: True, "evaluating", None),
         (CheckFinite, "on_update", at_update("update", 1), "update 2 of 6", 2),
         (CheckFinite, "on_update", at_update("update", 3), "update 3 of 6", 3),
-        (reference, "statistics_of", lambda *_, **__: True, "update 3 of 6", 3),
+        (reference, "record_statistics", lambda *_, **__: True, "update 3 of 6", 3),
     ],
     "data": [(CheckFinite, "on_update", at_update("update", 2), "update 2 of", 2)],
 }
@@ -234,7 +234,7 @@ def test_first_sigint_finishes_the_step_and_second_stops_at_once(interrupts, fac
 
 def test_check_raises_only_after_a_signal():
     stopping.check("here")
-    with stopping.on_signals():
+    with stopping.stop_on_signals():
         assert not stopping.requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.requested()
@@ -247,7 +247,7 @@ def test_on_signals_installs_no_handlers_in_other_threads():
     before, inside = signal.getsignal(signal.SIGTERM), []
 
     def enter():
-        with stopping.on_signals():
+        with stopping.stop_on_signals():
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)

@@ -1,4 +1,4 @@
-"""From prompts to records: sample, decode, score, keep."""
+"""Sample completions of prompts, score them and build records."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shiq_jax.rollout.rewards import describe
 
 
 def decode(tokenizer, tokens: Sequence[int], stop_tokens: Sequence[int]) -> str:
-    """The text of a completion, without the token that ended it."""
+    """The text of a completion, without the stop token at its end."""
     tokens = [int(token) for token in tokens]
     if tokens and tokens[-1] in set(stop_tokens):
         tokens = tokens[:-1]
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def collect(
+def collect_records(
     sampler: Sampler,
     params,
     tokenizer,
@@ -34,25 +34,29 @@ def collect(
     stop_tokens: Sequence[int],
     first: int = 0,
 ) -> Iterator[tuple[int, list[Record]]]:
-    """Sampled records of some prompts: (index of a row, its answers, which form a group), as they are finished.
+    """Yield (row index, records) in the order in which prompts finish; the records of one prompt form a group.
 
-    The reward stands on the last action. Each record carries the sampler's raw statistics, the log-probability of the
-    distribution that was sampled, and the row as JSON without its `tokens`, so that it can be scored again; what JSON
-    does not know stands there as its text.
+    The reward is placed on the last action. Each record has the sampler's raw statistics, `behaviour_logp`, and the
+    row without its `tokens` as JSON, so that it can be scored again; values that JSON cannot represent are converted to
+    strings.
 
     Args:
-        sampler: draws the completions.
+        sampler: samples the completions.
         params: the policy.
-        rows: prompt rows. `prompt` is text or messages, with `tools` for the chat template; where a row has `tokens`,
-            these are the prompt as they are. `id` names the group, else `#` and the row's number do.
-        reward: scores a completion's text with a finite number, see `shiq_jax.rollout.rewards`.
-        first: number of the first row in the whole list; with `key` it fixes the random numbers.
+        tokenizer: tokenizer of the model.
+        rows: prompt rows. `prompt` is text or messages, with optional `tools` for the chat template; `tokens`, if
+            present, are used as the prompt instead. `id` names the group; the default is `#` and the row's number.
+        reward: (row, completion) -> finite number, see `shiq_jax.rollout.rewards`.
+        key: random key.
+        stop_tokens: ids that end a completion.
+        first: number of the first row if `rows` is part of a longer list; random numbers depend on it and `key` only.
 
-    Raises UserError when a row has no prompt, or `tokens` that are no token ids.
+    Raises:
+        UserError: a row has no prompt, or `tokens` that are not integers.
     """
-    prompts = [_encoded(tokenizer, row) for row in rows]
+    prompts = [_encode(tokenizer, row) for row in rows]
     for index, answers in sampler.stream(params, prompts, key, first):
-        row, group = rows[index], _group(rows[index], first + index)
+        row, group = rows[index], _group_id(rows[index], first + index)
         texts = (decode(tokenizer, answer["tokens"], stop_tokens) for answer in answers)
         yield (
             index,
@@ -63,40 +67,42 @@ def collect(
         )
 
 
-def in_order(found: Iterable[tuple[int, list[Record]]]) -> list[Record]:
-    """What `collect` gave, in the order of the rows."""
-    return [record for _, records in sorted(found, key=operator.itemgetter(0)) for record in records]
+def records_in_order(indexed_records: Iterable[tuple[int, list[Record]]]) -> list[Record]:
+    """The records that `collect_records` yields, in the order of the rows."""
+    return [record for _, records in sorted(indexed_records, key=operator.itemgetter(0)) for record in records]
 
 
 def sampled_tokens(records: Sequence[Record]) -> int:
-    """How many tokens were drawn for some records."""
+    """Total number of sampled tokens of the records."""
     return sum(len(record.rewards) for record in records)
 
 
-def _encoded(tokenizer, row: Mapping) -> list[int]:
+def _encode(tokenizer, row: Mapping) -> list[int]:
     if row.get("tokens") is None:
         if row.get("prompt") is None:
-            raise UserError(f"{describe(row)} has neither 'prompt' nor 'tokens': give it one of them")
+            raise UserError(f"{describe(row)} has neither 'prompt' nor 'tokens': add one of them")
         return encode_prompt(tokenizer, row["prompt"], row.get("tools"))
     try:
         return [operator.index(token) for token in row["tokens"]]
     except TypeError as error:
-        raise UserError(f"{describe(row)} has 'tokens' that are no integers: give token ids, or no 'tokens'") from error
+        raise UserError(
+            f"{describe(row)} has 'tokens' that are not integers: give token ids, or remove 'tokens'"
+        ) from error
 
 
-def _group(row: Mapping, number: int) -> str:
+def _group_id(row: Mapping, row_number: int) -> str:
     if row.get("id") is None:
-        return f"#{number}"
-    name = str(row["id"])
-    # An id that looks like the number of a row gets a second sign, so that the two never meet.
-    return f"#{name}" if name.startswith("#") else name
+        return f"#{row_number}"
+    row_id = str(row["id"])
+    # Escape ids that start with "#", so that they never equal a row number.
+    return f"#{row_id}" if row_id.startswith("#") else row_id
 
 
 def _record(row: Mapping, group: str, prompt: Sequence[int], answer: Mapping, reward: float) -> Record:
     actions = len(answer["tokens"])
     rewards = np.zeros(actions, np.float32)
     rewards[-1] = reward
-    kept = {name: value for name, value in row.items() if name != "tokens"}
+    row_without_tokens = {name: value for name, value in row.items() if name != "tokens"}
     return Record(
         tokens=np.concatenate([np.asarray(prompt, np.int32), answer["tokens"].astype(np.int32)]),
         action_mask=np.arange(len(prompt) + actions) >= len(prompt),
@@ -105,5 +111,5 @@ def _record(row: Mapping, group: str, prompt: Sequence[int], answer: Mapping, re
         logp=answer["logp"].astype(np.float32),
         lse=answer["lse"].astype(np.float32),
         group=group,
-        prompt=json.dumps(kept, ensure_ascii=False, default=str),
+        prompt=json.dumps(row_without_tokens, ensure_ascii=False, default=str),
     )

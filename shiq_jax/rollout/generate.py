@@ -1,4 +1,4 @@
-"""Sampling: any number of prompts through a fixed number of lanes, which are refilled as sequences end."""
+"""Continuous batching: sample completions of any number of prompts with a fixed number of decoding lanes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shiq_jax.rollout.lanes import DecodeLoop
 from shiq_jax.rollout.sampling import SampledTokens, Sampling
 from shiq_jax.sharding import hosts
 
-# Rows that are refilled together, as a part of all: prompts are computed some at a time, and a row waits for them.
-_TOGETHER = 8
+# An eighth of the rows is refilled at a time: larger prefills are more efficient, but idle rows wait longer for them.
+_REFILL_DIVISOR = 8
 
 
 def pad_prompts(
     prompts: Sequence[Sequence[int]], smallest: int = 32, widest: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded `(tokens [P, L], valid [P, L])`, L among few numbers, because each makes another program to compile.
+    """Left-pad prompts to `(tokens [P, L], valid [P, L])`.
 
-    L is the first of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that holds the longest prompt, but at most `widest`,
-    which no prompt may exceed.
+    L is the first of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that holds the longest prompt, and at most `widest`.
+    Few distinct lengths keep the number of compiled programs small.
     """
     longest = max(map(len, prompts))
     widths = (smallest * factor for k in itertools.count() for factor in (2**k, 3 * 2**k // 2))
@@ -38,21 +38,21 @@ def pad_prompts(
 
 
 class Sampler:
-    """Draws `samples_per_prompt` completions of each prompt, any number of prompts through lanes that never wait long.
+    """Samples `samples_per_prompt` completions of each prompt with continuous batching.
 
-    A prompt is computed once and holds a row until its completions are drawn; these go through the few lanes of the
-    row, each lane taking the next as soon as one has ended, and the row takes the next prompt. So the cost follows the
-    tokens that are drawn, not the longest completion.
+    A prompt is prefilled once and occupies a row until its completions have ended. A lane of the row starts the next
+    completion as soon as one ends, and a row whose completions have ended takes the next prompt. The cost therefore
+    depends on the number of sampled tokens, not on the longest completion.
 
     Args:
-        model: supplies `init_cache`, `extend`, `init_branches`, `extend_branches` and `project`.
-        sampling: how tokens are drawn.
-        stop_tokens: ids that end a sequence.
-        samples_per_prompt: completions of each prompt.
-        prompts_in_flight: rows, the prompts that are worked on at once.
-        lanes_per_prompt: completions of one prompt that are drawn at once; by default half of them: with fewer, the
-            lanes of a row end nearer together; with more, a prompt's cache is read for more of them at once.
-        greedy: each prompt has one completion more, its last, of the most likely tokens.
+        model: provides `init_cache`, `extend`, `init_branches`, `branch` and `project`.
+        sampling: sampling parameters.
+        stop_tokens: ids that end a completion.
+        samples_per_prompt: completions per prompt.
+        prompts_in_flight: number of rows, the prompts that are decoded at once.
+        lanes_per_prompt: completions of one prompt that are decoded at once; by default half of them. Fewer lanes
+            finish closer together; more lanes share each read of the prompt's cache.
+        greedy: add a greedy completion to each prompt, after the sampled ones.
     """
 
     def __init__(
@@ -69,80 +69,81 @@ class Sampler:
         self.prompts_in_flight, self._completions = prompts_in_flight, samples_per_prompt + greedy
         lanes = -(-self._completions // 2) if lanes_per_prompt is None else lanes_per_prompt
         lanes = min(lanes, self._completions)
-        self._engine = DecodeLoop(model, sampling, tuple(stop_tokens), self._completions, lanes, greedy)
+        self._loop = DecodeLoop(model, sampling, tuple(stop_tokens), self._completions, lanes, greedy)
         self._context = model.config.max_positions
         self._max_tokens = sampling.max_tokens
 
     def __call__(self, params, prompts: Sequence[Sequence[int]], key, first: int = 0) -> list[list[dict]]:
-        """For each prompt its completions as dicts of numpy arrays `tokens, logp, lse, behaviour_logp`.
+        """For each prompt, its completions as dicts of numpy arrays `tokens, logp, lse, behaviour_logp`.
 
-        `first` is the number of the first prompt: prompt i draws with `fold_in(key, first + i)`, whatever shares the
-        lanes with it. Raises UserError, naming the prompt by that number, when one is empty or leaves no room for
-        `max_tokens`.
+        Prompt i uses the random key `fold_in(key, first + i)`, so its samples do not depend on the other prompts.
+
+        Raises:
+            UserError: prompt number `first + i` is empty or leaves no room for `max_tokens`.
         """
-        found = dict(self.stream(params, prompts, key, first))
-        return [found[number] for number in range(len(prompts))]
+        completions = dict(self.stream(params, prompts, key, first))
+        return [completions[index] for index in range(len(prompts))]
 
     def stream(self, params, prompts: Sequence[Sequence[int]], key, first: int = 0) -> Iterator[tuple[int, list[dict]]]:
-        """(index of a prompt, its completions) as prompts are finished; otherwise as `__call__`."""
+        """Yield (prompt index, completions) in the order in which prompts finish; see `__call__`."""
         for number, prompt in enumerate(prompts, first):
             self._check(number, len(prompt))
         if not prompts:
             return
-        # Few sizes, for each is another program; a short list does not pay for rows that stay empty.
+        # A power of two, to compile few programs; at most the next one above the number of prompts, to avoid idle rows.
         rows = min(self.prompts_in_flight, 1 << (len(prompts) - 1).bit_length())
-        together = max(1, rows // _TOGETHER)
+        refill_size = max(1, rows // _REFILL_DIVISOR)
         widest = self._context - self._max_tokens
         width = pad_prompts([max(prompts, key=len)], widest=widest)[0].shape[1]
-        state = self._engine.start(params, rows, width)
-        # Prompts of like length are computed together, so that little of it is padding.
-        waiting = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), -number))
-        holding: dict[int, int] = {}
-        while waiting or holding:
-            free = [row for row in range(rows) if row not in holding]
-            while waiting and len(free) >= min(together, len(waiting)):
-                taken = {free.pop(): waiting.pop() for _ in range(min(together, len(waiting)))}
-                holding |= taken
-                state = self._admit(params, state, taken, prompts, key, first, together, widest)
-            state = self._engine.advance(params, state, rows - len(holding) + min(together, len(holding)))
-            busy = hosts.gather(self._engine.busy(state))
-            ended = [row for row in holding if not busy[row]]
-            for start in range(0, len(ended), together):
-                some = ended[start : start + together]
-                padded = np.resize(np.asarray(some, np.int32), together)
-                completions = hosts.gather(self._engine.take(state, padded))
-                for place, row in enumerate(some):
-                    yield holding.pop(row), _trimmed(completions, place)
+        state = self._loop.start(params, rows, width)
+        # Sorting by length keeps the padding of each prefill small.
+        waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
+        active: dict[int, int] = {}  # row -> prompt index
+        while waiting or active:
+            free = [row for row in range(rows) if row not in active]
+            while waiting and len(free) >= min(refill_size, len(waiting)):
+                admitted = {free.pop(): waiting.pop() for _ in range(min(refill_size, len(waiting)))}
+                active |= admitted
+                state = self._admit(params, state, admitted, prompts, key, first, refill_size, widest)
+            state = self._loop.advance(params, state, rows - len(active) + min(refill_size, len(active)))
+            busy = hosts.gather(self._loop.busy(state))
+            finished = [row for row in active if not busy[row]]
+            for start in range(0, len(finished), refill_size):
+                chunk = finished[start : start + refill_size]
+                padded = np.resize(np.asarray(chunk, np.int32), refill_size)
+                completions = hosts.gather(self._loop.completions(state, padded))
+                for position, row in enumerate(chunk):
+                    yield active.pop(row), _trim(completions, position)
 
-    def _admit(self, params, state, taken: dict[int, int], prompts, key, first: int, together: int, widest: int):
-        # A short list is filled up with its first entry, which does no harm twice.
-        rows = np.resize(np.asarray([*taken], np.int32), together)
-        numbers = [taken[int(row)] for row in rows]
-        tokens, valid = pad_prompts([prompts[number] for number in numbers], widest=widest)
+    def _admit(self, params, state, admitted: dict[int, int], prompts, key, first: int, refill_size: int, widest: int):
+        # np.resize repeats entries to fill the fixed size; admitting a prompt twice into its row has no effect.
+        rows = np.resize(np.asarray([*admitted], np.int32), refill_size)
+        indices = [admitted[int(row)] for row in rows]
+        tokens, valid = pad_prompts([prompts[index] for index in indices], widest=widest)
         keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), self._completions))(
-            jnp.asarray(numbers) + first
+            jnp.asarray(indices) + first
         )
-        return self._engine.admit(params, state, rows, tokens, valid, keys)
+        return self._loop.admit(params, state, rows, tokens, valid, keys)
 
     def _check(self, number: int, length: int) -> None:
         new, context = self._max_tokens, self._context
         if length == 0:
             raise UserError(
-                f"prompt {number} has no tokens, so nothing predicts the first one that is drawn: give it some text, "
-                "or the token that opens a text"
+                f"prompt {number} has no tokens, so no position predicts the first sampled token: add text or a BOS token"
             )
         if length + new > context:
-            ways = [f"shorten the prompt to {context - new}"] if new < context else []
-            ways += [f"lower max_tokens to {context - length}"] if length < context else []
+            remedies = [f"shorten the prompt to {context - new}"] if new < context else []
+            remedies += [f"lower max_tokens to {context - length}"] if length < context else []
             raise UserError(
                 f"prompt {number} has {length} tokens, which with max_tokens={new} exceed the model's context of "
-                f"{context}: {' or '.join(ways) or 'shorten the prompt and lower max_tokens'}"
+                f"{context}: {' or '.join(remedies) or 'shorten the prompt and lower max_tokens'}"
             )
 
 
-def _trimmed(completions: tuple[SampledTokens, np.ndarray], place: int) -> list[dict]:
-    drawn, lengths = completions
+def _trim(completions: tuple[SampledTokens, np.ndarray], position: int) -> list[dict]:
+    """The completions of one row, cut to their lengths."""
+    sampled, lengths = completions
     return [
-        {name: np.asarray(values[place, sample, :length]) for name, values in drawn._asdict().items()}
-        for sample, length in enumerate(lengths[place].tolist())
+        {name: np.asarray(values[position, sample, :length]) for name, values in sampled._asdict().items()}
+        for sample, length in enumerate(lengths[position].tolist())
     ]

@@ -1,4 +1,8 @@
-"""The device's side of sampling: rows that hold prompts, lanes that draw their completions, and three programs."""
+"""Device side of sampling: compiled programs over a fixed number of prompt rows and decoding lanes.
+
+A row caches one prompt. Each of its lanes decodes one completion at a time and takes the prompt's next completion when
+that one ends.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +17,33 @@ from shiq_jax.models.cache import Branches, Cache, replace_rows, slot_intervals
 from shiq_jax.rollout.sampling import SampledTokens, Sampling, sample_tokens
 
 
-class Lanes(NamedTuple):
-    """Everything that is under way. A lane whose sample is the number of a prompt's completions draws nothing."""
+class DecodeState(NamedTuple):
+    """State of the decoding loop; a lane whose `sample` equals the number of completions per prompt is idle."""
 
-    cache: Cache  # the prompts
-    branches: Branches  # what the lanes have drawn
-    slot: Int[Array, ""]  # of the branches' ring, where the next token goes
-    ends: Float[Array, "rows features"]  # the hidden state that predicts a prompt's first completion token
-    lengths: Int[Array, " rows"]  # tokens of the prompts
+    cache: Cache  # KV cache of the prompts
+    branches: Branches  # KV cache of the completions in progress
+    slot: Int[Array, ""]  # position of the next token in the ring buffer of the branches
+    prompt_hidden: Float[Array, "rows features"]  # last hidden state of each prompt, which predicts the first token
+    prompt_lengths: Int[Array, " rows"]
     keys: jax.Array  # [rows, samples]
-    begun: Int[Array, " rows"]  # how many of the prompt's completions have, or had, a lane
-    sample: Int[Array, "rows lanes"]
-    count: Int[Array, "rows lanes"]  # how many tokens of its sample a lane has drawn
-    last: Int[Array, "rows lanes"]  # the last of them
-    drawn: SampledTokens  # [rows, samples, max_tokens]
-    ended: Int[Array, "rows samples"]  # length of the completions that have ended, else 0
+    started: Int[Array, " rows"]  # completions of the prompt that have been assigned to a lane
+    sample: Int[Array, "rows lanes"]  # completion that the lane decodes
+    count: Int[Array, "rows lanes"]  # tokens that the lane has sampled for its completion
+    last: Int[Array, "rows lanes"]  # last token of the lane
+    sampled: SampledTokens  # [rows, samples, max_tokens]
+    completion_lengths: Int[Array, "rows samples"]  # 0 while the completion is in progress
 
 
 class DecodeLoop:
-    """The programs over `Lanes`, compiled once for each size; a state that is handed over is used up.
+    """Jitted programs over `DecodeState`; `admit` and `advance` donate the state that they are given.
 
-    Args: as `generate.Sampler`; `samples` counts all completions of a prompt, the last of which is greedy where
-    `greedy` says so, and `lanes` is how many of them are drawn at once.
+    Args:
+        model: see `generate.Sampler`.
+        sampling: sampling parameters.
+        stop_tokens: ids that end a completion.
+        samples: completions per prompt, including the greedy one.
+        lanes: completions of a prompt that are decoded at once.
+        greedy: decode the last completion of each prompt greedily.
     """
 
     def __init__(
@@ -42,101 +51,103 @@ class DecodeLoop:
     ):
         self._model, self._sampling, self._samples, self._lanes = model, sampling, samples, lanes
         self._greedy = greedy
-        self._stops = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
+        self._stop_tokens = jnp.asarray(sorted(set(stop_tokens)), jnp.int32)
         self.start = jax.jit(self._start, static_argnums=(1, 2))
         self.admit = jax.jit(self._admit, donate_argnums=1)
         self.advance = jax.jit(self._advance, donate_argnums=1)
         self.busy = jax.jit(lambda state: self._busy(state))
-        self.take = jax.jit(lambda state, rows: (jax.tree.map(lambda x: x[rows], state.drawn), state.ended[rows]))
+        self.completions = jax.jit(
+            lambda state, rows: (jax.tree.map(lambda x: x[rows], state.sampled), state.completion_lengths[rows])
+        )
 
-    def _start(self, params, rows: int, width: int) -> Lanes:
-        """Nothing under way: `rows` rows for prompts of up to `width` tokens."""
-        samples, steps = self._samples, self._sampling.max_tokens
+    def _start(self, params, rows: int, width: int) -> DecodeState:
+        """Empty state with `rows` rows for prompts of up to `width` tokens."""
+        samples, max_tokens = self._samples, self._sampling.max_tokens
         cache = self._model.init_cache(rows, width)
-        # The token that is drawn last is never read.
-        branches = self._model.init_branches(rows, self._lanes, max(steps - 1, 1))
+        # The last token of a completion is never fed back.
+        branches = self._model.init_branches(rows, self._lanes, max(max_tokens - 1, 1))
         hidden = jax.eval_shape(
             self._model.extend_branches, params, cache, branches, *(jnp.zeros((rows, self._lanes), jnp.int32),) * 3, 0
         )[0]
-        each, all_ = jnp.zeros((rows, self._lanes), jnp.int32), (rows, samples, steps)
-        return Lanes(
+        lane_zeros, shape = jnp.zeros((rows, self._lanes), jnp.int32), (rows, samples, max_tokens)
+        return DecodeState(
             cache=cache,
             branches=branches,
             slot=jnp.int32(0),
-            ends=jnp.zeros((rows, hidden.shape[-1]), hidden.dtype),
-            lengths=jnp.zeros(rows, jnp.int32),
+            prompt_hidden=jnp.zeros((rows, hidden.shape[-1]), hidden.dtype),
+            prompt_lengths=jnp.zeros(rows, jnp.int32),
             keys=jax.random.split(jax.random.key(0), (rows, samples)),
-            begun=jnp.full(rows, samples, jnp.int32),
-            sample=each + samples,
-            count=each,
-            last=each,
-            drawn=SampledTokens(jnp.zeros(all_, jnp.int32), *(jnp.zeros(all_) for _ in range(3))),
-            ended=jnp.zeros((rows, samples), jnp.int32),
+            started=jnp.full(rows, samples, jnp.int32),
+            sample=lane_zeros + samples,
+            count=lane_zeros,
+            last=lane_zeros,
+            sampled=SampledTokens(jnp.zeros(shape, jnp.int32), *(jnp.zeros(shape) for _ in range(3))),
+            completion_lengths=jnp.zeros((rows, samples), jnp.int32),
         )
 
     def _admit(
         self,
         params,
-        state: Lanes,
-        rows: Int[Array, " some"],
-        tokens: Int[Array, "some width"],
-        valid: Bool[Array, "some width"],
+        state: DecodeState,
+        rows: Int[Array, " admitted"],
+        tokens: Int[Array, "admitted width"],
+        valid: Bool[Array, "admitted width"],
         keys: jax.Array,
-    ) -> Lanes:
-        """The state with prompts, padded on the left, in some rows; a row that comes twice must come with the same."""
+    ) -> DecodeState:
+        """Prefill left-padded prompts into `rows`; entries with the same row must have the same prompt and keys."""
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         fresh = self._model.init_cache(*tokens.shape)
         hidden, fresh = self._model.extend(params, fresh, tokens, positions, 0, slot_intervals(valid))
         return state._replace(
             cache=replace_rows(state.cache, rows, fresh),
-            ends=state.ends.at[rows].set(hidden[:, -1]),
-            lengths=state.lengths.at[rows].set(valid.sum(axis=1)),
+            prompt_hidden=state.prompt_hidden.at[rows].set(hidden[:, -1]),
+            prompt_lengths=state.prompt_lengths.at[rows].set(valid.sum(axis=1)),
             keys=state.keys.at[rows].set(keys),
-            begun=state.begun.at[rows].set(self._lanes),
+            started=state.started.at[rows].set(self._lanes),
             sample=state.sample.at[rows].set(jnp.arange(self._lanes)),
             count=state.count.at[rows].set(0),
-            drawn=jax.tree.map(lambda leaf: leaf.at[rows].set(0), state.drawn),
-            ended=state.ended.at[rows].set(0),
+            sampled=jax.tree.map(lambda leaf: leaf.at[rows].set(0), state.sampled),
+            completion_lengths=state.completion_lengths.at[rows].set(0),
         )
 
-    def _busy(self, state: Lanes) -> Bool[Array, " rows"]:
-        """Which rows still have something to draw."""
+    def _busy(self, state: DecodeState) -> Bool[Array, " rows"]:
+        """Whether each row has a completion in progress."""
         return jnp.any(state.sample < self._samples, axis=1)
 
-    def _advance(self, params, state: Lanes, idle: Int[Array, ""]) -> Lanes:
-        """The state after as many steps as it takes until `idle` rows have nothing to draw."""
+    def _advance(self, params, state: DecodeState, idle: Int[Array, ""]) -> DecodeState:
+        """Decode until `idle` rows are idle."""
         return jax.lax.while_loop(lambda state: jnp.sum(~self._busy(state)) < idle, partial(self._step, params), state)
 
-    def _step(self, params, state: Lanes) -> Lanes:
-        """One token more in every lane that draws."""
-        samples, steps = self._samples, self._sampling.max_tokens
+    def _step(self, params, state: DecodeState) -> DecodeState:
+        """Sample one token in every active lane."""
+        samples, max_tokens = self._samples, self._sampling.max_tokens
         rows, lanes = state.sample.shape
-        positions = state.lengths[:, None] + state.count - 1
+        positions = state.prompt_lengths[:, None] + state.count - 1
         hidden, branches = self._model.extend_branches(
             params, state.cache, state.branches, state.last, positions, state.count, state.slot
         )
-        hidden = jnp.where((state.count == 0)[..., None], state.ends[:, None], hidden)
+        hidden = jnp.where((state.count == 0)[..., None], state.prompt_hidden[:, None], hidden)
         logits = self._model.project(params, hidden).reshape(rows * lanes, -1)
         keys = jnp.take_along_axis(state.keys, jnp.minimum(state.sample, samples - 1), axis=1)
         greedy = (state.sample == samples - 1).reshape(-1) if self._greedy else None
         new = sample_tokens(logits, keys.reshape(-1), state.count.reshape(-1), self._sampling, greedy)
         new = jax.tree.map(lambda leaf: leaf.reshape(rows, lanes), new)
 
-        # What an idle lane draws goes to a sample that is not there, and is dropped.
-        where = (jnp.arange(rows)[:, None], state.sample, state.count)
-        drawn = jax.tree.map(lambda leaf, values: leaf.at[where].set(values, mode="drop"), state.drawn, new)
+        # An idle lane writes out of bounds, and mode="drop" discards that.
+        index = (jnp.arange(rows)[:, None], state.sample, state.count)
+        sampled = jax.tree.map(lambda leaf, values: leaf.at[index].set(values, mode="drop"), state.sampled, new)
         count = state.count + 1
-        ends = (state.sample < samples) & (jnp.isin(new.tokens, self._stops) | (count == steps))
-        ended = state.ended.at[where[:2]].set(jnp.where(ends, count, 0), mode="drop")
-        following = state.begun[:, None] + jnp.cumsum(ends, axis=1) - 1
         idle = state.sample == samples
+        finished = ~idle & (jnp.isin(new.tokens, self._stop_tokens) | (count == max_tokens))
+        lengths = state.completion_lengths.at[index[:2]].set(jnp.where(finished, count, 0), mode="drop")
+        next_sample = state.started[:, None] + jnp.cumsum(finished, axis=1) - 1
         return state._replace(
             branches=branches,
             slot=(state.slot + 1) % branches.values.shape[-2],
-            begun=state.begun + jnp.sum(ends, axis=1, dtype=jnp.int32),
-            sample=jnp.where(ends, jnp.minimum(following, samples), state.sample).astype(jnp.int32),
-            count=jnp.where(ends | idle, 0, count),
+            started=state.started + jnp.sum(finished, axis=1, dtype=jnp.int32),
+            sample=jnp.where(finished, jnp.minimum(next_sample, samples), state.sample).astype(jnp.int32),
+            count=jnp.where(finished | idle, 0, count),
             last=new.tokens,
-            drawn=drawn,
-            ended=ended,
+            sampled=sampled,
+            completion_lengths=lengths,
         )

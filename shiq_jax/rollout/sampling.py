@@ -1,4 +1,4 @@
-"""How a token is drawn, and the statistics that are written down with it."""
+"""Sample tokens with temperature, top-k and top-p, and compute their statistics."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shiq_jax.rollout.categorical import categorical
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Sampling parameters."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Softmax temperature; 0 is greedy decoding."""
     top_k: int = 0
-    """Draw among the so many most likely tokens; 0 among all."""
+    """Sample from the k most likely tokens; 0 disables."""
     top_p: float = 1.0
-    """Draw among the fewest tokens whose probabilities sum to this; 1 among all."""
+    """Sample from the smallest set of tokens whose probabilities sum to at least this; 1 disables."""
     max_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Maximum completion length, in tokens."""
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -41,9 +41,9 @@ class SampledTokens(NamedTuple):
     """One token for each sequence, with its statistics."""
 
     tokens: Int[Array, " B"]
-    logp: Float[Array, " B"]  # of the raw logits, temperature 1, nothing filtered
+    logp: Float[Array, " B"]  # under the raw logits: temperature 1, no filter
     lse: Float[Array, " B"]
-    behaviour_logp: Float[Array, " B"]  # of the distribution that was sampled
+    behaviour_logp: Float[Array, " B"]  # under the sampling distribution
 
 
 def sample_tokens(
@@ -53,18 +53,23 @@ def sample_tokens(
     sampling: Sampling,
     greedy: Bool[Array, " B"] | None = None,
 ) -> SampledTokens:
-    """The next token of every sequence: token t of a sequence is drawn with `fold_in(key, t)` and nothing else.
+    """Sample the next token of every sequence; the randomness of token t is `fold_in(key, t)`.
 
-    Where `greedy` holds, it is the most likely one, whatever `sampling` says.
+    Args:
+        logits: raw logits.
+        keys: [B], one random key per sequence.
+        counts: number of tokens sampled so far, t.
+        sampling: sampling parameters.
+        greedy: sequences whose most likely token is taken regardless of `sampling`.
     """
     raw = logits.astype(jnp.float32)
-    behaviour = behaviour_logits(raw, sampling)
+    filtered = filter_logits(raw, sampling)
     if sampling.temperature == 0:
         tokens = jnp.argmax(raw, axis=-1).astype(jnp.int32)
     else:
-        fold = jax.vmap(lambda key, count, row: categorical(jax.random.fold_in(key, count), row))
-        tokens = fold(keys, counts, behaviour)
-    behaviour_logp = token_stats_from_logits(behaviour, tokens).logp
+        sample = jax.vmap(lambda key, count, row: categorical(jax.random.fold_in(key, count), row))
+        tokens = sample(keys, counts, filtered)
+    behaviour_logp = token_stats_from_logits(filtered, tokens).logp
     if greedy is not None:
         tokens = jnp.where(greedy, jnp.argmax(raw, axis=-1).astype(jnp.int32), tokens)
         behaviour_logp = jnp.where(greedy, 0.0, behaviour_logp)
@@ -72,23 +77,23 @@ def sample_tokens(
     return SampledTokens(tokens, stats.logp, stats.lse, behaviour_logp)
 
 
-def behaviour_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits of the distribution that is sampled: tempered, then cut to top_k, then to the smallest set holding top_p.
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits of the sampling distribution: divide by the temperature, then apply top-k, then top-p.
 
-    Temperature 0 puts all mass on the most likely token. Logits that equal the last one kept are kept too.
+    Temperature 0 puts all mass on the most likely token. Ties with the smallest kept logit are kept.
     """
-    vocabulary = logits.shape[-1]
+    vocab_size = logits.shape[-1]
     if sampling.temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(vocabulary) == best, 0.0, -jnp.inf)
+        return jnp.where(jnp.arange(vocab_size) == best, 0.0, -jnp.inf)
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < vocabulary:
-        smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+    if 0 < sampling.top_k < vocab_size:
+        threshold = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits >= threshold, logits, -jnp.inf)
     if sampling.top_p < 1:
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
         mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest_kept = jnp.min(jnp.where(mass_before < sampling.top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+        threshold = jnp.min(jnp.where(mass_before < sampling.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= threshold, logits, -jnp.inf)
     return logits

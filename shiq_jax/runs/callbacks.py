@@ -12,7 +12,7 @@ import numpy as np
 from shiq_jax import stopping
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.training.callbacks import SaveCheckpoints
-from shiq_jax.training.fit import Callback, FinishedUpdate
+from shiq_jax.training.fit import Callback, UpdateResult
 from shiq_jax.training.state import State
 
 # Mean |lse| in nats below which logits count as normalized.
@@ -42,7 +42,7 @@ class LogUpdates(Callback):
         self.step_offset, self.tags, self.extra_metrics = step_offset, tags, extra_metrics
         self.latest: Mapping[str, Any] = {}
 
-    def on_update(self, update: FinishedUpdate) -> None:
+    def on_update(self, update: UpdateResult) -> None:
         """Write the line; a metric with one value per unit is reduced to its median."""
         metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in update.metrics.items()}
         timing = {"seconds": round(update.seconds, 4), "compiled": update.compiled}
@@ -119,7 +119,7 @@ class EarlyStopping(Callback):
         """Whether a check is due; requesting the state makes the log complete up to this step."""
         return bool(self.check_every) and step % self.check_every == 0
 
-    def ends(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the loop ends after this update."""
         return self.needs_state(step) and self.should_end(step)
 
@@ -153,7 +153,7 @@ class WarnIfNormalized(Callback):
 
     warned = False
 
-    def on_update(self, update: FinishedUpdate) -> None:
+    def on_update(self, update: UpdateResult) -> None:
         """Check the first update."""
         mean_lse = update.metrics.get("lse_abs", 1)
         if not self.warned and mean_lse < NORMALIZED:
@@ -176,7 +176,7 @@ class ShowProgress(Callback):
         self._log, self._evaluation = log, evaluation
         self.advance: Callable[[float], None] = lambda amount: None
 
-    def on_update(self, update: FinishedUpdate) -> None:
+    def on_update(self, update: UpdateResult) -> None:
         """Advance by one update."""
         self.advance(update.item.tokens or 0)
 

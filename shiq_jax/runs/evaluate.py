@@ -33,9 +33,9 @@ from shiq_jax.tasks import rewards
 from shiq_jax.training.checkpoints import Checkpoints
 from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.objective_metrics import objective_metrics
-from shiq_jax.training.placement import requested_mesh
+from shiq_jax.training.placement import mesh_from_flag
 from shiq_jax.training.reference import Reference
-from shiq_jax.training.trainable import add_trainable_parts
+from shiq_jax.training.trainable import add_adapters_and_heads
 
 
 @progress.display()
@@ -78,12 +78,12 @@ def _with_trainable_parts(model, params, settings: Mapping[str, Any]):
     """Add the adapters and heads of a run, so that its checkpoints can be restored into the parameters."""
     objective = objective_from_settings(settings["loss"])
     lora, key = Adapters(**settings.get("lora", {})).build(), jax.random.key(0)
-    return add_trainable_parts(model, params, objective, lora=lora, keys=(key, key))
+    return add_adapters_and_heads(model, params, objective, lora=lora, keys=(key, key))
 
 
 def _evaluate(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
     """All metrics, and the rows of `samples.jsonl`."""
-    mesh = requested_mesh(options.mesh)
+    mesh = mesh_from_flag(options.mesh)
 
     def load(name):
         return load_hf(name, mesh=mesh, compute_dtype=jnp.dtype(options.compute))
@@ -125,7 +125,7 @@ def _evaluate(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         options.samples_per_prompt, options.prompts_in_flight, options.greedy,
     )  # fmt: skip
     result = evaluator(params, reference, jax.random.key(options.seed))
-    metrics = result.numbers
+    metrics = result.metrics
     if reference is None:
         metrics = {key: value for key, value in metrics.items() if not key.startswith("kl")}
     if examples is None and reward is not None:
@@ -142,7 +142,7 @@ def _evaluate(options, out: RunDirectory) -> tuple[dict[str, Any], list[dict]]:
         examples = _label(OBJECTIVES[name], model, examples, out)
     objective, loss_metrics = _objective_metrics(name or "shiq", options, model, params, examples, reference)
     metrics |= {"objective": objective, "objective_metrics": loss_metrics, "machine": report.machine()}
-    return metrics, evaluator.shown(result)
+    return metrics, evaluator.generations(result)
 
 
 def _label(objective: Objective, model, examples: Buffer, out: RunDirectory) -> Buffer:

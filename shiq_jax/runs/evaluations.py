@@ -13,7 +13,7 @@ from shiq_jax.runs.run import RngStream
 from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.runs.sources import prompts_from_buffer
 from shiq_jax.sharding import hosts
-from shiq_jax.training.evaluation import SHOWN_PROMPTS, SHOWN_SAMPLES, Evaluator
+from shiq_jax.training.evaluation import LOGGED_PROMPTS, LOGGED_SAMPLES, Evaluator
 from shiq_jax.training.reference import Reference
 
 STAGES = ("evaluation", "samples")
@@ -57,18 +57,18 @@ class Evaluations:
         run.log.rewind([stage], total_steps - 1)
         fields = {"step": total_steps, "pass": round(epoch, 3)} | self._round.tags
         initial_logratio = {} if total_steps else {"logratio": 0.0}
-        shown = self._evaluator.shown(result, SHOWN_PROMPTS, SHOWN_SAMPLES)
+        shown = self._evaluator.generations(result, LOGGED_PROMPTS, LOGGED_SAMPLES)
         hosts.on_writer(run.directory.samples.mkdir)(exist_ok=True)
         write_jsonl(run.directory.generations(total_steps), [fields | row | initial_logratio for row in shown])
-        run.log.write(stage, total_steps, **result.numbers, **self._round.tags)
-        return result.numbers
+        run.log.write(stage, total_steps, **result.metrics, **self._round.tags)
+        return result.metrics
 
     def callback(self, plan: Plan) -> EvaluatePolicy:
         """The `fit` callback that evaluates `evaluation.times` times per round."""
         times = self._round.run.job.evaluation.times
         return EvaluatePolicy(
             lambda state, step, epoch: self(state.params(), step, epoch),
-            lambda state, step, epoch: self(state.params(), step, epoch, "samples", SHOWN_PROMPTS),
+            lambda state, step, epoch: self(state.params(), step, epoch, "samples", LOGGED_PROMPTS),
             every=math.ceil(plan.steps / times) if times else None,
             before=plan.on_evaluation,
         )
@@ -77,4 +77,4 @@ class Evaluations:
         """The run's reference; for LoRA on top of the reference, the policy without its adapters."""
         if self._model.lora is None or self._round.policy is not self._round.reference:
             return self._round.reference
-        return Reference(self._round.reference.source, lambda _: self._model.without_adapters(params), keep=False)
+        return Reference(self._round.reference.source, lambda _: self._model.without_adapters(params), cache=False)

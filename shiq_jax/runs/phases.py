@@ -158,7 +158,7 @@ def _run_phase(
         metrics=lambda: evaluation.metrics if evaluation is not None else {},
     )  # fmt: skip
     early_stopping = EarlyStopping(phase.check_every, phase.should_end)
-    complete = start == stop or (start > phase_start and early_stopping.ends(start))
+    complete = start == stop or (start > phase_start and early_stopping.should_stop(start))
     log = LogUpdates(
         outputs.log, phase.name, plan.learning_rate, step_offset=outputs.step_offset, tags=outputs.tags,
         extra_metrics=lambda step: phase.metrics(step - phase_start),
@@ -176,7 +176,7 @@ def _run_phase(
         CheckFinite(phase.name, phase.records), WarnIfNormalized(), log, progress, early_stopping, *state_callbacks,
     ]  # fmt: skip
     if not complete:
-        display = counter(phase.name, stop, "updates", first=start, amount="tokens", note=progress.note)
+        display = counter(phase.name, stop, "updates", initial=start, amount="tokens", postfix=progress.note)
         with display as progress.advance:
             state = fit(state, phase.update, phase.batches, start=start, stop=stop, callbacks=callbacks)
     outputs.checkpoints.wait()

@@ -23,8 +23,8 @@ from shiq_jax.runs.round import LearningProblem, Round, annotate
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import read_json, write_json
 from shiq_jax.sharding import hosts
-from shiq_jax.training.placement import data_devices
-from shiq_jax.training.private_batches import PrivateBatches, units_of
+from shiq_jax.training.placement import data_parallel_size
+from shiq_jax.training.private_batches import PrivateBatches, privacy_units
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
 
@@ -86,7 +86,7 @@ def private_plan(round: Round, problem: LearningProblem) -> Plan:
     optimizer = job.optimizer.build(total_steps)
     update = make_update(
         model, objective, optimizer, mesh=run.mesh, microbatches=job.microbatches, privacy=private.mechanism,
-        method=job.privacy.method, reveal=job.privacy.log_private,
+        method=job.privacy.method, return_unit_metrics=job.privacy.log_private,
     )  # fmt: skip
     mixed = public is not None and not public.has_phase
 
@@ -136,7 +136,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
 def _set_up(run: Run, problem: LearningProblem) -> tuple[PrivateState, PrivateBatches]:
     """Mechanism, secret and batches of a new run, or the recorded ones of a resumed run."""
     job, options, buffer = run.job, run.job.privacy, problem.buffer
-    units = units_of(buffer, problem.objective.unit, options.unit)
+    units = privacy_units(buffer, problem.objective.unit, options.unit)
     if job.batch_size > len(units):
         raise UserError(
             f"a batch of {job.batch_size} is larger than the data of {len(units)} units: lower --batch-size"
@@ -144,7 +144,7 @@ def _set_up(run: Run, problem: LearningProblem) -> tuple[PrivateState, PrivateBa
     mechanism = options.mechanism(
         problem.trainable, dataset_size=len(units), expected_batch=job.batch_size, example=problem.objective.unit,
         steps=math.ceil(round(job.epochs * len(units) / job.batch_size, 9)),
-        multiple=data_devices(run.mesh) * job.microbatches,
+        multiple=data_parallel_size(run.mesh) * job.microbatches,
     )  # fmt: skip
     if mechanism.delta >= 1 / len(units):
         print(

@@ -10,14 +10,21 @@ import numpy as np
 import optax
 
 from shiq_jax.objectives import Objective
-from shiq_jax.privacy import Mechanism, has_plateaued, mixing_weight, improvement_metrics, noise_is_affordable, reset_optimizer
+from shiq_jax.privacy import (
+    Mechanism,
+    has_plateaued,
+    improvement_metrics,
+    mixing_weight,
+    noise_is_affordable,
+    reset_optimizer,
+)
 from shiq_jax.replay import Buffer, References, Trees, pack, plan
 from shiq_jax.runs.metrics import MetricsLog
 from shiq_jax.runs.phases import Phase
 from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.sharding import hosts
 from shiq_jax.training.batches import Batches, DeviceBatch
-from shiq_jax.training.private_batches import units_of
+from shiq_jax.training.private_batches import privacy_units
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import State
 from shiq_jax.training.update import make_update
@@ -127,7 +134,7 @@ class PublicData:
 
 def _diagnostic_batches(buffer: Buffer, unit: str, references: References):
     """Some units, one per row, as stacked batches of equal size; None if there are fewer than two units."""
-    units = units_of(buffer, unit)[:DIAGNOSTIC_UNITS]
+    units = privacy_units(buffer, unit)[:DIAGNOSTIC_UNITS]
     count = min(DIAGNOSTIC_BATCHES, len(units))
     if count < 2:
         return None

@@ -139,7 +139,7 @@ def draw_evaluation(samples: Sequence[Mapping], path: Path, title: str) -> None:
     """Plot rewards of fresh samples and their log-ratios to the reference, as a PNG.
 
     Args:
-        samples: rows returned by `Evaluator.shown`; greedy ones are not plotted.
+        samples: rows returned by `Evaluator.generations`; greedy ones are not plotted.
         path: output file.
         title: title of the figure.
     """

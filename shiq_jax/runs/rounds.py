@@ -16,7 +16,7 @@ from shiq_jax.runs.run import RngStream, Run
 from shiq_jax.runs.run_directory import read_json, write_json
 from shiq_jax.training.reference import Reference
 from shiq_jax.training.state import partition
-from shiq_jax.training.trainable import add_trainable_parts, trainable_filter
+from shiq_jax.training.trainable import add_adapters_and_heads, trainable_filter
 
 
 class Recipe(Protocol):
@@ -101,4 +101,4 @@ def _trainable_model(round: Round, objective: Objective):
     """Model and parameters of the round's policy with the adapters and heads that are trained."""
     job = round.run.job
     keys = tuple(round.run.key(stream, round.number) for stream in (RngStream.ADAPTERS, RngStream.HEADS))
-    return add_trainable_parts(*round.policy.open(), objective, lora=job.lora.build(), keys=keys)
+    return add_adapters_and_heads(*round.policy.open(), objective, lora=job.lora.build(), keys=keys)

@@ -20,7 +20,7 @@ from shiq_jax.runs.options import Job
 from shiq_jax.runs.run_directory import RunDirectory
 from shiq_jax.runs.sources import Task, prepare_task
 from shiq_jax.runs.trackers import create_trackers
-from shiq_jax.training.placement import requested_mesh
+from shiq_jax.training.placement import mesh_from_flag
 
 
 class RngStream(enum.IntEnum):
@@ -90,7 +90,7 @@ class Run:
 
 def set_up(job: Job, directory: RunDirectory, settings: Mapping[str, Any]) -> Run:
     """Load task, mesh and tokenizer, and check that all prompts fit into the model's context."""
-    task, mesh = prepare_task(job, directory), requested_mesh(job.mesh)
+    task, mesh = prepare_task(job, directory), mesh_from_flag(job.mesh)
     source = locate(task.model)
     # Read before the tokenizer: transformers attributes errors in config.json to the tokenizer.
     config = DecoderConfig.read(source)

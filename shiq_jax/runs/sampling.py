@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from shiq_jax import stopping
 from shiq_jax.progress import track
 from shiq_jax.replay import Buffer, Record, estimate_bytes
-from shiq_jax.rollout.collect import collect, in_order, sampled_tokens
+from shiq_jax.rollout.collect import collect_records, records_in_order, sampled_tokens
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.runs.ingest import open_or_create
 from shiq_jax.runs.round import Round
@@ -30,8 +30,8 @@ def sample_answers(round: Round) -> Buffer:
     )  # fmt: skip
     key = run.key(RngStream.SAMPLING, round.number)
     sampled = (
-        in_order(
-            collect(
+        records_in_order(
+            collect_records(
                 sampler, params, run.tokenizer, rows[start : start + options.prompts_per_batch], run.task.reward,
                 key=key, stop_tokens=run.stop_tokens, first=start,
             )
@@ -40,7 +40,7 @@ def sample_answers(round: Round) -> Buffer:
     )  # fmt: skip
     total = -(-len(rows) // options.prompts_per_batch)
     amount = ("tokens", sampled_tokens)
-    for records in track(sampled, "sampling", total, "batches", first=total - len(starts), amount=amount):
+    for records in track(sampled, "sampling", total, "batches", initial=total - len(starts), amount=amount):
         if not len(buffer):
             _print_estimated_size(records, len(rows) * options.samples_per_prompt / len(records))
         buffer.append(records, vocab_size=model.config.vocab_size)

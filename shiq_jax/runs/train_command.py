@@ -44,7 +44,7 @@ def run(command, name: str) -> None:
                 "--data skips sampling and warm start" if command.data else "--prompts replaces task and warm start"
             )
         print(f"{name}: warning: ignored {', '.join(flags)}: {reason}", file=sys.stderr)
-    with stopping.on_signals():
+    with stopping.stop_on_signals():
         from shiq_jax.runs.compilation_cache import enable_compilation_cache
         from shiq_jax.runs.pipeline import train
 

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules from logical axes to mesh axes, the start of several processes."""
+"""Device mesh, sharding rules and multi-process start-up."""
 
 from shiq_jax.sharding.mesh import AXES, describe, make_mesh
 from shiq_jax.sharding.processes import start_processes

@@ -1,10 +1,10 @@
-"""Processes of one run: which one writes, where they wait for each other, and what sharded arrays hold.
+"""Multi-process runs: the writer process, barriers, and copies of sharded arrays on the host.
 
-Several processes are those that `start_processes` joined. With one, every function here is free: it writes, waits for
-nobody and copies from its own devices.
+The processes of a run are those that `start_processes` joined. With a single process every function here works without
+communication.
 
-All processes of a run make the same calls in the same order. The files lie on a disk that all of them see, and files
-change between the barriers of `on_writer` only, so that all processes find the same files and take the same branches.
+All processes of a run must make the same calls in the same order, and share a file system. Files change only between
+the barriers of `on_writer`, so that all processes see the same files and take the same branches.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jax.sharding import Sharding
 
 from shiq_jax.errors import UserError
 
-# Seconds that a process waits at a barrier for the others.
+# Seconds that a process waits for the others at a barrier.
 TIMEOUT = 600
 
-# Inside a function of `on_writer` the other processes are elsewhere, so nothing there may wait for them.
+# Inside an `on_writer` function only the writer runs, so it must not wait for the other processes.
 _writing = contextvars.ContextVar("writing", default=False)
-# How often this process has been at each barrier, because a barrier is used once.
-_passed: collections.Counter[str] = collections.Counter()
+# Uses of each barrier name, because a barrier key can be used only once.
+_barrier_uses: collections.Counter[str] = collections.Counter()
 
 
 def process_count() -> int:
-    """How many processes take part in the run."""
-    # A process that is alone must not start its devices in order to write a file.
+    """Number of processes of the run."""
+    # jax.process_count() initializes the devices, which writing a file in a single process must not do.
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -46,12 +46,12 @@ def is_writer() -> bool:
 def on_writer(function: Callable | None = None, *, wait: bool = True) -> Callable:
     """Decorate a function that writes to disk, so that only the writer runs it.
 
-    Every process calls the decorated function. The writer runs it once all of them have come, and every process
+    Every process calls the decorated function. The writer runs it when all processes have called it. Every process
     returns its result, a JSON value, or raises its error: a UserError as UserError, any other error as RuntimeError.
 
     Args:
-        function: what to run. Decorated functions that it calls run at once.
-        wait: False where no process reads what is written: the others return None at once, and nobody waits.
+        function: the function. Decorated functions that it calls run without a barrier.
+        wait: False if no process reads what is written: no process waits, and the others return None.
     """
     if function is None:
         return functools.partial(on_writer, wait=wait)
@@ -59,43 +59,44 @@ def on_writer(function: Callable | None = None, *, wait: bool = True) -> Callabl
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _alone():
+        if _needs_no_sync():
             return function(*args, **kwargs)
         if wait:
-            return _shared(functools.partial(function, *args, **kwargs), name)
-        return _run(functools.partial(function, *args, **kwargs)) if is_writer() else None
+            return _run_and_broadcast(functools.partial(function, *args, **kwargs), name)
+        return _run_as_writer(functools.partial(function, *args, **kwargs)) if is_writer() else None
 
     return call
 
 
 def barrier(name: str, timeout: float = TIMEOUT) -> None:
-    """Wait until every process has come to the barrier of this name.
+    """Wait until every process has reached the barrier of this name.
 
-    Raises RuntimeError, naming the barrier, when some process does not come within `timeout` seconds.
+    Raises:
+        RuntimeError: some process did not reach it within `timeout` seconds.
     """
-    if _alone():
+    if _needs_no_sync():
         return
     from orbax.checkpoint import multihost
 
-    _passed[name] += 1
+    _barrier_uses[name] += 1
     try:
-        multihost.get_barrier_sync_fn()(key=f"{name} {_passed[name]}", timeout_ms=round(1000 * timeout))
+        multihost.get_barrier_sync_fn()(key=f"{name} {_barrier_uses[name]}", timeout_ms=round(1000 * timeout))
     except Exception as error:
         raise RuntimeError(
-            f"process {jax.process_index()} of {process_count()} waited up to {timeout:g} s at {name!r} and the others did not "
-            "come: look at their output, then start the same command on every host again"
+            f"process {jax.process_index()} of {process_count()} waited {timeout:g} s at {name!r}, which the other "
+            "processes did not reach: check their output, then start the same command on every host again"
         ) from error
 
 
 def agree(value: Any, name: str, timeout: float = TIMEOUT) -> Any:
-    """The JSON value of process 0, on every process.
+    """Broadcast the JSON value of process 0 to every process.
 
     Args:
-        value: strings, numbers, lists and dicts; that of the other processes is ignored.
-        name: of what is agreed on, for the message of a process that waits in vain.
+        value: strings, numbers, lists and dicts; ignored on other processes.
+        name: name of the value in the message of a timeout.
         timeout: seconds to wait for the others.
     """
-    if _alone():
+    if _needs_no_sync():
         return value
     text = json.dumps(value).encode() if is_writer() else b""
     barrier(f"agree on {name}", timeout)
@@ -105,51 +106,54 @@ def agree(value: Any, name: str, timeout: float = TIMEOUT) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """A pytree of arrays as numpy arrays, whole on every process, however they are sharded.
+    """Copy a pytree of arrays to numpy arrays; every process gets the full arrays, whatever their sharding.
 
-    Every process must call it, because arrays that no process holds whole are gathered over all of them.
+    Every process must call it, because arrays that span several processes are gathered from all of them.
     """
     leaves, structure = jax.tree.flatten(tree)
-    # In one call, so that all copies to the host are under way together.
-    copied = iter(jax.device_get([leaf for leaf in leaves if not _spread(leaf)]))
-    whole = [multihost_utils.process_allgather(leaf, tiled=True) if _spread(leaf) else next(copied) for leaf in leaves]
-    return jax.tree.unflatten(structure, whole)
+    # One call for all leaves, so that their copies to the host overlap.
+    local = iter(jax.device_get([leaf for leaf in leaves if not _spans_processes(leaf)]))
+    gathered = [
+        multihost_utils.process_allgather(leaf, tiled=True) if _spans_processes(leaf) else next(local)
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(structure, gathered)
 
 
-class OnHost(NamedTuple):
-    """One array in the memory of its hosts: each process has the parts that its own devices held."""
+class HostArray(NamedTuple):
+    """An array offloaded to host memory; each process holds the shards of its own devices."""
 
     shape: tuple[int, ...]
     sharding: Sharding
-    parts: dict[tuple, np.ndarray]
+    shards: dict[tuple, np.ndarray]
 
 
 def offload(tree: Any) -> Any:
-    """A pytree of arrays copied to host memory, each process its own parts; see `reload`."""
-    return jax.tree.map(_offloaded, tree)
+    """Copy a pytree of arrays to host memory, each process its own shards; see `reload`."""
+    return jax.tree.map(_offload_array, tree)
 
 
 def reload(tree: Any) -> Any:
-    """What `offload` returned, back on the devices in the shardings that it had."""
+    """Copy the result of `offload` back to the devices, in the original shardings."""
 
-    def put(leaf: OnHost) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: leaf.parts[_place(index)])
+    def put(leaf: HostArray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: leaf.shards[_hashable(index)])
 
-    return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, OnHost))
+    return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, HostArray))
 
 
-def _spread(leaf: Any) -> bool:
-    """Whether no process holds the whole array."""
+def _spans_processes(leaf: Any) -> bool:
+    """Whether no single process holds the full array."""
     return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
-def _alone() -> bool:
-    """Whether there is nobody to wait for."""
+def _needs_no_sync() -> bool:
+    """Whether there is a single process, or only the writer runs the current function."""
     return process_count() == 1 or _writing.get()
 
 
-def _run(action: Callable[[], Any]) -> Any:
-    """What `action` returns, run while the other processes are elsewhere."""
+def _run_as_writer(action: Callable[[], Any]) -> Any:
+    """Run `action` without waiting for the other processes inside it."""
     token = _writing.set(True)
     try:
         return action()
@@ -157,33 +161,35 @@ def _run(action: Callable[[], Any]) -> Any:
         _writing.reset(token)
 
 
-def _shared(action: Callable[[], Any], name: str) -> Any:
-    """The writer's result of `action`, or its error, on every process."""
+def _run_and_broadcast(action: Callable[[], Any], name: str) -> Any:
+    """Run `action` on the writer and return its result, or raise its error, on every process."""
     barrier(name)
-    outcome, own = None, None
+    outcome, writer_error = None, None
     if is_writer():
         try:
-            outcome = {"result": _run(action)}
+            outcome = {"result": _run_as_writer(action)}
             json.dumps(outcome)
-        # Whatever ends the writer ends the others too, which would wait for it otherwise.
+        # BaseException: whatever ends the writer must end the other processes, which would otherwise wait for it.
         except BaseException as error:
-            outcome, own = {"error": str(error) or repr(error), "refused": isinstance(error, UserError)}, error
+            outcome = {"error": str(error) or repr(error), "user_error": isinstance(error, UserError)}
+            writer_error = error
     outcome = agree(outcome, f"the result of {name}")
-    if own is not None:
-        raise own
+    if writer_error is not None:
+        raise writer_error
     if "error" in outcome:
-        raise (UserError if outcome["refused"] else RuntimeError)(outcome["error"])
+        raise (UserError if outcome["user_error"] else RuntimeError)(outcome["error"])
     return outcome["result"]
 
 
-def _offloaded(leaf: jax.Array) -> OnHost:
-    parts = {}
+def _offload_array(leaf: jax.Array) -> HostArray:
+    shards = {}
     for shard in leaf.addressable_shards:
-        if _place(shard.index) not in parts:
-            # Copied, since a numpy view of a CPU array shares memory that a later donation takes away.
-            parts[_place(shard.index)] = np.array(shard.data, copy=True)
-    return OnHost(leaf.shape, leaf.sharding, parts)
+        if _hashable(shard.index) not in shards:
+            # Copy: a numpy view of a CPU array shares memory that a later donation may overwrite.
+            shards[_hashable(shard.index)] = np.array(shard.data, copy=True)
+    return HostArray(leaf.shape, leaf.sharding, shards)
 
 
-def _place(index: tuple[slice, ...]) -> tuple:
+def _hashable(index: tuple[slice, ...]) -> tuple:
+    """Slices as tuples, because slices are not hashable before Python 3.12."""
     return tuple((part.start, part.stop, part.step) for part in index)

@@ -1,7 +1,6 @@
-"""Logical axis names, and the mesh axes that each of them is cut over.
+"""Sharding rules: logical axis names ("embed", "heads", "rows") -> mesh axes.
 
-A parameter or an activation says what its dimensions *are* ("embed", "heads", "rows"); only this file says where they
-go.
+Models declare logical axes; only this file maps them to mesh axes.
 """
 
 import math
@@ -32,44 +31,49 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 def partition_spec(mesh: Mesh, logical_axes: LogicalAxes, shape: Sequence[int]) -> PartitionSpec:
-    """The mesh axes over which an array of `shape` with these logical axes is cut.
+    """The partition spec of an array of `shape` with these logical axes.
 
-    A dimension keeps the longest prefix of its rule's mesh axes whose sizes, multiplied, divide it; the rest is
-    dropped, so that dimension is replicated over them. (3 key-value heads on tensor=2 are replicated; 4 rows on
-    replica=2, fsdp=4 are cut in two.) Nothing is ever padded. A mesh axis that the mesh lacks, or that has size 1, is
-    left out as well, and no mesh axis is used twice: the first dimension that asks for it has it.
+    A dimension is sharded over the longest prefix of its rule's mesh axes whose product divides its size, and
+    replicated over the others: 3 key-value heads on tensor=2 are replicated, and 4 rows on replica=2, fsdp=4 are split
+    in two. Arrays are never padded. Mesh axes of size 1 are omitted. A mesh axis is used once, by the first dimension
+    whose rule has it.
 
-    logical_axes: one name of `RULES`, or None (replicated), for each dimension.
-    Raises ValueError for an unknown name or when the number of names differs from the number of dimensions.
+    Args:
+        mesh: the mesh.
+        logical_axes: for each dimension a key of `RULES`, or None (replicated).
+        shape: shape of the array.
+
+    Raises:
+        ValueError: a name is unknown, or the number of names differs from the number of dimensions.
     """
     if len(logical_axes) != len(shape):
         raise ValueError(
-            f"logical axes {tuple(logical_axes)} name {len(logical_axes)} dimensions, the shape is {tuple(shape)}"
+            f"logical axes {tuple(logical_axes)} name {len(logical_axes)} dimensions, but the shape is {tuple(shape)}"
         )
     used: set[str] = set()
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         if name is not None and name not in RULES:
-            raise ValueError(f"unknown logical axis {name!r}; the known ones are {', '.join(RULES)}")
-        kept: list[str] = []
+            raise ValueError(f"unknown logical axis {name!r}; expected one of {', '.join(RULES)}")
+        mesh_axes: list[str] = []
         for axis in RULES[name] if name is not None else ():
             if axis in used or mesh.shape.get(axis, 1) == 1:
                 continue
-            if size % math.prod(mesh.shape[other] for other in (*kept, axis)):
+            if size % math.prod(mesh.shape[mesh_axis] for mesh_axis in (*mesh_axes, axis)):
                 break
-            kept.append(axis)
-        used.update(kept)
-        spec.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
+            mesh_axes.append(axis)
+        used.update(mesh_axes)
+        spec.append(tuple(mesh_axes) if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return PartitionSpec(*spec)
 
 
 def named_sharding(mesh: Mesh, logical_axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array with these logical axes; axes that do not divide are dropped (`partition_spec`)."""
+    """The sharding of an array with these logical axes; see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(mesh, logical_axes, shape))
 
 
 def constrain(x: jax.Array, logical_axes: LogicalAxes, mesh: Mesh | None) -> jax.Array:
-    """`x`, with its sharding pinned to what the rules say; `x` itself when there is no mesh."""
+    """Constrain the sharding of `x` to that of its logical axes; without a mesh return `x` unchanged."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical_axes, x.shape))

@@ -1,13 +1,12 @@
-"""Rows of the Berkeley Function Calling Leaderboard (Patil et al. 2025): single-turn Python calls with checkable
-answers.
+"""Single-turn Python tasks of the Berkeley Function Calling Leaderboard (Patil et al. 2025).
 
 A row is a plain dict:
 
-    id, category      the leaderboard's own
-    prompt            messages: a short system message with the functions and the answer's form, then the question
-    functions         descriptions of the functions on offer
-    answers           what the official checker accepts: per call, per parameter, the list of accepted values
-    target            one accepted answer as text, without the parameters that may be left out
+    id, category      as in the leaderboard
+    prompt            messages: a system message with the functions and the answer format, then the question
+    functions         descriptions of the available functions
+    answers           ground truth of the official checker: per call and parameter, the list of accepted values
+    target            one accepted answer as text, without optional parameters
 """
 
 from __future__ import annotations
@@ -30,13 +29,14 @@ _INSTRUCTION = (
 
 
 def load(directory: str | Path, categories: Iterable[str] = CATEGORIES) -> list[dict[str, Any]]:
-    """All rows of some categories, in the leaderboard's order.
+    """All rows of the given categories, in the leaderboard's order.
 
     Args:
-      directory: holds the unpacked package `bfcl_eval`, as `shiq_jax.tasks.fetch.bfcl` returns it.
-      categories: out of `CATEGORIES`.
+        directory: directory of the unpacked package `bfcl_eval`, see `shiq_jax.tasks.fetch.bfcl`.
+        categories: names from `CATEGORIES`.
 
-    Raises UserError when a file is missing or malformed, or a question has no ground truth under its id.
+    Raises:
+        UserError: a file is missing or malformed, or a question has no ground truth.
     """
     root = Path(directory) / "bfcl_eval" / "data"
     rows = []
@@ -50,8 +50,8 @@ def load(directory: str | Path, categories: Iterable[str] = CATEGORIES) -> list[
         for entry in _entries(root / name, "question"):
             if entry["id"] not in truths:
                 raise UserError(
-                    f"{root / name} asks {entry['id']}, for which possible_answer/{name} has no ground truth: "
-                    "remove the directory and fetch it again"
+                    f"{root / name} has the question {entry['id']}, but possible_answer/{name} has no ground truth for "
+                    "it: remove the directory and fetch it again"
                 )
             rows.append(_row(category, entry, truths[entry["id"]]))
     return rows
@@ -60,28 +60,29 @@ def load(directory: str | Path, categories: Iterable[str] = CATEGORIES) -> list[
 def split_held_out(
     rows: Sequence[Mapping[str, Any]], *, seed: int, held_out: float = 0.2
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Training and held-out rows that share neither a question nor a function name, each in a random order.
+    """Training and held-out rows that share neither a question nor a function name, each in random order.
 
-    Rows are connected when their questions agree (up to case and white space) or when a function on offer has the same
-    name; whole connected components go to one side. Components are taken in random order for the held-out side as long
-    as they fit, so its size is `round(held_out * len(rows))`, or a little less. In the leaderboard one component holds
-    43% of the rows, so it is on the training side for every smaller share.
+    Rows are connected if their questions are equal (up to case and white space) or if they have a function of the same
+    name. Connected components are never split: they are added to the held-out side in random order as long as they
+    fit, so its size is `round(held_out * len(rows))` or slightly less. One component holds 43% of the leaderboard's
+    rows, so it is on the training side for every smaller fraction.
 
     Args:
-      rows: as `load` returns them.
-      seed: of the choice and of both orders.
-      held_out: share of the rows, in (0, 1).
+        rows: the result of `load`.
+        seed: random seed of the split and of both orders.
+        held_out: fraction of the rows, in (0, 1).
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out={held_out} must be a share strictly between 0 and 1")
-    random = np.random.default_rng(seed)
+        raise ValueError(f"held_out={held_out} must be a fraction strictly between 0 and 1")
+    rng = np.random.default_rng(seed)
     components = _components(rows)
-    wanted, chosen = round(held_out * len(rows)), set()
-    for number in random.permutation(len(components)):
-        if len(chosen) + len(components[number]) <= wanted:
-            chosen.update(components[number])
-    order = random.permutation(len(rows))
-    return [rows[i] for i in order if i not in chosen], [rows[i] for i in order if i in chosen]
+    target_size, held_out_indices = round(held_out * len(rows)), set()
+    for number in rng.permutation(len(components)):
+        if len(held_out_indices) + len(components[number]) <= target_size:
+            held_out_indices.update(components[number])
+    order = rng.permutation(len(rows))
+    train_rows = [rows[index] for index in order if index not in held_out_indices]
+    return train_rows, [rows[index] for index in order if index in held_out_indices]
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
@@ -105,8 +106,7 @@ def _entries(file: Path, field: str) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}): expected the leaderboard's data; run `python -m "
-            "shiq_jax.tasks.fetch`"
+            f"{file} cannot be read ({error.strerror}): run `python -m shiq_jax.tasks.fetch` to fetch the leaderboard"
         ) from error
     entries = []
     for number, line in enumerate(lines, 1):
@@ -138,37 +138,34 @@ def _row(category: str, entry: Mapping[str, Any], answers: list[dict]) -> dict[s
 
 
 def _target(functions: list[dict], answers: list[dict]) -> str:
-    described = {function["name"]: function["parameters"] for function in functions}
+    """Text of one accepted answer."""
+    schemas = {function["name"]: function["parameters"] for function in functions}
     calls = []
     for answer in answers:
         ((name, accepted),) = answer.items()
-        required = described[name].get("required", ())
+        required = schemas[name].get("required", ())
         arguments = {}
         for parameter, values in accepted.items():
-            # An empty string among the accepted values is the ground truth's mark for "may be left out".
+            # The ground truth marks optional parameters with an empty string among the accepted values.
             if "" in values and parameter not in required:
                 continue
-            kind = described[name]["properties"].get(parameter, {})
-            arguments[parameter] = _first(next((value for value in values if value != ""), ""), kind)
+            schema = schemas[name]["properties"].get(parameter, {})
+            arguments[parameter] = _first_accepted(next((value for value in values if value != ""), ""), schema)
         calls.append(call_text(name, arguments))
     return f"[{', '.join(calls)}]"
 
 
-def _first(value: Any, kind: Mapping[str, Any]) -> Any:
-    """The first accepted value; inside dictionaries the ground truth lists the accepted values of every key."""
-    if isinstance(value, Mapping) and kind.get("type") == "dict":
-        chosen = {}
-        for key, options in value.items():
-            if isinstance(options, list) and "" not in options:
-                chosen[key] = options[0]
-        return chosen
-    if isinstance(value, list) and kind.get("items", {}).get("type") == "dict":
-        return [_first(item, kind["items"]) for item in value]
+def _first_accepted(value: Any, schema: Mapping[str, Any]) -> Any:
+    """The value with dictionaries resolved, whose keys the ground truth maps to lists of accepted values."""
+    if isinstance(value, Mapping) and schema.get("type") == "dict":
+        return {key: options[0] for key, options in value.items() if isinstance(options, list) and "" not in options}
+    if isinstance(value, list) and schema.get("items", {}).get("type") == "dict":
+        return [_first_accepted(item, schema["items"]) for item in value]
     return value
 
 
 def _components(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Indices of rows by connected component, in the order of their first row."""
+    """Row indices of each connected component, ordered by the first row."""
     parent = list(range(len(rows)))
 
     def root(index: int) -> int:
@@ -177,13 +174,13 @@ def _components(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
             index = parent[index]
         return index
 
-    first_with: dict[tuple[str, str], int] = {}
+    first_row_with: dict[tuple[str, str], int] = {}
     for index, row in enumerate(rows):
         question = " ".join(message["content"] for message in row["prompt"] if message["role"] != "system")
-        marks = [("question", " ".join(question.lower().split()))]
-        marks += [("function", function["name"]) for function in row["functions"]]
-        for mark in marks:
-            parent[root(index)] = root(first_with.setdefault(mark, index))
+        keys = [("question", " ".join(question.lower().split()))]
+        keys += [("function", function["name"]) for function in row["functions"]]
+        for key in keys:
+            parent[root(index)] = root(first_row_with.setdefault(key, index))
     components: dict[int, list[int]] = {}
     for index in range(len(rows)):
         components.setdefault(root(index), []).append(index)

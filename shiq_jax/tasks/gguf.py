@@ -1,7 +1,7 @@
-"""A packaged GGUF file of a Llama decoder, dequantised into a Hugging Face directory with numpy alone.
+"""Convert a GGUF file of a Llama decoder to a Hugging Face directory, without torch.
 
-llama.cpp stores the query and key matrices with each head's rotary pairs interleaved, and merges vocabulary, merges and
-chat template into the file's metadata; both are undone here. The result equals what transformers would write.
+llama.cpp interleaves the rotary pairs of each head in the query and key matrices, and stores the vocabulary, merges and
+chat template in the file's metadata. The converted directory equals the one that transformers writes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# GGUF's mark for control tokens.
+# GGUF token type of control tokens.
 _CONTROL = 3
 
 
 def gguf_to_huggingface(file: Path, directory: Path) -> None:
-    """Write config, float32 weights, tokenizer and generation settings of a GGUF Llama decoder into a directory.
+    """Convert a GGUF Llama decoder: write its config, float32 weights, tokenizer and generation config.
 
     Args:
-      file: a GGUF file of architecture "llama" with a byte-level BPE tokenizer.
-      directory: an existing directory.
+        file: a GGUF file of architecture "llama" with a byte-level BPE tokenizer.
+        directory: an existing directory.
 
-    Raises UserError when the package `gguf` is missing or the file is of another kind.
+    Raises:
+        UserError: the package `gguf` is missing, or the file has another architecture or tokenizer.
     """
     try:
         import gguf
@@ -49,32 +50,32 @@ def gguf_to_huggingface(file: Path, directory: Path) -> None:
 
     reader = gguf.GGUFReader(str(file))
     metadata = {name: field.contents() for name, field in reader.fields.items()}
-    kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model"))
-    if kind != ("llama", "gpt2"):
+    architecture, tokenizer_type = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
+    if (architecture, tokenizer_type) != ("llama", "gpt2"):
         raise UserError(
-            f"{file} has (architecture, tokenizer) = {kind}: expected ('llama', 'gpt2'); take another GGUF file"
+            f"{file} has architecture {architecture!r} and tokenizer {tokenizer_type!r}: expected 'llama' and 'gpt2'"
         )
     tensors = {}
-    for tensor in track(reader.tensors, "dequantising", len(reader.tensors), "tensors"):
-        name, kept = _huggingface_name(tensor.name)
-        if not kept:
+    for tensor in track(reader.tensors, "dequantizing", len(reader.tensors), "tensors"):
+        name, is_parameter = _huggingface_name(tensor.name)
+        if not is_parameter:
             continue
         array = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if name.endswith("q_proj.weight"):
-            array = _separate_halves(array, metadata["llama.attention.head_count"])
+            array = _deinterleave_rotary(array, metadata["llama.attention.head_count"])
         elif name.endswith("k_proj.weight"):
-            array = _separate_halves(array, metadata["llama.attention.head_count_kv"])
+            array = _deinterleave_rotary(array, metadata["llama.attention.head_count_kv"])
         tensors[name] = array
     config = _config(metadata, tied="lm_head.weight" not in tensors)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (directory / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
     _tokenizer(metadata).save_pretrained(directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _huggingface_name(name: str) -> tuple[str, bool]:
-    """The Hugging Face name of a GGUF tensor, and whether it is a parameter (rotary tables are not)."""
+    """The Hugging Face name of a GGUF tensor, and whether it is a parameter (`rope_freqs` is not)."""
     stem, _, suffix = name.rpartition(".")
     prefix = ""
     if stem.startswith("blk."):
@@ -83,16 +84,14 @@ def _huggingface_name(name: str) -> tuple[str, bool]:
     if stem == "rope_freqs":
         return name, False
     if stem not in _NAMES:
-        raise UserError(
-            f"the GGUF tensor {name} belongs to no Llama parameter: expected one of {', '.join(sorted(_NAMES))}"
-        )
+        raise UserError(f"the GGUF tensor {name} is not a Llama parameter: expected one of {', '.join(sorted(_NAMES))}")
     return f"{prefix}{_NAMES[stem]}.{suffix}", True
 
 
-def _separate_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+def _deinterleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's interleaving of rotary pairs in the rows of a query or key matrix [heads * head_dim, in]."""
-    paired = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
-    return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(weight.shape))
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 
 def _config(metadata: dict, *, tied: bool) -> dict:
@@ -108,7 +107,7 @@ def _config(metadata: dict, *, tied: bool) -> dict:
         "num_key_value_heads": metadata["llama.attention.head_count_kv"],
         "head_dim": hidden // heads,
         "hidden_act": "silu",
-        # The file keeps a float32: its shortest decimal is the number that was meant.
+        # The file stores a float32; its shortest decimal representation is the original number.
         "rms_norm_eps": float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": float(metadata["llama.rope.freq_base"]),
         "max_position_embeddings": metadata["llama.context_length"],
@@ -123,7 +122,7 @@ def _config(metadata: dict, *, tied: bool) -> dict:
 
 
 def _tokenizer(metadata: dict):
-    """The fast tokenizer that the metadata describes; digits are split one by one if the model was trained that way."""
+    """The fast tokenizer that the metadata describes; SmolLM's pre-tokenizer splits digits individually."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -135,10 +134,10 @@ def _tokenizer(metadata: dict):
         byte_level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    token_types = metadata["tokenizer.ggml.token_type"]
+    control = [token for token, token_type in zip(tokens, token_types, strict=True) if token_type == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    named = {
+    special_tokens = {
         role: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for role, key in (
             ("bos_token", "bos"),
@@ -149,7 +148,7 @@ def _tokenizer(metadata: dict):
     }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **named,
+        **special_tokens,
         chat_template=metadata["tokenizer.chat_template"],
         clean_up_tokenization_spaces=False,
         model_max_length=metadata["llama.context_length"],

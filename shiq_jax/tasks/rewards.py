@@ -1,4 +1,4 @@
-"""The rewards that commands know by name."""
+"""Registry of the built-in rewards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ REWARDS: Mapping[str, Reward] = {"exact": exact, "sorting": sorting_reward, "bfc
 def resolve(name: str) -> Reward:
     """The reward of a name in `REWARDS` or of "module:function"; see `rollout.rewards.resolve`.
 
-    Raises UserError when there is no such reward, or when the packages that it needs are missing.
+    Raises:
+        UserError: the reward does not exist, or a package that it needs is missing.
     """
     if name == "bfcl":
-        # Load the official checker now, so that a missing package is refused before an hour of sampling.
+        # Load the official checker now, so that a missing package is reported before any sampling.
         bfcl_checker.load_official()
     return rewards.resolve(name, REWARDS)

@@ -1,8 +1,6 @@
-"""A tiny decoder in Hugging Face format, generated locally: byte-level tokenizer, Llama configuration, random weights.
+"""Generate a tiny randomly initialized Llama in Hugging Face format, so that every command runs without a download.
 
-It lets every command run without a download. The tokenizer knows all 256 bytes, so any text, any JSON and any chat can
-be encoded; the weights are drawn with numpy and written under Hugging Face names, so transformers loads the directory
-too.
+The tokenizer is byte-level and encodes any text. transformers can load the directory.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ SPECIAL_TOKENS = (
     "<eos>",
     "<|im_start|>",
     "<|im_end|>",
-    # A vocabulary that is a multiple of 8 is divisible across devices; every id has a token.
+    # Pad the vocabulary to a multiple of 8, so that it can be sharded.
     "<reserved_0>",
     "<reserved_1>",
     "<reserved_2>",
@@ -41,14 +39,14 @@ CHAT_TEMPLATE = (
 def tiny_tokenizer():
     """The byte-level tokenizer of the tiny decoder, as a transformers fast tokenizer.
 
-    264 tokens: 8 special ones, then the 256 bytes; one token per byte of UTF-8. Plain text is opened by `<bos>`; chats
-    are written in the ChatML form, each turn closed by `<|im_end|>`.
+    264 tokens: 8 special tokens and the 256 bytes of UTF-8. Plain text starts with `<bos>`; the chat template is
+    ChatML, in which `<|im_end|>` ends each turn.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *letters))}
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *byte_tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,17 +76,18 @@ def tiny_config(
     max_positions: int = 2048,
     tie_word_embeddings: bool = False,
 ) -> dict:
-    """The `config.json` of a tiny Llama decoder over the byte-level vocabulary.
+    """The `config.json` of a tiny Llama decoder with the byte-level vocabulary.
 
-    Raises ValueError when the heads do not divide the width or the key heads do not divide the heads.
+    Raises:
+        ValueError: the sizes are not divisible as the attention heads require.
     """
     if hidden_size % num_heads or (hidden_size // num_heads) % 2:
         raise ValueError(
-            f"hidden_size={hidden_size} must be num_heads={num_heads} times an even head size: change one of the two"
+            f"hidden_size={hidden_size} must be num_heads={num_heads} times an even head size: change one of them"
         )
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
-    identifiers = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    token_ids = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -106,9 +105,9 @@ def tiny_config(
         "tie_word_embeddings": tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": identifiers["<bos>"],
-        "eos_token_id": identifiers["<eos>"],
-        "pad_token_id": identifiers["<pad>"],
+        "bos_token_id": token_ids["<bos>"],
+        "eos_token_id": token_ids["<eos>"],
+        "pad_token_id": token_ids["<pad>"],
         "torch_dtype": "float32",
     }
 
@@ -117,45 +116,45 @@ def tiny_directory(path: str | Path, seed: int = 0, **config: int | bool) -> Pat
     """Write a tiny model directory in Hugging Face format and return its path.
 
     Args:
-      path: directory to write; made when missing. Files of the same names in it are replaced.
-      seed: of the weights; equal seeds and sizes give equal bytes.
-      **config: sizes, as keywords of `tiny_config`.
+        path: directory, created if missing; existing files of the same names are replaced.
+        seed: random seed of the weights; equal seeds and sizes give identical files.
+        **config: arguments of `tiny_config`.
     """
     _write(Path(path), tiny_config(**config), seed)
     return Path(path)
 
 
 @hosts.on_writer
-def _write(path: Path, settings: dict, seed: int) -> None:
+def _write(path: Path, config: dict, seed: int) -> None:
     from safetensors.numpy import save_file
 
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    generation = {
-        "bos_token_id": settings["bos_token_id"],
-        "eos_token_id": [settings["eos_token_id"], SPECIAL_TOKENS.index("<|im_end|>")],
-        "pad_token_id": settings["pad_token_id"],
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation_config = {
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": [config["eos_token_id"], SPECIAL_TOKENS.index("<|im_end|>")],
+        "pad_token_id": config["pad_token_id"],
         "do_sample": True,
         "temperature": 1.0,
     }
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (path / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
     tiny_tokenizer().save_pretrained(path)
-    # The metadata tells transformers which library's layout the tensors follow; it refuses files without it.
-    save_file(_weights(settings, np.random.default_rng(seed)), path / "model.safetensors", metadata={"format": "pt"})
+    # transformers rejects safetensors files without this metadata.
+    save_file(_weights(config, np.random.default_rng(seed)), path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _weights(config: dict, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random float32 tensors under Hugging Face names, matrices as [out, in], in a fixed order of drawing."""
+def _weights(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random float32 tensors by Hugging Face name, matrices as [out, in]; generated in a fixed order."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    # Branches that write to the residual stream start smaller, so that depth does not raise its variance.
-    branch = 1.0 / math.sqrt(2 * config["num_hidden_layers"])
+    # Scale down the projections into the residual stream, so that its variance does not grow with depth.
+    residual_gain = 1.0 / math.sqrt(2 * config["num_hidden_layers"])
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
-        return (random.standard_normal((rows, columns)) * gain / math.sqrt(columns)).astype(np.float32)
+        return (rng.standard_normal((rows, columns)) * gain / math.sqrt(columns)).astype(np.float32)
 
-    embedding = (random.standard_normal((config["vocab_size"], hidden)) * 0.1).astype(np.float32)
+    embedding = (rng.standard_normal((config["vocab_size"], hidden)) * 0.1).astype(np.float32)
     tensors = {"model.embed_tokens.weight": embedding}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -164,11 +163,11 @@ def _weights(config: dict, random: np.random.Generator) -> dict[str, np.ndarray]
             prefix + "self_attn.q_proj.weight": matrix(queries, hidden),
             prefix + "self_attn.k_proj.weight": matrix(keys, hidden),
             prefix + "self_attn.v_proj.weight": matrix(keys, hidden),
-            prefix + "self_attn.o_proj.weight": matrix(hidden, queries, branch),
+            prefix + "self_attn.o_proj.weight": matrix(hidden, queries, residual_gain),
             prefix + "post_attention_layernorm.weight": np.ones(hidden, np.float32),
             prefix + "mlp.gate_proj.weight": matrix(intermediate, hidden),
             prefix + "mlp.up_proj.weight": matrix(intermediate, hidden),
-            prefix + "mlp.down_proj.weight": matrix(hidden, intermediate, branch),
+            prefix + "mlp.down_proj.weight": matrix(hidden, intermediate, residual_gain),
         }
     tensors["model.norm.weight"] = np.ones(hidden, np.float32)
     if not config["tie_word_embeddings"]:

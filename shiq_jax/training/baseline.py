@@ -1,4 +1,4 @@
-"""Rewards measured from what a prompt's answers earn on average."""
+"""Reward baselines."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from shiq_jax.replay import Buffer, Record
 
 
 class GroupMeanBaseline:
-    """The buffer's records, each with the mean return of its group taken off the reward of its last action.
+    """View of a buffer's records with the group's mean return subtracted from the reward of the last action.
 
-    With gamma = 1 a constant per prompt on the last reward leaves the optimal policy as it is and moves only the value
-    of the prompt, which the logits then need not learn; the buffer itself keeps the raw rewards.
+    With gamma = 1 a constant per prompt on the last reward does not change the optimal policy. It removes the prompt's
+    value from what the logits must learn. The buffer keeps the raw rewards.
 
     Raises:
-        UserError: no group has two answers, so that nothing would be left of the rewards.
+        UserError: every group has a single answer, so that all rewards would become 0.
     """
 
     def __init__(self, buffer: Buffer):
         self._buffer = buffer
-        _, members = np.unique(buffer.group_ids(), return_inverse=True)
-        if len(buffer) and np.bincount(members).max() == 1:
+        _, group_index = np.unique(buffer.group_ids(), return_inverse=True)
+        if len(buffer) and np.bincount(group_index).max() == 1:
             raise UserError(
-                f"every prompt of {buffer.path} has one answer, whose mean is itself, so nothing would be left to "
-                "learn: use --baseline none"
+                f"every prompt of {buffer.path} has a single answer, so a group-mean baseline would set all rewards to "
+                "0: use --baseline none"
             )
-        means = np.bincount(members, buffer.returns()) / np.bincount(members)
-        self.means = means[members]
+        means = np.bincount(group_index, buffer.returns()) / np.bincount(group_index)
+        self.means = means[group_index]
 
     def __getitem__(self, index: int) -> Record:
         record = self._buffer[index]

@@ -1,4 +1,4 @@
-"""Packed batches of a buffer as a function of (seed, step), and a thread that makes them one step ahead."""
+"""Packed batches of a buffer as a function of (seed, step), prefetched one step ahead in a thread."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 from shiq_jax.errors import UserError
 from shiq_jax.replay import NO_REFERENCES, Buffer, References, Schedule, Trees, pack, pack_groups, plan
-from shiq_jax.training.placement import data_devices, place
+from shiq_jax.training.placement import data_parallel_size, shard_batch
 
 
 class DeviceBatch(NamedTuple):
-    """One batch on its devices, with what the host wants to know of it.
+    """A batch on its devices, with host-side metadata.
 
     Attributes:
-        batch: what the update takes.
-        members: int[rows, slots, K], record numbers, -1 where there is none; None where batches have no records, and in
-            private runs.
-        tokens: real tokens, each shared prompt counted once; None where unknown, and in private runs.
-        fill: part of the row positions that hold real tokens; None as `tokens`.
+        batch: argument of the update.
+        members: int[rows, slots, K], record indices, -1 for padding; None for batches without records and in private
+            runs.
+        tokens: real tokens, each shared prompt counted once; None if unknown and in private runs.
+        fill: fraction of the row positions that hold real tokens; None whenever `tokens` is.
     """
 
     batch: Any
@@ -32,33 +32,30 @@ class DeviceBatch(NamedTuple):
 
 
 def prefetch(batches: Callable[[int], DeviceBatch], start: int, stop: int) -> Iterator[tuple[DeviceBatch, float]]:
-    """The batches of steps `start` to `stop - 1`, each made in a thread while the one before it is used.
-
-    Yields pairs of a batch and the seconds that the caller had to wait for it.
-    """
+    """Yield (batch, seconds waited for it) for steps `start` to `stop - 1`, loading one batch ahead in a thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        following = worker.submit(batches, start) if start < stop else None
+        pending = worker.submit(batches, start) if start < stop else None
         for step in range(start, stop):
-            began = time.perf_counter()
-            current = following.result()
-            waited = time.perf_counter() - began
-            following = worker.submit(batches, step + 1) if step + 1 < stop else None
-            yield current, waited
+            start_time = time.perf_counter()
+            batch = pending.result()
+            wait_seconds = time.perf_counter() - start_time
+            pending = worker.submit(batches, step + 1) if step + 1 < stop else None
+            yield batch, wait_seconds
 
 
 class Batches:
-    """Batches for passes over a buffer.
+    """Batches for epochs over a buffer; `batches(step)` depends on the seed and the step alone.
 
     Args:
         buffer: the records.
-        unit: what an example is: "trajectory", "pair" or "group".
-        batch_size: pack_groups of a step: prompts with their sampled answers, pairs, or demonstrations.
-        seed: of the order; the batch of step t is a function of (seed, t) alone.
-        references: by name, the statistics that fill `Example.references`.
-        mesh: where the rows go.
-        microbatches: the rows are filled up to a multiple of this and of the data devices.
-        row_length: groups of trajectories of more tokens are split, their prompt repeated.
-        records: what to pack under the buffer's record numbers, when it is not the buffer's records themselves.
+        unit: unit of the examples: "trajectory", "pair" or "group".
+        batch_size: pack groups per step: prompts with their sampled answers, pairs, or demonstrations.
+        seed: of the order.
+        references: name -> statistics, for `Example.references`.
+        mesh: mesh over which the rows are sharded.
+        microbatches: rows are padded to a multiple of `microbatches * data_parallel_size(mesh)`.
+        row_length: groups of trajectories with more tokens are split, and each part repeats the prompt.
+        records: replacement for the buffer's records, with the same indices; for example `GroupMeanBaseline`.
     """
 
     def __init__(
@@ -79,26 +76,27 @@ class Batches:
         self.pack_groups = pack_groups(buffer, unit, row_length=row_length)
         if not self.pack_groups:
             raise UserError(
-                f"{buffer.path} holds no {unit} to learn from: pairs need two answers of one prompt with unlike rewards"
+                f"{buffer.path} holds no {unit} to train on: a pair needs two answers to one prompt with different "
+                "rewards"
             )
-        # A batch larger than the buffer would hold some of it several times.
+        # A batch larger than the buffer would repeat records.
         batch_size = min(batch_size, len(self.pack_groups))
         self.schedule = Schedule(len(self.pack_groups), batch_size, seed)
-        self.rows_multiple = microbatches * data_devices(mesh)
+        self.rows_multiple = microbatches * data_parallel_size(mesh)
         self.shape = plan(self.trees, self.pack_groups, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     @property
     def left_out(self) -> int:
-        """How many groups give no example: pairs need two answers of unlike reward."""
+        """Number of groups without an example: no two of their answers have different rewards."""
         return self.pack_groups.left_out
 
     def steps(self, epochs: float) -> int:
-        """Updates in so many passes over the buffer."""
+        """Number of updates in `epochs` epochs."""
         return self.schedule.steps(epochs)
 
     def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
-        chosen = [self.pack_groups[number] for number in self.schedule.indices(step)]
-        packed = pack(chosen, self.trees, self.shape, references=self.references, rows_multiple=self.rows_multiple)
+        step_groups = [self.pack_groups[index] for index in self.schedule.indices(step)]
+        packed = pack(step_groups, self.trees, self.shape, references=self.references, rows_multiple=self.rows_multiple)
         tokens = round(packed.fill * packed.batch.tokens.size)
-        return DeviceBatch(place(packed.batch, self.mesh), packed.members, tokens, packed.fill)
+        return DeviceBatch(shard_batch(packed.batch, self.mesh), packed.members, tokens, packed.fill)

@@ -1,4 +1,4 @@
-"""Callbacks of `fit` that any training loop can use: refuse numbers that are not finite, save checkpoints."""
+"""Callbacks of `fit` that do not depend on a run: reject non-finite updates, save checkpoints."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ import numpy as np
 
 from shiq_jax.errors import UserError
 from shiq_jax.training.checkpoints import Checkpoints
-from shiq_jax.training.fit import Callback, FinishedUpdate
+from shiq_jax.training.fit import Callback, UpdateResult
 from shiq_jax.training.state import State
 
-# Of these names the metrics that an update returns must be finite.
-CHECKED = ("loss", "grad_norm", "param_norm")
+# Metrics that must be finite if the update returns them.
+FINITE_METRICS = ("loss", "grad_norm", "param_norm")
 
 
 class CheckFinite(Callback):
-    """Stop with a UserError when loss, gradient norm or parameter norm is not finite, before that state is saved.
+    """Raise UserError if the loss, gradient norm or parameter norm is not finite, before that state is saved.
 
     Args:
-        name: of the updates, for the message.
-        records: record by number, to name the groups of the batch; None where batches have no record numbers.
+        name: name of the updates in the message.
+        records: record by index, to name the groups of the batch; None if batches have no record indices.
     """
 
     def __init__(self, name: str = "update", records: Any = None):
         self.name, self.records = name, records
 
-    def on_update(self, done: FinishedUpdate) -> None:
-        """Raises UserError naming the numbers, the step and, where known, its records."""
-        bad = [name for name in CHECKED if not math.isfinite(done.metrics.get(name, 0))]
-        if not bad:
+    def on_update(self, result: UpdateResult) -> None:
+        """Raises UserError with the metrics, the step and, if known, the records of the batch."""
+        non_finite = [name for name in FINITE_METRICS if not math.isfinite(result.metrics.get(name, 0))]
+        if not non_finite:
             return
-        members = done.item.members
-        numbers = [] if members is None else sorted({int(index) for index in np.ravel(members) if index >= 0})
-        of, remedy = "", ""
-        if numbers:
-            groups = sorted({self.records[index].group for index in numbers}) if self.records is not None else ()
-            of = f" (records {_some(numbers)}{f' of groups {_some(groups)}' if groups else ''})"
+        members = result.batch.members
+        indices = [] if members is None else sorted({int(index) for index in np.ravel(members) if index >= 0})
+        source, remedy = "", ""
+        if indices:
+            groups = sorted({self.records[index].group for index in indices}) if self.records is not None else ()
+            source = f" (records {_join(indices)}{f' of groups {_join(groups)}' if groups else ''})"
             remedy = ", or without those records"
         raise UserError(
-            f"{' and '.join(bad)} of {self.name} step {done.step}{of} {'is' if len(bad) == 1 else 'are'} not finite; "
-            "every checkpoint is from before it, and --resume would come here again: begin another run with a lower "
-            f"learning rate{remedy}"
+            f"{' and '.join(non_finite)} of {self.name} step {result.step}{source} "
+            f"{'is' if len(non_finite) == 1 else 'are'} not finite; every checkpoint precedes this step, and --resume "
+            f"would fail at it again: start another run with a lower learning rate{remedy}"
         )
 
 
 class SaveCheckpoints(Callback):
-    """Save the state every so many updates and after the last one.
+    """Save the state every `every` updates and after the last one.
 
     Args:
-        checkpoints: where to.
+        checkpoints: destination.
         every: updates between two checkpoints; None saves the last state only.
         metadata: step -> JSON values to save with the state.
-        metrics: numbers to save with the state of this step, for `Checkpoints(best=...)`; a state that has some is
-            saved whatever its step is.
+        metrics: returns the metrics to save with the current state, for `Checkpoints(best=...)`; a state with metrics
+            is saved at any step.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class SaveCheckpoints(Callback):
         self.checkpoints, self.every, self.metadata, self.metrics = checkpoints, every, metadata, metrics
 
     def needs_state(self, step: int) -> bool:
-        """At multiples of `every`."""
+        """Whether `step` is a multiple of `every`."""
         return bool(self.every) and step % self.every == 0
 
     def on_state(self, step: int, state: State, last: bool) -> None:
-        """Save where it is due."""
+        """Save if a checkpoint is due."""
         if last or self.metrics() or self.needs_state(step):
             self.save(state, step)
 
     def save(self, state: State, step: int) -> None:
-        """Start saving the state of a step, due or not."""
+        """Start saving the state unconditionally."""
         self.checkpoints.save(state, self.metadata(step), self.metrics())
 
 
-def _some(things: Sequence, shown: int = 16) -> str:
-    more = f" and {len(things) - shown} more" if len(things) > shown else ""
-    return ", ".join(map(str, things[:shown])) + more
+def _join(items: Sequence, limit: int = 16) -> str:
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + rest

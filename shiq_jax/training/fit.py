@@ -1,4 +1,4 @@
-"""The loop around an update step; everything that happens beside the updates is a callback."""
+"""The training loop and its callback interface."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from shiq_jax.training.batches import DeviceBatch, prefetch
 from shiq_jax.training.state import State
 
 
-class FinishedUpdate(NamedTuple):
-    """An update whose metrics are on the host.
+class UpdateResult(NamedTuple):
+    """A finished update, with its metrics on the host.
 
     Attributes:
-        step: updates so far, this one included.
-        item: what it learned from.
-        metrics: numpy scalars by name, as the update returned them.
-        seconds: from its start, or the end of the update before it, to its end.
-        waited: seconds that the loop waited for the batch.
-        compiled: whether it is the first of this loop with batches of this shape.
+        step: number of updates so far, including this one.
+        batch: the batch of this update.
+        metrics: name -> numpy array, the metrics that the update returned.
+        seconds: time from the start of this update, or the end of the previous one if later, to its end.
+        wait_seconds: time that the loop waited for the batch.
+        compiled: whether this is the first update of this loop with batches of this shape.
     """
 
     step: int
-    item: DeviceBatch
+    batch: DeviceBatch
     metrics: Mapping[str, Any]
     seconds: float
-    waited: float
+    wait_seconds: float
     compiled: bool
 
 
 class Callback:
-    """What happens beside the updates of `fit`; a subclass overrides what it needs."""
+    """Base class of the callbacks of `fit`; every hook does nothing by default."""
 
-    def on_update(self, done: FinishedUpdate) -> None:
+    def on_update(self, result: UpdateResult) -> None:
         """Called once per update, while the next one runs."""
 
     def needs_state(self, step: int) -> bool:
-        """Whether `on_state` is to be called after this update; it always is after the last one."""
+        """Whether to call `on_state` after this update; after the last update it is always called."""
         return False
 
-    def ends(self, step: int) -> bool:
-        """Whether this update, after which some callback needs the state, is the last one."""
+    def should_stop(self, step: int) -> bool:
+        """Whether to stop after this update; called only if some callback needs the state."""
         return False
 
     def on_state(self, step: int, state: State, last: bool) -> None:
-        """Called with the state after an update, before the next one starts and takes the state's memory."""
+        """Called with the state after an update, before the next update may reuse its buffers."""
 
 
 def fit(
@@ -64,40 +64,40 @@ def fit(
 ) -> State:
     """Apply `update` to the batches of steps `start` to `stop - 1` and return the last state.
 
-    The metrics of an update are fetched after the next one has been started, so the device does not wait for the host.
-    Where a callback needs the state the loop fetches them first: a callback that raises on bad metrics in `on_update`
-    does so before any callback has seen, or saved, that state.
+    The metrics of an update are fetched after the next update is dispatched, so the device does not wait for the host.
+    If a callback needs the state, they are fetched before it. A callback that raises in `on_update` therefore does so
+    before any callback sees or saves that state.
 
     Args:
-        state: what the first update takes; it is donated if `update` donates.
+        state: initial state; donated if `update` donates.
         update: `update(state, batch) -> (state, metrics)`.
         batches: step -> batch; called one step ahead in a thread.
-        start: updates that `state` has seen.
-        stop: updates after the last one.
+        start: number of updates already applied to `state`.
+        stop: total number of updates.
         callbacks: called in this order.
     """
-    running, shapes, ended = None, set(), 0.0
+    pending, shapes, previous_end = None, set(), 0.0
 
-    def finish(running, ended: float) -> float:
-        step, item, metrics, began, waited, compiled = running
+    def finish(pending, previous_end: float) -> float:
+        step, batch, metrics, start_time, wait_seconds, compiled = pending
         metrics = hosts.gather(metrics)
         now = time.perf_counter()
-        done = FinishedUpdate(step, item, metrics, now - max(began, ended), waited, compiled)
+        result = UpdateResult(step, batch, metrics, now - max(start_time, previous_end), wait_seconds, compiled)
         for callback in callbacks:
-            callback.on_update(done)
+            callback.on_update(result)
         return now
 
-    with contextlib.closing(prefetch(batches, start, stop)) as ahead:
-        for step, (item, waited) in enumerate(ahead, start + 1):
-            began, shape = time.perf_counter(), tuple(map(np.shape, jax.tree.leaves(item.batch)))
-            state, metrics = update(state, item.batch)
-            if running is not None:
-                ended = finish(running, ended)
-            running = (step, item, metrics, began, waited, shape not in shapes)
+    with contextlib.closing(prefetch(batches, start, stop)) as prefetched:
+        for step, (batch, wait_seconds) in enumerate(prefetched, start + 1):
+            start_time, shape = time.perf_counter(), tuple(map(np.shape, jax.tree.leaves(batch.batch)))
+            state, metrics = update(state, batch.batch)
+            if pending is not None:
+                previous_end = finish(pending, previous_end)
+            pending = (step, batch, metrics, start_time, wait_seconds, shape not in shapes)
             shapes.add(shape)
             if step == stop or any(callback.needs_state(step) for callback in callbacks):
-                ended, running = finish(running, ended), None
-                last = step == stop or any(callback.ends(step) for callback in callbacks)
+                previous_end, pending = finish(pending, previous_end), None
+                last = step == stop or any(callback.should_stop(step) for callback in callbacks)
                 for callback in callbacks:
                     callback.on_state(step, state, last)
                 if last:

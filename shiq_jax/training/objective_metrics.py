@@ -1,4 +1,4 @@
-"""An objective's loss and metrics on a buffer, without learning from it."""
+"""Evaluate an objective's loss and metrics on a buffer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shiq_jax.objectives import Objective
 from shiq_jax.progress import track
 from shiq_jax.replay import NO_REFERENCES, Batch, Buffer, References, Trees, pack, pack_groups, plan
 from shiq_jax.sharding import hosts
-from shiq_jax.training.examples import combine_summaries, objective_sums, summaries
-from shiq_jax.training.placement import data_devices, place
+from shiq_jax.training.examples import combine_summaries, coupling_summaries, summed_loss
+from shiq_jax.training.placement import data_parallel_size, shard_batch
 
 
 def objective_metrics(
@@ -28,59 +28,62 @@ def objective_metrics(
     prompts_per_batch: int = 32,
     row_length: int = 4096,
 ) -> dict[str, float]:
-    """`loss` and the objective's metrics as means over a whole buffer, each example once.
+    """`loss` and the objective's metrics, averaged over all examples of a buffer.
 
-    Examples that know of each other know of all in the buffer: it counts as one batch.
+    An objective that couples examples treats the whole buffer as one batch.
 
     Args:
         model, params: the policy.
-        objective: any that has no heads with slow copies.
+        objective: any objective without target heads.
         buffer: the records.
-        references: by name, the statistics that fill `Example.references`.
-        prompts_per_batch: pack_groups in one compiled call.
-        row_length: larger groups of trajectories are split.
+        references: name -> statistics, for `Example.references`.
+        prompts_per_batch: pack groups per compiled call.
+        row_length: groups of trajectories with more tokens are split.
 
     Raises:
         UserError: the buffer has no example of the objective's unit.
     """
-    chosen = pack_groups(buffer, objective.unit, row_length=row_length)
-    if not chosen:
-        raise UserError(f"{buffer.path} holds no {objective.unit} to measure")
+    groups = pack_groups(buffer, objective.unit, row_length=row_length)
+    if not groups:
+        raise UserError(f"{buffer.path} holds no {objective.unit}, so {objective.unit} metrics cannot be computed")
     trees = Trees(buffer)
-    shape = plan(trees, chosen)
-    starts = range(0, len(chosen), prompts_per_batch)
+    shape = plan(trees, groups)
+    starts = range(0, len(groups), prompts_per_batch)
 
-    def batches(purpose: str) -> Iterator[Batch]:
-        for start in track(starts, purpose, len(starts), "batches"):
-            piece = chosen[start : start + prompts_per_batch]
-            yield pack(piece, trees, shape, references=references, rows_multiple=data_devices(model.mesh)).batch
+    def batches(description: str) -> Iterator[Batch]:
+        for start in track(starts, description, len(starts), "batches"):
+            chunk = groups[start : start + prompts_per_batch]
+            rows_multiple = data_parallel_size(model.mesh)
+            yield pack(chunk, trees, shape, references=references, rows_multiple=rows_multiple).batch
 
     coupled = itertools.repeat(None)
     if objective.couple is not None:
-        coupled = _coupled(model, params, objective, batches("what examples know of each other"))
-    sums = jax.jit(functools.partial(objective_sums, model, objective))
+        coupled = _coupled(model, params, objective, batches("coupling summaries"))
+    compute_sums = jax.jit(functools.partial(summed_loss, model, objective))
     totals = [
-        hosts.gather(sums(params, place(batch, model.mesh), place(known, model.mesh)))
-        for batch, known in zip(batches("objective's metrics"), coupled, strict=False)
+        hosts.gather(compute_sums(params, shard_batch(batch, model.mesh), shard_batch(batch_coupled, model.mesh)))
+        for batch, batch_coupled in zip(batches("objective metrics"), coupled, strict=False)
     ]
-    value, weight, metrics = jax.tree.map(lambda *parts: float(np.sum(parts)), *totals)
+    value, weight, metrics = jax.tree.map(lambda *sums: float(np.sum(sums)), *totals)
     return {"loss": value / weight} | {name: total / weight for name, total in metrics.items()}
 
 
 def _coupled(model, params, objective: Objective, batches: Iterable[Batch]) -> list:
-    """For each batch what its examples know of those of all batches."""
-    summarise = jax.jit(functools.partial(summaries, model, objective))
-    found, reals = [], []
+    """`Example.coupled` for each batch, combined over the examples of all batches."""
+    summarize = jax.jit(functools.partial(coupling_summaries, model, objective))
+    summaries, masks = [], []
     for batch in batches:
-        found.append(hosts.gather(summarise(params, place(batch, model.mesh))))
-        reals.append(batch.real)
+        summaries.append(hosts.gather(summarize(params, shard_batch(batch, model.mesh))))
+        masks.append(batch.real)
 
-    def flat(*leaves):
+    def concatenate(*leaves):
         return np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])
 
-    known = hosts.gather(combine_summaries(objective.couple, jax.tree.map(flat, *found), flat(*reals)))
-    ends = np.cumsum([real.size for real in reals])
+    combined = hosts.gather(
+        combine_summaries(objective.couple, jax.tree.map(concatenate, *summaries), concatenate(*masks))
+    )
+    ends = np.cumsum([real.size for real in masks])
     return [
-        jax.tree.map(lambda leaf: leaf[end - real.size : end].reshape(*real.shape, *leaf.shape[1:]), known)
-        for real, end in zip(reals, ends, strict=True)
+        jax.tree.map(lambda leaf: leaf[end - real.size : end].reshape(*real.shape, *leaf.shape[1:]), combined)
+        for real, end in zip(masks, ends, strict=True)
     ]

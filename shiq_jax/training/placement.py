@@ -1,4 +1,4 @@
-"""Which devices a run uses, and how a batch gets to them."""
+"""Select the mesh and shard batches over it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh, named_sharding
 
 
-def requested_mesh(sizes: str | None) -> Mesh | None:
-    """The mesh that `--mesh` asks for; without it all devices on fsdp, and none at all for a single device.
+def mesh_from_flag(sizes: str | None) -> Mesh | None:
+    """The mesh of a `--mesh` flag. Without the flag: all devices on `fsdp`, or None if there is only one device.
 
     Raises:
-        UserError: the sizes are malformed or the devices do not suffice.
+        UserError: the sizes are malformed or need more devices than there are.
     """
     if sizes is None and jax.device_count() == 1:
         return None
@@ -24,8 +24,8 @@ def requested_mesh(sizes: str | None) -> Mesh | None:
         raise UserError(f"--mesh {sizes}: {error}") from error
 
 
-def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """The batch on its devices, rows over the data axes; every process hands over only the rows that it owns."""
+def shard_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    """Put a batch on the devices, its rows sharded over the data axes; each process transfers only its own rows."""
     if mesh is None:
         return jax.device_put(batch)
 
@@ -36,6 +36,6 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def data_devices(mesh: Mesh | None) -> int:
-    """Over how many devices the rows of a batch are spread."""
+def data_parallel_size(mesh: Mesh | None) -> int:
+    """Number of devices over which the rows of a batch are sharded."""
     return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]

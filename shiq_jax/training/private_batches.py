@@ -1,4 +1,4 @@
-"""Batches of a private run: a Poisson sample of the units, each in a row of its own."""
+"""Batches of a private run: a Poisson sample of the units, one unit per row."""
 
 from __future__ import annotations
 
@@ -14,55 +14,56 @@ from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import NO_REFERENCES, Buffer, References, Trees, pack, pack_groups, plan
 from shiq_jax.replay.schedule import Members, PackGroup
 from shiq_jax.training.batches import DeviceBatch
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 
 UNITS = ("example", "user")
 
 
-def units_of(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[PackGroup]:
-    """What is protected as a whole: for every unit its examples, which share a row.
+def privacy_units(buffer: Buffer, unit: str, privacy_unit: str = "example") -> list[PackGroup]:
+    """The units of privacy, each as a pack group of its examples.
 
     Args:
         buffer: the records.
-        unit: what an example is: "trajectory", "pair" or "group".
-        privacy_unit: "example", or "user" for all examples of a record's user.
+        unit: unit of the objective's examples: "trajectory", "pair" or "group".
+        privacy_unit: "example", or "user" for all examples of one user.
 
     Raises:
-        UserError: there is nothing, or a record that belongs to nobody where users are protected.
+        UserError: there is no example, or an example of a user-level run does not have exactly one user.
     """
-    drawn = list(pack_groups(buffer, unit, share_prompts=unit != "trajectory"))
-    if not drawn:
-        raise UserError(f"{buffer.path} holds no {unit} to learn from")
+    groups = list(pack_groups(buffer, unit, share_prompts=unit != "trajectory"))
+    if not groups:
+        raise UserError(f"{buffer.path} holds no {unit} to train on")
     if privacy_unit == "example":
-        return drawn
+        return groups
     users: dict[str, list[Members]] = {}
-    for (example,) in drawn:
-        names = {buffer[number].user for number in example}
+    for (example,) in groups:
+        names = {buffer[index].user for index in example}
         if None in names or len(names) > 1:
-            owner = "nobody" if None in names else "two users"
+            fault = "has no user" if None in names else "has records of several users"
             raise UserError(
-                f"{buffer.path}: a {unit} (record {example[0]}) belongs to {owner}, but users are to be protected: "
-                "give every row its user_id, or protect examples"
+                f"{buffer.path}: the {unit} of record {example[0]} {fault}, but user-level privacy needs exactly one: "
+                "give every row its user_id, or use --privacy.unit example"
             )
         users.setdefault(names.pop(), []).append(example)
-    return [tuple(owned) for owned in users.values()]
+    return [tuple(examples) for examples in users.values()]
 
 
 class PrivateBatches:
-    """The batch of every step, drawn by a mechanism's sampler with a secret; places without a unit are masked.
+    """Batches sampled by a mechanism from a run's secret; rows without a unit are masked.
 
-    It says nothing of a batch: neither its tokens, nor its fill, nor its members. Its shape is that of all batches.
+    All batches have the same shape, and their `DeviceBatch` has no members, tokens or fill, which would leak which
+    units were sampled.
 
     Args:
         buffer: the records.
-        units: see `units_of`.
-        mechanism: gives the sampler; its data set must be these units.
-        secret: of the run.
-        references: by name, the statistics that fill `Example.references`.
-        mesh: where the rows go.
+        units: see `privacy_units`.
+        mechanism: samples the units; its `dataset_size` must be their number.
+        secret: secret of the run.
+        references: name -> statistics, for `Example.references`.
+        mesh: mesh over which the rows are sharded.
 
     Raises:
-        UserError: the mechanism was made for another number of units.
+        UserError: `mechanism.dataset_size` is not the number of units.
     """
 
     def __init__(
@@ -71,27 +72,27 @@ class PrivateBatches:
     ):  # fmt: skip
         if len(units) != mechanism.dataset_size:
             raise UserError(
-                f"the privacy of this run is accounted for with {mechanism.dataset_size} units, but {buffer.path} "
-                f"holds {len(units)}: restore the data that it was begun with, or begin another run"
+                f"the privacy accounting of this run assumes {mechanism.dataset_size} units, but {buffer.path} holds "
+                f"{len(units)}: restore the data that the run was started with, or start another run"
             )
         self.records, self.references, self.mesh = buffer, references, mesh
         self.trees = Trees(buffer)
         self.units, self.mechanism, self.secret = units, mechanism, secret
-        # A row has room for one unit, the longest, and for no more examples than a unit has.
+        # A row holds the largest unit.
         self.shape = plan(self.trees, units)._replace(slots=max(map(len, units)))
 
     left_out = 0
 
     def steps(self, epochs: float) -> int:
-        """Updates in which every unit is drawn so many times on average."""
+        """Number of updates in which every unit is sampled `epochs` times in expectation."""
         return math.ceil(round(epochs * self.mechanism.dataset_size / self.mechanism.expected_batch, 9))
 
     def __call__(self, step: int) -> DeviceBatch:
         """The batch of an update step."""
-        chosen, real = self.mechanism.sample(self.secret.sampling, step)
+        indices, real = self.mechanism.sample(self.secret.sampling, step)
         rows = [
-            pack([self.units[number]], self.trees, self.shape, references=self.references).batch for number in chosen
+            pack([self.units[index]], self.trees, self.shape, references=self.references).batch for index in indices
         ]
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
         batch = batch._replace(real=batch.real & real[:, None])
-        return DeviceBatch(place(batch, self.mesh))
+        return DeviceBatch(shard_batch(batch, self.mesh))

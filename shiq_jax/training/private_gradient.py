@@ -1,4 +1,4 @@
-"""The private gradient: what an update step takes in the place of the gradient of the mean."""
+"""The private gradient: noisy mean of clipped per-unit gradients."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shiq_jax.objectives import Objective
 from shiq_jax.privacy import Mechanism, clipped_sum, privatize
 from shiq_jax.replay import Batch
 from shiq_jax.training.examples import build_examples, example_losses
-from shiq_jax.training.placement import data_devices
+from shiq_jax.training.placement import data_parallel_size
 from shiq_jax.training.state import Params, State, merge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitLosses:
-    """The losses of a batch of which each row holds one unit, as `clipped_sum` takes them.
+    """Per-unit losses of a batch with one unit per row, in the form that `clipped_sum` expects.
 
-    A unit's loss is its value over its weight, which no other unit has a part in.
+    The loss of a unit is its value divided by its own weight, so it does not depend on other units.
     """
 
     model: Any
@@ -44,48 +44,56 @@ class UnitLosses:
         return jnp.sum(out.value, axis=1) / jnp.maximum(jnp.sum(out.weight, axis=1), 1)
 
     def adding_to(self, before: Params) -> UnitLosses:
-        """The same losses; their gradient is added to `before` and becomes the sum."""
+        """The same losses with gradients that are accumulated onto `before`."""
         return dataclasses.replace(self, before=before)
 
 
 def check_private(objective: Objective, name: str = "this objective") -> None:
-    """Raises ValueError for an objective whose examples know of each other."""
+    """Raises ValueError for an objective that couples examples."""
     if objective.couple is not None:
         raise ValueError(
-            f"{name} couples the examples of a batch, so that none of them can be clipped by itself: choose another "
-            "objective for a private run"
+            f"{name} couples the examples of a batch, so their gradients cannot be clipped individually: choose "
+            "another objective for a private run"
         )
 
 
 def private_gradient(
     model, objective: Objective, state: State, slices: Batch, mechanism: Mechanism, root: Array, method: str
 ) -> tuple[Any, dict[str, Float[Array, " units"]]]:
-    """The noisy mean of clipped gradients over slices that are run one after the other.
+    """Noisy mean of clipped gradients, accumulated over microbatches.
+
+    Args:
+        model, objective, state: define the losses.
+        slices: the batch, leading axis the microbatches.
+        mechanism: clip rule and noise.
+        root: root key of the run.
+        method: of clipping, see `shiq_jax.privacy.clipped_sum`.
 
     Returns:
-        what may be released; and by name what may not: `norm` and `loss` of every unit, NaN where there is none.
+        the private gradient; and `norm` and `loss` of every unit, which are not private, NaN for padding.
     """
     slots = slices.real.shape[2]
     if slots != 1 and mechanism.unit != "user":
         raise ValueError(
-            f"rows have {slots} slots, but a row of a private batch holds one {mechanism.unit}: pack each into its own"
+            f"rows have {slots} slots, but a row of a private batch holds one {mechanism.unit}: pack one per row"
         )
     losses = UnitLosses(model, objective, state.frozen, state.targets)
     rounding = float(jnp.finfo(getattr(model, "compute_dtype", jnp.float32)).eps)
 
-    def add(total, piece):
-        real = jnp.any(piece.real, axis=1)
+    @jax.named_scope("clip")
+    def add(total, microbatch):
+        real = jnp.any(microbatch.real, axis=1)
         total, norms, values = clipped_sum(
-            losses, state.trainable, piece, clip=mechanism.clip, mask=real, accumulator=total, margin=rounding,
-            method=method, shards=data_devices(model.mesh),
+            losses, state.trainable, microbatch, clip=mechanism.clip, mask=real, onto=total, margin=rounding,
+            method=method, lanes=data_parallel_size(model.mesh),
         )  # fmt: skip
-        secret = {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
-        return total, secret
+        return total, {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
 
     if slices.real.shape[0] == 1:
-        total, secret = add(None, jax.tree.map(lambda leaf: leaf[0], slices))
+        total, unit_metrics = add(None, jax.tree.map(lambda leaf: leaf[0], slices))
     else:
         zeros = optax.tree.cast(optax.tree.zeros_like(state.trainable), jnp.float32)
-        total, secret = jax.lax.scan(add, zeros, slices)
-    released = privatize(total, mechanism, root, state.step)
-    return released, {name: leaf.reshape(-1) for name, leaf in secret.items()}
+        total, unit_metrics = jax.lax.scan(add, zeros, slices)
+    with jax.named_scope("noise"):
+        private = privatize(total, mechanism, root, state.step)
+    return private, {name: leaf.reshape(-1) for name, leaf in unit_metrics.items()}

@@ -1,4 +1,4 @@
-"""What an update step carries from one call to the next."""
+"""Training state: parameters, optimizer state and step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Path = tuple[str, ...]
 
 
 class State(NamedTuple):
-    """One pytree: trainable and frozen parameters, Polyak-averaged copies, optimizer state and the number of updates."""
+    """Pytree of trainable and frozen parameters, Polyak-averaged targets, optimizer state and number of updates."""
 
     trainable: Params
     frozen: Params
@@ -26,30 +26,30 @@ class State(NamedTuple):
     step: Int[Array, ""]
 
     def params(self) -> Params:
-        """The whole model's parameters: `trainable` laid over `frozen`."""
+        """All parameters of the model, trainable and frozen."""
         return merge(self.trainable, self.frozen)
 
 
 def partition(params: Params, keep: Callable[[Path], bool]) -> tuple[dict, dict]:
-    """Two nested dicts: the leaves whose path satisfies `keep`, and the others."""
+    """Split into two nested dicts: the leaves whose path satisfies `keep`, and the others."""
     leaves = flatten_dict(params)
-    kept = {path for path in leaves if keep(path)}
+    kept_paths = {path for path in leaves if keep(path)}
     return tuple(
-        unflatten_dict({path: leaf for path, leaf in leaves.items() if (path in kept) == wanted})
-        for wanted in (True, False)
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if (path in kept_paths) == kept})
+        for kept in (True, False)
     )
 
 
-def merge(above: Params, below: Params) -> dict:
-    """One nested dict with the leaves of both; `above` wins where both have one."""
-    return unflatten_dict(flatten_dict(below) | flatten_dict(above))
+def merge(overrides: Params, base: Params) -> dict:
+    """Merge two nested dicts; leaves of `overrides` take precedence."""
+    return unflatten_dict(flatten_dict(base) | flatten_dict(overrides))
 
 
 def polyak_average(targets: Params, params: Params, rate: float) -> Params:
-    """(1 - rate) * target + rate * parameter, for the parameters that have a target of the same name."""
+    """(1 - rate) * target + rate * parameter, for every path in `targets`."""
     leaves = flatten_dict(params)
-    followed = unflatten_dict({path: leaves[path] for path in flatten_dict(targets)})
-    return optax.incremental_update(followed, targets, rate)
+    averaged = unflatten_dict({path: leaves[path] for path in flatten_dict(targets)})
+    return optax.incremental_update(averaged, targets, rate)
 
 
 def init_state(
@@ -61,54 +61,56 @@ def init_state(
     trainable: Callable[[Path], bool] | None = None,
     targets: Callable[[Params], Params] | None = None,
 ) -> State:
-    """State at step 0; the optimizer state is created in the shardings of the parameters that it belongs to.
+    """State at step 0, with the optimizer state sharded like the parameters.
 
-    The state takes `params` over: the first update donates the arrays, so keep a copy (or the files) of what must
-    outlive it. Abstract parameters give an abstract state, for which a step can be compiled without its devices:
+    The state takes ownership of `params`: the first update donates the arrays, so copy those that you need afterwards.
+    Abstract parameters give an abstract state, for which a step can be compiled without its devices:
     `update.lower(init_state(model, model.abstract_params(), optimizer), batch).compile()`.
 
     Args:
-        model: the model that the parameters belong to; its mesh is used when `mesh` is not given.
-        params: nested dict of arrays, or of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
+        model: the model of the parameters.
+        params: nested dict of arrays, or of `jax.ShapeDtypeStruct` (with shardings if there is a mesh).
         optimizer: any optax transformation.
-        trainable: says of a path, a tuple of names, whether its leaf learns; everything by default.
-        targets: makes the slow copies out of `params`; none by default.
+        mesh: mesh of the parameters; by default `model.mesh`.
+        trainable: path (tuple of names) -> whether the leaf is trained; by default all leaves are.
+        targets: `params` -> subtrees with a Polyak-averaged copy; by default none.
 
     Raises:
-        ValueError: `trainable` keeps nothing.
+        ValueError: `trainable` selects no parameter.
     """
     mesh = mesh if mesh is not None else model.mesh
-    learns, rests = partition(params, trainable or (lambda path: True))
-    if not learns:
-        raise ValueError("trainable keeps no parameter: nothing would learn")
-    slow = dict(targets(params)) if targets else {}
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    shardings = None if mesh is None else _optimizer_shardings(optimizer, learns, everywhere)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(learns)):
-        opt_state = jax.eval_shape(optimizer.init, learns)
+    trained, frozen = partition(params, trainable or (lambda path: True))
+    if not trained:
+        raise ValueError("trainable selects no parameter, so there is nothing to train")
+    target_params = dict(targets(params)) if targets else {}
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    shardings = None if mesh is None else _optimizer_shardings(optimizer, trained, replicated)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trained)):
+        opt_state = jax.eval_shape(optimizer.init, trained)
         if mesh is not None:
-            opt_state = jax.tree.map(_placed, opt_state, shardings)
-        return State(learns, rests, slow, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
-    # A copy, because a buffer that stands twice in donated arguments cannot be donated.
-    slow = jax.tree.map(jnp.copy, slow)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(learns)
-    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), everywhere)
-    state = State(learns, rests, slow, opt_state, step)
-    # What jit returns is committed to its devices; a first state that were not would compile the update step twice.
+            opt_state = jax.tree.map(_with_sharding, opt_state, shardings)
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return State(trained, frozen, target_params, opt_state, step)
+    # An array that appears twice in donated arguments cannot be donated.
+    target_params = jax.tree.map(jnp.copy, target_params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
+    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), replicated)
+    state = State(trained, frozen, target_params, opt_state, step)
+    # Commit the arrays as jit commits its results; otherwise the second call of the update would compile again.
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _optimizer_shardings(optimizer, trainable: Params, everywhere: NamedSharding):
+def _optimizer_shardings(optimizer, trainable: Params, replicated: NamedSharding):
     abstract = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
         optimizer,
-        # Factored moments have other shapes than their parameters, and are small.
-        lambda leaf, param: param.sharding if leaf.shape == param.shape else everywhere,
+        # Factored moments are small and their shapes differ from the parameters'.
+        lambda leaf, param: param.sharding if leaf.shape == param.shape else replicated,
         abstract,
         trainable,
-        transform_non_params=lambda leaf: everywhere,
+        transform_non_params=lambda leaf: replicated,
     )

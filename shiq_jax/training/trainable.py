@@ -1,4 +1,4 @@
-"""What learns, made out of the reference: its adapters or all of it, and the heads that a loss wants beside it."""
+"""Add adapters and heads to a model, and select the trainable parameters."""
 
 from __future__ import annotations
 
@@ -14,34 +14,32 @@ from shiq_jax.objectives import Objective
 from shiq_jax.training.state import Params, Path
 
 
-def add_trainable_parts(
+def add_adapters_and_heads(
     model, params: Params, objective: Objective, *, lora: Lora | None, keys: tuple[Array, Array]
 ) -> tuple[Any, Params]:
-    """The model and its parameters with fresh adapters and heads, with which it is still the same policy.
+    """The model and its parameters with newly initialized adapters and heads, which leave the policy unchanged.
+
+    Heads that the parameters already have are kept if they match the objective's.
 
     Args:
-        model, params: the reference; no array of it is copied.
-        objective: says which heads there are.
-        lora: the adapters, None for none.
-        keys: jax random keys of adapters and heads.
+        model, params: the initial policy; its arrays are not copied.
+        objective: defines the heads.
+        lora: the adapters; None adds none.
+        keys: random keys of adapters and heads.
     """
     if lora is not None:
         model = dataclasses.replace(model, lora=lora)
         params = model.with_adapters(params, keys[0])
     if objective.heads:
-        learned = (
-            params.get(HEADS)
-            if isinstance(model, ModelWithHeads) and dict(model.heads) == dict(objective.heads)
-            else None
-        )
+        same_heads = isinstance(model, ModelWithHeads) and dict(model.heads) == dict(objective.heads)
+        trained_heads = params.get(HEADS) if same_heads else None
         model = ModelWithHeads.of(model, objective.heads, objective.q_guidance)
-        # A policy that has learned these heads before goes on with them.
-        params = model.with_heads(params, keys[1]) if learned is None else params
+        params = model.with_heads(params, keys[1]) if trained_heads is None else params
     return model, params
 
 
 def trainable_filter(model, objective: Objective) -> Callable[[Path], bool]:
-    """Which parameters of a `learner` are updated, as `init_state` is told."""
-    if not objective.trains_policy:
+    """Filter of the trainable parameters, for `init_state(trainable=...)`."""
+    if not objective.policy:
         return lambda path: path[0] == HEADS
     return lambda path: model.lora is None or path[0] == HEADS or is_adapter(path)

@@ -9,7 +9,7 @@ from benchmarks import flops
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Record, pack, plan
-from shiq_jax.training.examples import objective_sums
+from shiq_jax.training.examples import summed_loss
 
 
 def test_products_in_loops_count_as_often_as_they_run():
@@ -35,7 +35,7 @@ def test_what_is_needed_is_what_a_full_row_executes(tied):
     record = Record(tokens=np.arange(length), action_mask=mask, rewards=np.zeros(length - 1), group="a")
     batch = pack([((0,),)], [record], plan([record], [((0,),)])).batch
     params = model.abstract_params()
-    gradient = jax.value_and_grad(lambda params: objective_sums(model, OBJECTIVES["sft"], params, batch).value)
+    gradient = jax.value_and_grad(lambda params: summed_loss(model, OBJECTIVES["sft"], params, batch).value)
     executed = flops.executed(gradient, params)
     # The executed attention is that of all pairs of places, half of which no token sees, and its scores are made
     # once more on the way back.
@@ -54,7 +54,7 @@ def test_what_a_policy_keeps_is_not_computed_again():
 
     def executed(remat):
         model = Model.from_config(config, remat=remat)
-        value = lambda params: objective_sums(model, OBJECTIVES["sft"], params, batch).value  # noqa: E731
+        value = lambda params: summed_loss(model, OBJECTIVES["sft"], params, batch).value  # noqa: E731
         return flops.executed(jax.value_and_grad(value), model.abstract_params())
 
     layer = 2 * 64 * (4 * 32 * 32 + 3 * 32 * 48)

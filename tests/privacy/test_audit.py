@@ -18,7 +18,7 @@ from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Batch
 from shiq_jax.sharding import make_mesh
 from shiq_jax.training import private_gradient
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import init_state, partition
 from shiq_jax.training.update import make_update
@@ -76,7 +76,7 @@ def audited_epsilon(setup, seed: int) -> float:
     update = make_update(model, OBJECTIVES["sft"], optimizer, privacy=MECHANISM, method="ghost")
     state = init_state(model, make_params(), optimizer, trainable=lambda path: path[0] == "embed")
     before = np.asarray(state.trainable["embed"]["table"])
-    batch = place(batch._replace(real=batch.real & included[:, None]), model.mesh)
+    batch = shard_batch(batch._replace(real=batch.real & included[:, None]), model.mesh)
     state, _ = update(state, batch, Secret.insecure(seed).noise)
     released = (before - np.asarray(state.trainable["embed"]["table"])) * MECHANISM.expected_batch
     scores = np.sum(released * directions, axis=1) / MECHANISM.clip.clip_norm

@@ -14,7 +14,7 @@ from shiq_jax.models.lora import only_adapters, without_adapters
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, count_groups
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.private_gradient import UnitLosses
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
@@ -46,7 +46,7 @@ def released_gradient(decoder, make_batch):
         if method == "group":
             mechanism = dataclasses.replace(MECHANISM, clip=Groupwise(FlatClip(0.5), count_groups(state.trainable)))
         update = make_update(model, OBJECTIVE, OPTIMIZER, privacy=mechanism, microbatches=microbatches, method=method)
-        batch = place(make_batch("pair", 8), mesh)
+        batch = shard_batch(make_batch("pair", 8), mesh)
         adding_to, calls = UnitLosses.adding_to, []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(UnitLosses, "adding_to", lambda *args: calls.append(args) or adding_to(*args))

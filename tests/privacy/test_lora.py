@@ -15,7 +15,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups
 from shiq_jax.privacy.coverage import coverage
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.state import init_state, merge
 from shiq_jax.training.update import make_update
 
@@ -111,7 +111,7 @@ def test_private_update_moves_only_adapters_on_any_mesh(mesh, decoder, make_batc
             initial = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         state = init_state(model, initial, OPTIMIZER, trainable=is_adapter)
         update = make_update(model, objective, OPTIMIZER, privacy=mechanism)
-        state, _ = update(state, place(make_batch("pair", 8), mesh), private_key=jax.random.key(5))
+        state, _ = update(state, shard_batch(make_batch("pair", 8), mesh), private_key=jax.random.key(5))
         after = jax.device_get(state.params())
         chex.assert_trees_all_equal(without_adapters(after), without_adapters(params))
         updates.append(jax.tree.map(lambda old, new: old - new, only_adapters(params), only_adapters(after)))

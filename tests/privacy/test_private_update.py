@@ -15,7 +15,7 @@ from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_groups, privatize
 from shiq_jax.replay import full_rows
 from shiq_jax.sharding import make_mesh
-from shiq_jax.training.placement import place
+from shiq_jax.training.placement import shard_batch
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -44,7 +44,7 @@ def released_gradient(decoder, make_batch):
             initial = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params()))
         update = make_update(model, OBJECTIVE, OPTIMIZER, privacy=mechanism, microbatches=microbatches, method=method)
         state = init_state(model, initial, OPTIMIZER)
-        state, metrics = update(state, place(batch, mesh), private_key=ROOT)
+        state, metrics = update(state, shard_batch(batch, mesh), private_key=ROOT)
         after = jax.device_get(state.params())
         gradient = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, after)
         return gradient, jax.device_get(metrics)
@@ -167,7 +167,7 @@ def test_coupled_objectives_and_shared_rows_are_rejected(decoder, make_batch):
 
 def test_private_metrics_are_returned_on_request(decoder, make_batch):
     model, params = decoder("tied")
-    update = make_update(model, OBJECTIVE, OPTIMIZER, privacy=NOISELESS, reveal=True)
+    update = make_update(model, OBJECTIVE, OPTIMIZER, privacy=NOISELESS, return_unit_metrics=True)
     state = init_state(model, jax.tree.map(jnp.array, params), OPTIMIZER)
     _, metrics = update(state, make_batch("pair", 8), private_key=ROOT)
     assert set(metrics) == {"grad_norm", "param_norm", "private/norm", "private/loss"}

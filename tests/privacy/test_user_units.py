@@ -13,7 +13,7 @@ from shiq_jax.privacy import FlatClip, Groupwise, Mechanism, clipped_sum, count_
 from shiq_jax.privacy.secret import Secret
 from shiq_jax.replay import Buffer, pack, plan
 from shiq_jax.training.examples import build_examples
-from shiq_jax.training.private_batches import PrivateBatches, units_of
+from shiq_jax.training.private_batches import PrivateBatches, privacy_units
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -48,7 +48,7 @@ def units_and_batch(user_buffer, statistics):
 
     @functools.cache
     def make(unit):
-        units = units_of(user_buffer, unit, "user")
+        units = privacy_units(user_buffer, unit, "user")
         mechanism = Mechanism.from_noise_multiplier(
             dataset_size=len(units), expected_batch=len(units), multiple=4, steps=1, noise_multiplier=0.0, delta=1e-2,
             clip=FlatClip(1.0), unit="user",

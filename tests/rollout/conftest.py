@@ -1,4 +1,4 @@
-"""A small decoder with sharp opinions, and its uncached forward pass in plain numpy terms."""
+"""Fixtures: a small decoder with peaked distributions, and an uncached forward pass to compare with."""
 
 import types
 
@@ -24,39 +24,40 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def draw_params():
-    """`draw_params(model, seed)`: parameters of the config's `initializer_range`, drawn with numpy for speed."""
+def random_params():
+    """`random_params(model, seed)`: parameters with the config's `initializer_range`, made with numpy for speed."""
 
-    def draw(model, seed):
-        random = np.random.default_rng(seed)
+    def make(model, seed):
+        rng = np.random.default_rng(seed)
 
-        def leaf(path, shape):
-            scale = path[-1].key == "scale"
-            return jnp.asarray(random.normal(scale, model.config.initializer_range, shape.shape), shape.dtype)
+        def random_leaf(path, leaf):
+            mean = path[-1].key == "scale"
+            return jnp.asarray(rng.normal(mean, model.config.initializer_range, leaf.shape), leaf.dtype)
 
-        return jax.tree.map_with_path(leaf, model.abstract_params())
+        return jax.tree.map_with_path(random_leaf, model.abstract_params())
 
-    return draw
+    return make
 
 
 @pytest.fixture(scope="session")
-def params(model, draw_params):
-    return draw_params(model, 3)
+def params(model, random_params):
+    return random_params(model, 3)
 
 
 @pytest.fixture(scope="session")
 def prompts():
     """Token lists of lengths 1 to 30."""
-    random = np.random.default_rng(0)
-    return [random.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 1, 7, 30, 5, 12)]
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 1, 7, 30, 5, 12)]
 
 
 @pytest.fixture(scope="session")
 def uncached(model):
-    """Functions of the forward pass without a cache, each sequence alone and padded on the right.
+    """The forward pass without a cache, one right-padded sequence at a time.
 
-    `next_logits(params, tokens)`: float64[N, V], row i being the raw logits of what follows token i.
-    `greedy(params, prompt, count)`: argmax after argmax. `statistics(params, prompt, tokens)`: raw (logp, lse) of each.
+    `next_logits(params, tokens)`: float64[N, V], raw logits at every position.
+    `greedy(params, prompt, count)`: greedy decoding.
+    `statistics(params, prompt, tokens)`: raw (logp, lse) of each token of the completion.
     """
     forward = jax.jit(model.logits)
 

@@ -1,4 +1,4 @@
-"""Draws come as often as their probabilities say, and never where there is none."""
+"""Categorical sampling: frequencies match the probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,31 @@ from shiq_jax.rollout.categorical import categorical
 
 
 @pytest.mark.parametrize("size", [3, 128, 300, 1000])
-def test_frequencies_are_the_probabilities(size):
+def test_frequencies_match_probabilities(size):
     rng = np.random.default_rng(size)
     logits = jnp.asarray(rng.normal(size=size) * 2)
-    drawn = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(1), 200_000), logits)
-    expected = np.asarray(jax.nn.softmax(logits), np.float64) * len(drawn)
+    samples = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(1), 200_000), logits)
+    expected = np.asarray(jax.nn.softmax(logits), np.float64) * len(samples)
     common = expected > 20
-    counts = np.bincount(drawn, minlength=size)
-    observed = np.append(counts[common], counts[~common].sum())
-    wanted = np.append(expected[common], expected[~common].sum())
-    keep = wanted > 0
-    assert stats.chisquare(observed[keep], wanted[keep] * observed.sum() / wanted[keep].sum()).pvalue > 1e-3
+    counts = np.bincount(samples, minlength=size)
+    pooled_counts = np.append(counts[common], counts[~common].sum())
+    pooled_expected = np.append(expected[common], expected[~common].sum())
+    counts, expected = pooled_counts[pooled_expected > 0], pooled_expected[pooled_expected > 0]
+    assert stats.chisquare(counts, expected * pooled_counts.sum() / expected.sum()).pvalue > 1e-3
 
 
-def test_what_has_no_mass_is_never_drawn():
+def test_tokens_without_mass_are_never_sampled():
     logits = jnp.where(jnp.arange(700) % 7 == 3, 0.0, -jnp.inf).at[:200].set(-jnp.inf)
-    drawn = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(0), 50_000), logits)
-    assert (np.asarray(drawn) % 7 == 3).all() and drawn.min() >= 200
-    assert len(np.unique(drawn)) == 71 and drawn.max() < 700
+    samples = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(0), 50_000), logits)
+    assert (np.asarray(samples) % 7 == 3).all() and samples.min() >= 200
+    assert len(np.unique(samples)) == 71 and samples.max() < 700
 
 
-def test_a_single_token_with_mass_is_certain():
+def test_single_token_with_mass_is_always_sampled():
     logits = jnp.full(500, -jnp.inf).at[499].set(-1e4)
-    drawn = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(0), 1000), logits)
-    assert (np.asarray(drawn) == 499).all()
+    samples = jax.jit(jax.vmap(categorical, (0, None)))(jax.random.split(jax.random.key(0), 1000), logits)
+    assert (np.asarray(samples) == 499).all()
 
 
-def test_scores_of_any_size_are_finite():
+def test_extreme_logits():
     assert int(categorical(jax.random.key(0), jnp.asarray([-1e30, 1e30, 0.0]))) == 1

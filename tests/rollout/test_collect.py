@@ -1,4 +1,4 @@
-"""Records of sampled answers: what was said, what it earned, and where it came from."""
+"""Records built from sampled completions: tokens, rewards, statistics and groups."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from shiq_jax.data.chat import encode_prompt
 from shiq_jax.errors import UserError
 from shiq_jax.models import DecoderConfig, Model
 from shiq_jax.replay.records import validate
-from shiq_jax.rollout.collect import collect, decode, in_order
+from shiq_jax.rollout.collect import collect_records, decode, records_in_order
 from shiq_jax.rollout.generate import Sampler
 from shiq_jax.rollout.sampling import Sampling
 from shiq_jax.tasks.tiny import tiny_tokenizer
@@ -33,15 +33,15 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def scripted(tokenizer):
-    """`scripted(texts)`: a sampler that gives these answers to each prompt, and notes what it was asked."""
+def fake_sampler(tokenizer):
+    """`fake_sampler(texts)`: a sampler that returns `texts[i]` for prompt i and stores its arguments in `args`."""
 
     def make(texts):
         def stream(params, prompts, key, first):
-            sampler.asked = (params, prompts, key, first)
-            # The last prompt is finished first.
-            for number in reversed(range(len(prompts))):
-                yield number, [answer(text) for text in texts[number]]
+            sampler.args = (params, prompts, key, first)
+            # The last prompt finishes first.
+            for index in reversed(range(len(prompts))):
+                yield index, [answer(text) for text in texts[index]]
 
         def answer(text):
             tokens = np.array(tokenizer(text, add_special_tokens=False).input_ids)
@@ -54,29 +54,29 @@ def scripted(tokenizer):
     return make
 
 
-def gathered(*args, **settings):
-    return in_order(collect(*args, **settings))
+def collect_in_order(*args, **kwargs):
+    return records_in_order(collect_records(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
-def records(scripted, tokenizer):
+def records(fake_sampler, tokenizer):
     texts = [["13<eos>", "1", "31<|im_end|>"], ["yes<eos>", "no", "<eos>"], ["12", "ü", "3 <eos>"]]
-    sampler = scripted(texts)
+    sampler = fake_sampler(texts)
 
     def reward(row, text):
         return len(text) + 10 * (text == row["answer"])
 
-    out = gathered(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
-    assert sampler.asked == ("weights", [encode_prompt(tokenizer, row["prompt"]) for row in ROWS], "key", 7)
-    return out
+    records = collect_in_order(sampler, "weights", tokenizer, ROWS, reward, key="key", stop_tokens=(2, 4), first=7)
+    assert sampler.args == ("weights", [encode_prompt(tokenizer, row["prompt"]) for row in ROWS], "key", 7)
+    return records
 
 
-def test_the_sampler_is_asked_once_for_all_and_order_is_kept(records, tokenizer):
-    said = [tokenizer.decode(record.tokens[record.action_mask].tolist()) for record in records]
-    assert said == ["13<eos>", "1", "31<|im_end|>", "yes<eos>", "no", "<eos>", "12", "ü", "3 <eos>"]
+def test_records_are_in_the_order_of_the_rows(records, tokenizer):
+    texts = [tokenizer.decode(record.tokens[record.action_mask].tolist()) for record in records]
+    assert texts == ["13<eos>", "1", "31<|im_end|>", "yes<eos>", "no", "<eos>", "12", "ü", "3 <eos>"]
 
 
-def test_a_record_is_prompt_then_actions(records, tokenizer):
+def test_record_is_prompt_then_actions(records, tokenizer):
     for record, row in zip(records, np.repeat(ROWS, 3), strict=True):
         prompt = encode_prompt(tokenizer, row["prompt"])
         assert record.tokens[: len(prompt)].tolist() == prompt
@@ -84,13 +84,13 @@ def test_a_record_is_prompt_then_actions(records, tokenizer):
         validate(record, vocab_size=264)
 
 
-def test_the_reward_stands_on_the_last_action(records):
-    # The lengths of the texts, without the tokens that ended them, and 10 for a right answer.
+def test_reward_is_on_the_last_action(records):
+    # Length of the text without the stop token, plus 10 for the correct answer.
     assert [record.rewards[-1] for record in records] == [12, 1, 2, 13, 2, 0, 2, 1, 2]
     assert all(not record.rewards[:-1].any() and len(record.rewards) == record.action_mask.sum() for record in records)
 
 
-def test_statistics_are_those_of_the_sampler(records):
+def test_statistics_come_from_the_sampler(records):
     for record in records:
         steps = np.arange(1, len(record.rewards) + 1, dtype=np.float32)
         np.testing.assert_array_equal(record.logp, -steps, strict=True)
@@ -98,78 +98,87 @@ def test_statistics_are_those_of_the_sampler(records):
         np.testing.assert_array_equal(record.behaviour_logp, -3 * steps, strict=True)
 
 
-def test_answers_to_one_prompt_are_a_group(records):
-    # Named by the row, or numbered in the whole list, of which these rows are the part from 7 on.
+def test_answers_to_one_prompt_form_a_group(records):
+    # The group is the row's id, or its number; `first` is 7.
     assert [record.group for record in records] == ["first"] * 3 + ["#8"] * 3 + ["#9"] * 3
 
 
-def test_ids_and_numbers_never_name_the_same_group(scripted, tokenizer):
+def test_ids_never_collide_with_row_numbers(fake_sampler, tokenizer):
     rows = [{"prompt": "a", "id": name} for name in ("3", "#3", "##3", 0, None)] + [{"prompt": "a"}]
-    out = gathered(scripted([["x"]] * 6), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2)
-    assert [record.group for record in out] == ["3", "##3", "###3", "0", "#2", "#3"]
+    records = collect_in_order(
+        fake_sampler([["x"]] * 6), None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=(), first=-2
+    )
+    assert [record.group for record in records] == ["3", "##3", "###3", "0", "#2", "#3"]
 
 
-def test_the_row_comes_back_from_the_record(records):
+def test_record_stores_the_row_as_json(records):
     assert [json.loads(record.prompt) for record in records] == np.repeat(ROWS, 3).tolist()
     assert "zwölf ☃" in records[0].prompt
 
 
-def test_what_json_does_not_know_is_stored_as_text(scripted, tokenizer):
-    row = {"prompt": "a", "when": datetime.date(2024, 2, 29), "numbers": [np.int64(7), 8]}
-    (record,) = gathered(scripted([["b"]]), None, tokenizer, [row], lambda row, text: 1, key=0, stop_tokens=())
-    assert json.loads(record.prompt) == {"prompt": "a", "when": "2024-02-29", "numbers": ["7", 8]}
+def test_values_that_json_cannot_represent_are_stored_as_text(fake_sampler, tokenizer):
+    row = {"prompt": "a", "date": datetime.date(2024, 2, 29), "numbers": [np.int64(7), 8]}
+    (record,) = collect_in_order(
+        fake_sampler([["b"]]), None, tokenizer, [row], lambda row, text: 1, key=0, stop_tokens=()
+    )
+    assert json.loads(record.prompt) == {"prompt": "a", "date": "2024-02-29", "numbers": ["7", 8]}
 
 
 @pytest.mark.parametrize(
     "tokens", [[5, 6, 7], np.array([5, 6, 7]), (np.int32(5), 6, 7)], ids=["list", "array", "tuple"]
 )
-def test_tokens_of_a_row_are_the_prompt_as_they_are(tokens, scripted, tokenizer):
+def test_tokens_of_a_row_replace_its_prompt(tokens, fake_sampler, tokenizer):
     row = {"prompt": "sort 21:", "tokens": tokens, "answer": "12"}
-    sampler, seen = scripted([["12"], ["a"]]), []
+    sampler, rewarded_rows = fake_sampler([["12"], ["a"]]), []
     rows = [row, {"tokens": tokens}]
-    out = gathered(sampler, None, tokenizer, rows, lambda row, text: seen.append(row) or 0, key=0, stop_tokens=())
-    assert sampler.asked[1] == [[5, 6, 7]] * 2
-    assert [record.tokens[~record.action_mask].tolist() for record in out] == [[5, 6, 7]] * 2
-    # The stored row can be scored again, but does not repeat what the record holds.
-    assert [json.loads(record.prompt) for record in out] == [{"prompt": "sort 21:", "answer": "12"}, {}]
-    assert seen[1] is row
+
+    def reward(row, text):
+        rewarded_rows.append(row)
+        return 0
+
+    records = collect_in_order(sampler, None, tokenizer, rows, reward, key=0, stop_tokens=())
+    assert sampler.args[1] == [[5, 6, 7]] * 2
+    assert [record.tokens[~record.action_mask].tolist() for record in records] == [[5, 6, 7]] * 2
+    # The stored row can be scored again; its tokens are in the record.
+    assert [json.loads(record.prompt) for record in records] == [{"prompt": "sort 21:", "answer": "12"}, {}]
+    assert rewarded_rows[1] is row
 
 
-def test_tools_of_a_row_are_in_its_prompt(scripted, tokenizer):
+def test_tools_are_passed_to_the_chat_template(fake_sampler, tokenizer):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}{{ messages[0].content }}>"
     messages = [{"role": "user", "content": "hi"}]
     rows = [{"prompt": messages}, {"prompt": messages, "tools": [{"name": "add"}, {"name": "sort"}]}]
-    sampler = scripted([["a"], ["b"]])
-    gathered(sampler, None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=())
-    assert [tokenizer.decode(prompt) for prompt in sampler.asked[1]] == ["hi>", "add;sort;hi>"]
+    sampler = fake_sampler([["a"], ["b"]])
+    collect_in_order(sampler, None, tokenizer, rows, lambda row, text: 0, key=0, stop_tokens=())
+    assert [tokenizer.decode(prompt) for prompt in sampler.args[1]] == ["hi>", "add;sort;hi>"]
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"id": "q", "answer": "1"}, "the row 'q' has neither 'prompt' nor 'tokens'"),
-        ({"id": "q", "tokens": [1, 2.5]}, "the row 'q' has 'tokens' that are no integers"),
-        ({"prompt": "a", "tokens": 7}, "the row with the prompt \"a\" has 'tokens' that are no integers"),
+        ({"id": "q", "tokens": [1, 2.5]}, "the row 'q' has 'tokens' that are not integers"),
+        ({"prompt": "a", "tokens": 7}, "the row with the prompt \"a\" has 'tokens' that are not integers"),
     ],
 )
-def test_rows_without_a_usable_prompt_are_refused(row, said, scripted, tokenizer):
-    with pytest.raises(UserError, match=said):
-        gathered(scripted([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
+def test_rows_without_a_valid_prompt_are_rejected(row, message, fake_sampler, tokenizer):
+    with pytest.raises(UserError, match=message):
+        collect_in_order(fake_sampler([["a"]]), None, tokenizer, [row], lambda row, text: 0, key=0, stop_tokens=())
 
 
-def test_the_reward_sees_row_and_text(scripted, tokenizer):
-    seen = []
+def test_reward_gets_row_and_text(fake_sampler, tokenizer):
+    calls = []
 
     def reward(row, text):
-        seen.append((row, text))
+        calls.append((row, text))
         return np.float32(0.5)
 
-    sampler = scripted([["a<eos>", "b"], ["<eos>", "c d"]])
-    out = gathered(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
-    assert seen == [(ROWS[1], ""), (ROWS[1], "c d"), (ROWS[0], "a"), (ROWS[0], "b")]
-    assert all(given is row for (given, _), row in zip(seen, [ROWS[1]] * 2 + [ROWS[0]] * 2, strict=True))
-    assert [record.rewards.sum() for record in out] == [0.5] * 4
+    sampler = fake_sampler([["a<eos>", "b"], ["<eos>", "c d"]])
+    records = collect_in_order(sampler, None, tokenizer, ROWS[:2], reward, key=0, stop_tokens=(2,))
+    assert calls == [(ROWS[1], ""), (ROWS[1], "c d"), (ROWS[0], "a"), (ROWS[0], "b")]
+    assert all(arg is row for (arg, _), row in zip(calls, [ROWS[1]] * 2 + [ROWS[0]] * 2, strict=True))
+    assert [record.rewards.sum() for record in records] == [0.5] * 4
 
 
 @pytest.mark.parametrize(
@@ -179,39 +188,41 @@ def test_the_reward_sees_row_and_text(scripted, tokenizer):
         ("ab", (2,), "ab"),
         ("<eos>", (2,), ""),
         ("", (2,), ""),
-        # A stop that is a plain letter ends the text without being part of it, but only at the end.
+        # Only a stop token at the end is removed, even if it is an ordinary letter.
         ("abab", "b", "aba"),
         ("abab", "a", "abab"),
         ("a<|im_end|>b<eos>", (2,), "ab"),
         ("ü☃<eos>", (2, 4), "ü☃"),
     ],
 )
-def test_text_has_no_stop_token(text, stops, expected, tokenizer):
+def test_decode_removes_the_stop_token(text, stops, expected, tokenizer):
     if isinstance(stops, str):
         stops = tokenizer(stops, add_special_tokens=False).input_ids
     assert decode(tokenizer, np.array(tokenizer(text, add_special_tokens=False).input_ids, int), stops) == expected
 
 
-def test_a_real_sampler_can_be_asked_in_parts(tokenizer, draw_params):
+def test_rows_can_be_sampled_in_parts(tokenizer, random_params):
     model = Model.from_config(DecoderConfig(264, 16, 24, 2, 4, 2, max_positions=96, initializer_range=0.2))
-    params = draw_params(model, 0)
+    params = random_params(model, 0)
     stops = tuple(range(100))
     sampler = Sampler(model, Sampling(max_tokens=8), stops, samples_per_prompt=2, prompts_in_flight=2)
-    settings = dict(key=KEY, stop_tokens=stops)
+    kwargs = dict(key=KEY, stop_tokens=stops)
 
     def reward(row, text):
         return len(text) / 8
 
-    whole = gathered(sampler, params, tokenizer, ROWS, reward, **settings)
-    alone = gathered(sampler, params, tokenizer, ROWS[:1], reward, **settings)
-    for ours, theirs in zip(alone, whole[:2], strict=True):
-        assert (ours.tokens.tolist(), ours.prompt) == (theirs.tokens.tolist(), theirs.prompt)
-        np.testing.assert_allclose(ours.logp, theirs.logp, atol=1e-5)
-    rest = gathered(sampler, params, tokenizer, ROWS[1:], reward, first=1, **settings)
-    assert [record.tokens.tolist() for record in rest] == [record.tokens.tolist() for record in whole[2:]]
-    assert [record.group for record in whole] == [record.group for record in whole[:2]] + [r.group for r in rest]
-    assert len({record.tokens.tobytes() for record in whole}) == 6
-    for record in whole:
+    all_records = collect_in_order(sampler, params, tokenizer, ROWS, reward, **kwargs)
+    first_part = collect_in_order(sampler, params, tokenizer, ROWS[:1], reward, **kwargs)
+    for record, expected in zip(first_part, all_records[:2], strict=True):
+        assert (record.tokens.tolist(), record.prompt) == (expected.tokens.tolist(), expected.prompt)
+        np.testing.assert_allclose(record.logp, expected.logp, atol=1e-5)
+    rest = collect_in_order(sampler, params, tokenizer, ROWS[1:], reward, first=1, **kwargs)
+    assert [record.tokens.tolist() for record in rest] == [record.tokens.tolist() for record in all_records[2:]]
+    assert [record.group for record in all_records] == [record.group for record in all_records[:2]] + [
+        r.group for r in rest
+    ]
+    assert len({record.tokens.tobytes() for record in all_records}) == 6
+    for record in all_records:
         validate(record, vocab_size=264)
         actions = record.tokens[record.action_mask]
         np.testing.assert_array_equal(record.logp, record.behaviour_logp)

@@ -1,4 +1,4 @@
-"""Sampling with a cache draws from the distribution it reports, and that is the one of the uncached forward pass."""
+"""Sampling with a KV cache against the uncached forward pass: tokens, statistics, distributions and scheduling."""
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +12,48 @@ from shiq_jax.errors import UserError
 from shiq_jax.models import Model, load_hf
 from shiq_jax.rollout.categorical import categorical
 from shiq_jax.rollout.generate import Sampler, pad_prompts
-from shiq_jax.rollout.sampling import Sampling, behaviour_logits
+from shiq_jax.rollout.sampling import Sampling, filter_logits
 from shiq_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(11)
-NEW = 12
-FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=NEW)
+MAX_TOKENS = 12
+FILTERED = Sampling(temperature=0.8, top_k=7, top_p=0.9, max_tokens=MAX_TOKENS)
 FIELDS = ("tokens", "logp", "lse", "behaviour_logp")
 
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    """`sampler(sampling, stops, **sizes)`: made once for each choice, for the sake of compilation."""
-    made = {}
+    """`sampler(sampling, stops, **sizes)`, cached to avoid recompilation."""
+    samplers = {}
 
     def make(sampling, stops=(), **sizes):
-        known = (sampling, tuple(stops), *sorted(sizes.items()))
-        if known not in made:
-            made[known] = Sampler(model, sampling, stops, **sizes)
-        return made[known]
+        cache_key = (sampling, tuple(stops), *sorted(sizes.items()))
+        if cache_key not in samplers:
+            samplers[cache_key] = Sampler(model, sampling, stops, **sizes)
+        return samplers[cache_key]
 
     return make
 
 
 @pytest.fixture(scope="module")
 def sampled(sampler, params, prompts):
-    """Three filtered samples of every prompt, nothing stopping them."""
+    """Three filtered samples of every prompt, without stop tokens."""
     return sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
 
 
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    flat = ([answer for answers in side for answer in answers] for side in (ours, theirs))
-    for left, right in zip(*flat, strict=True):
-        np.testing.assert_array_equal(left["tokens"], right["tokens"])
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    flat = ([answer for answers in side for answer in answers] for side in (actual, expected))
+    for answer, expected_answer in zip(*flat, strict=True):
+        np.testing.assert_array_equal(answer["tokens"], expected_answer["tokens"])
         for name in FIELDS[1:]:
-            np.testing.assert_allclose(left[name], right[name], atol=3e-5)
+            np.testing.assert_allclose(answer[name], expected_answer[name], atol=3e-5)
 
 
 def filtered_logp(logits, sampling):
-    """Log-probabilities after temperature, top-k and top-p, one entry after the other from the best down."""
+    """Log-probabilities after temperature, top-k and top-p, by a plain loop over the sorted tokens."""
     scaled = logits / sampling.temperature
     order = np.argsort(-scaled)[: sampling.top_k or None]
     weights = np.exp(scaled[order] - scaled.max())
@@ -72,29 +72,29 @@ def filtered_logp(logits, sampling):
 # --- greedy decoding
 
 
-def test_greedy_is_argmax_after_argmax(sampler, params, prompts, uncached):
-    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
-    answers = draw(params, prompts, KEY)
-    expected = [uncached.greedy(params, prompt, NEW) for prompt in prompts]
+def test_greedy_matches_argmax_decoding(sampler, params, prompts, uncached):
+    sample = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), samples_per_prompt=1, prompts_in_flight=4)
+    answers = sample(params, prompts, KEY)
+    expected = [uncached.greedy(params, prompt, MAX_TOKENS) for prompt in prompts]
     assert [answer["tokens"].tolist() for (answer,) in answers] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(prompts) and max(map(len, map(set, expected))) > 2
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         logp, lse = uncached.statistics(params, prompt, answer["tokens"])
         np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
         np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
-        np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(NEW))
+        np.testing.assert_array_equal(answer["behaviour_logp"], np.zeros(MAX_TOKENS))
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_a_greedy_answer_comes_after_the_samples_and_leaves_them_alone(sampler, sampled, params, prompts, lanes):
+def test_greedy_completion_does_not_change_the_samples(sampler, sampled, params, prompts, lanes):
     sizes = dict(samples_per_prompt=3, prompts_in_flight=4)
     both = sampler(FILTERED, greedy=True, lanes_per_prompt=lanes, **sizes)(params, prompts, KEY)
     assert_same([answers[:3] for answers in both], sampled)
-    alone = sampler(Sampling(temperature=0, max_tokens=NEW), prompts_in_flight=4)(params, prompts, KEY)
+    alone = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), prompts_in_flight=4)(params, prompts, KEY)
     assert_same([answers[3:] for answers in both], alone)
 
 
-def test_greedy_is_that_of_transformers_on_fifty_prompts(tmp_path):
+def test_greedy_matches_transformers(tmp_path):
     import torch
     import transformers
 
@@ -103,82 +103,82 @@ def test_greedy_is_that_of_transformers_on_fifty_prompts(tmp_path):
     config = transformers.LlamaConfig(
         **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, bos_token_id=0, eos_token_id=13
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    reference.save_pretrained(tmp_path)
     model, params = load_hf(tmp_path)
     lengths = (1, 2, 3, 5, 8, 13, 21, 31, 40, 50)
-    random = np.random.default_rng(0)
-    prompts = [random.integers(0, 24, (5, length)) for length in lengths]
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 24, (5, length)) for length in lengths]
 
-    def expected(same_length):
+    def generate(same_length):
         tokens = torch.tensor(same_length)
-        settings = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=13)
-        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[:, tokens.shape[1] :].tolist()
-        return [row[: row.index(13) + 1] if 13 in row else row for row in out]
+        kwargs = dict(max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=13)
+        out = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **kwargs)[:, tokens.shape[1] :]
+        return [row[: row.index(13) + 1] if 13 in row else row for row in out.tolist()]
 
-    order = random.permutation(50)  # one batch of ours holds many lengths
-    ours = [None] * 50
-    draw = Sampler(model, Sampling(temperature=0, max_tokens=NEW), (13,), prompts_in_flight=25)
+    order = rng.permutation(50)  # mixes prompts of different lengths
+    answers = [None] * 50
+    sample = Sampler(model, Sampling(temperature=0, max_tokens=MAX_TOKENS), (13,), prompts_in_flight=25)
     rows = [row.tolist() for same_length in prompts for row in same_length]
-    for place, (answer,) in zip(order, draw(params, [rows[place] for place in order], KEY), strict=True):
-        ours[place] = answer["tokens"].tolist()
-    assert ours == [answer for same_length in prompts for answer in expected(same_length)]
-    # Both ways to end happen here, at many places, and the answers are not all one.
-    ends = {len(tokens) for tokens in ours}
-    assert NEW in ends and len(ends) > 4 and len(set(map(tuple, ours))) > 25
+    for index, (answer,) in zip(order, sample(params, [rows[index] for index in order], KEY), strict=True):
+        answers[index] = answer["tokens"].tolist()
+    assert answers == [answer for same_length in prompts for answer in generate(same_length)]
+    # The answers are diverse, and some end at a stop token and some at the maximum length.
+    ends = {len(tokens) for tokens in answers}
+    assert MAX_TOKENS in ends and len(ends) > 4 and len(set(map(tuple, answers))) > 25
 
 
 @pytest.mark.parametrize(
     ("sampling", "samples"),
-    [(Sampling(temperature=0, max_tokens=NEW), 1), pytest.param(FILTERED, 3, marks=pytest.mark.slow)],
+    [(Sampling(temperature=0, max_tokens=MAX_TOKENS), 1), pytest.param(FILTERED, 3, marks=pytest.mark.slow)],
     ids=["greedy", "sampled"],
 )
-def test_tokens_are_the_same_on_a_mesh(sampling, samples, sampler, config, params, prompts):
+def test_samples_on_a_mesh(sampling, samples, sampler, config, params, prompts):
     sharded = Model.from_config(config, mesh=make_mesh("fsdp=2,tensor=2"))
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, sharded.abstract_params()))
     assert any(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(placed))
     sizes = dict(samples_per_prompt=samples, prompts_in_flight=4)
-    there = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
-    assert_same(there, sampler(sampling, **sizes)(params, prompts, KEY))
+    answers = Sampler(sharded, sampling, (), **sizes)(placed, prompts, KEY)
+    assert_same(answers, sampler(sampling, **sizes)(params, prompts, KEY))
 
 
-# --- the statistics that come with a sample
+# --- statistics
 
 
-def test_raw_statistics_are_those_of_the_uncached_pass(sampled, params, prompts, uncached):
+def test_statistics_match_uncached_forward(sampled, params, prompts, uncached):
     for prompt, answers in zip(prompts, sampled, strict=True):
         for answer in answers:
             logp, lse = uncached.statistics(params, prompt, answer["tokens"])
             np.testing.assert_allclose(answer["logp"], logp, atol=1e-5)
             np.testing.assert_allclose(answer["lse"], lse, atol=1e-5)
-            assert all(answer[name].shape == (NEW,) for name in FIELDS)
+            assert all(answer[name].shape == (MAX_TOKENS,) for name in FIELDS)
 
 
-@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
-def test_behaviour_is_the_filtered_distribution(sampling, sampler, params, prompts, uncached):
-    drawn = sampler(sampling, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
-    raw = 0
-    for prompt, answers in zip(prompts, drawn, strict=True):
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=MAX_TOKENS)], ids=["filtered", "raw"])
+def test_behaviour_logp_is_of_the_filtered_distribution(sampling, sampler, params, prompts, uncached):
+    answers_by_prompt = sampler(sampling, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
+    raw_matches = 0
+    for prompt, answers in zip(prompts, answers_by_prompt, strict=True):
         for answer in answers:
             tokens = answer["tokens"]
             logits = uncached.next_logits(params, [*prompt, *tokens])[len(prompt) - 1 : -1]
             expected = [filtered_logp(row, sampling)[token] for row, token in zip(logits, tokens, strict=True)]
             np.testing.assert_allclose(answer["behaviour_logp"], expected, atol=3e-5)
-            raw += np.allclose(answer["behaviour_logp"], answer["logp"], atol=1e-5)
-    # Only the unfiltered distribution of temperature 1 is the raw one.
-    assert raw == (18 if sampling == Sampling(max_tokens=NEW) else 0)
+            raw_matches += np.allclose(answer["behaviour_logp"], answer["logp"], atol=1e-5)
+    # The two agree only without filters at temperature 1.
+    assert raw_matches == (18 if sampling == Sampling(max_tokens=MAX_TOKENS) else 0)
 
 
-# --- the distribution itself
+# --- distributions
 
-distinct = st.lists(st.integers(-60, 60), min_size=8, max_size=8, unique=True).map(lambda xs: np.array(xs) / 10)
-tempers = st.floats(0.25, 4.0)
+distinct_logits = st.lists(st.integers(-60, 60), min_size=8, max_size=8, unique=True).map(lambda xs: np.array(xs) / 10)
+temperatures = st.floats(0.25, 4.0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(distinct, tempers, st.integers(1, 10))
-def test_top_k_keeps_the_k_best(logits, temperature, k):
-    out = np.asarray(behaviour_logits(jnp.float32(logits)[None], Sampling(temperature, top_k=k)))[0]
+@given(distinct_logits, temperatures, st.integers(1, 10))
+def test_top_k_keeps_the_k_most_likely(logits, temperature, k):
+    out = np.asarray(filter_logits(jnp.float32(logits)[None], Sampling(temperature, top_k=k)))[0]
     best = np.argsort(-logits)[:k]
     assert set(np.flatnonzero(np.isfinite(out))) == set(best)
     np.testing.assert_allclose(out[best], logits[best] / temperature, rtol=1e-6, atol=1e-6)
@@ -186,13 +186,13 @@ def test_top_k_keeps_the_k_best(logits, temperature, k):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(distinct, tempers, st.floats(0.01, 0.999))
-def test_top_p_keeps_the_smallest_set_with_that_mass(logits, temperature, p):
-    out = np.asarray(behaviour_logits(jnp.float32(logits)[None], Sampling(temperature, top_p=p)))[0]
+@given(distinct_logits, temperatures, st.floats(0.01, 0.999))
+def test_top_p_keeps_the_smallest_sufficient_set(logits, temperature, p):
+    out = np.asarray(filter_logits(jnp.float32(logits)[None], Sampling(temperature, top_p=p)))[0]
     kept = np.isfinite(out)
     mass = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     assert mass[kept].sum() >= p - 1e-6
-    # The best tokens, none of which could be spared.
+    # The most likely tokens, and no smaller set has enough mass.
     assert kept.any() and mass[kept].min() > max(mass[~kept], default=0)
     assert mass[kept].sum() - mass[kept].min() < p + 1e-6
     np.testing.assert_allclose(out[kept], logits[kept] / temperature, rtol=1e-6, atol=1e-6)
@@ -200,64 +200,64 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(logits, temperature, p):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(distinct, tempers, st.integers(0, 10), st.floats(0.05, 1.0))
-def test_filters_follow_one_another(logits, temperature, k, p):
+@given(distinct_logits, temperatures, st.integers(0, 10), st.floats(0.05, 1.0))
+def test_top_k_is_applied_before_top_p(logits, temperature, k, p):
     sampling = Sampling(temperature, k, p)
-    out = jax.nn.log_softmax(behaviour_logits(jnp.float32(logits)[None], sampling))[0]
+    out = jax.nn.log_softmax(filter_logits(jnp.float32(logits)[None], sampling))[0]
     expected = filtered_logp(logits, sampling)
-    # Where the mass of a set is p to the last bit, float32 may cut one token earlier or later.
+    # If the mass of a set equals p up to rounding, float32 may keep one token more or fewer.
     masses = np.cumsum(np.sort(np.exp(filtered_logp(logits, Sampling(temperature, k))))[::-1])
     if np.abs(masses - p).min() > 1e-5 or p == 1:
         np.testing.assert_allclose(out, expected, atol=1e-4)
     assert np.asarray(out).argmax() == logits.argmax()
 
 
-def test_temperature_zero_is_certain_of_the_best():
-    out = behaviour_logits(jnp.array([[0.1, 3.0, 2.9], [5.0, -1.0, 0.0]]), Sampling(temperature=0, top_k=2, top_p=0.5))
+def test_temperature_zero_is_argmax():
+    out = filter_logits(jnp.array([[0.1, 3.0, 2.9], [5.0, -1.0, 0.0]]), Sampling(temperature=0, top_k=2, top_p=0.5))
     np.testing.assert_array_equal(jax.nn.softmax(out), [[0, 1, 0], [1, 0, 0]])
 
 
 def chi_square(counts, probabilities):
-    """p-value of counts under probabilities, cells of fewer than 5 expected draws taken together."""
+    """p-value of a chi-squared test; cells with an expected count below 5 are pooled."""
     expected = counts.sum() * probabilities
     assert counts[probabilities == 0].sum() == 0
     rare = expected < 5
     if expected[rare].sum() > 0:
-        counts, expected = (np.append(each[~rare], each[rare].sum()) for each in (counts, expected))
+        counts, expected = (np.append(cells[~rare], cells[rare].sum()) for cells in (counts, expected))
     else:
         counts, expected = counts[~rare], expected[~rare]
     return scipy.stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), len(expected) - 1)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=1), Sampling(0.7, 8, 0.9, 1)], ids=["raw", "filtered"])
-def test_first_tokens_come_as_often_as_they_should(sampling, sampler, params, prompts, uncached):
-    draw = sampler(sampling, samples_per_prompt=4000, prompts_in_flight=2)
-    for prompt, answers in zip(prompts[:2], draw(params, prompts[:2], KEY), strict=True):
+def test_first_token_frequencies(sampling, sampler, params, prompts, uncached):
+    sample = sampler(sampling, samples_per_prompt=4000, prompts_in_flight=2)
+    for prompt, answers in zip(prompts[:2], sample(params, prompts[:2], KEY), strict=True):
         logits = uncached.next_logits(params, prompt)[-1]
         counts = np.bincount([int(answer["tokens"][0]) for answer in answers], minlength=len(logits))
         assert chi_square(counts, np.exp(filtered_logp(logits, sampling))) > 1e-3
-        # The test would notice a slightly warmer distribution.
+        # The test has the power to reject a slightly higher temperature.
         warmer = Sampling(1.15 * sampling.temperature, sampling.top_k)
         assert chi_square(counts, np.exp(filtered_logp(logits, warmer))) < 1e-3
 
 
-def test_pairs_of_tokens_come_as_often_as_they_should(sampler, params, prompts, config, uncached):
+def test_token_pair_frequencies(sampler, params, prompts, config, uncached):
     (answers,) = sampler(Sampling(max_tokens=2), samples_per_prompt=6000, prompts_in_flight=1)(params, prompts[:1], KEY)
     pairs = np.stack([answer["tokens"] for answer in answers])
     first = np.exp(filtered_logp(uncached.next_logits(params, prompts[0])[-1], Sampling()))
-    after = [uncached.next_logits(params, [*prompts[0], token])[-1] for token in range(config.vocab_size)]
-    joint = first[:, None] * np.exp([filtered_logp(row, Sampling()) for row in after])
+    second_logits = [uncached.next_logits(params, [*prompts[0], token])[-1] for token in range(config.vocab_size)]
+    joint = first[:, None] * np.exp([filtered_logp(row, Sampling()) for row in second_logits])
     counts = np.zeros_like(joint)
     np.add.at(counts, tuple(pairs.T), 1)
     assert chi_square(counts.ravel(), joint.ravel()) > 1e-3
     assert chi_square(counts.ravel(), np.outer(first, joint.sum(0)).ravel()) < 1e-3
 
 
-@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=NEW)], ids=["filtered", "raw"])
-def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, sampler, params, prompts, uncached):
-    drawn = sampler(sampling, samples_per_prompt=2, prompts_in_flight=4)(params, prompts[:3], KEY, first=5)
-    for number, (prompt, answers) in enumerate(zip(prompts, drawn)):
-        keys = jax.random.split(jax.random.fold_in(KEY, 5 + number), 2)
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(max_tokens=MAX_TOKENS)], ids=["filtered", "raw"])
+def test_token_t_uses_fold_in_of_its_key(sampling, sampler, params, prompts, uncached):
+    answers_by_prompt = sampler(sampling, samples_per_prompt=2, prompts_in_flight=4)(params, prompts[:3], KEY, first=5)
+    for index, (prompt, answers) in enumerate(zip(prompts, answers_by_prompt)):
+        keys = jax.random.split(jax.random.fold_in(KEY, 5 + index), 2)
         for key, answer in zip(keys, answers, strict=True):
             logits = uncached.next_logits(params, [*prompt, *answer["tokens"]])[len(prompt) - 1 : -1]
             for t, token in enumerate(answer["tokens"]):
@@ -265,160 +265,160 @@ def test_token_t_is_drawn_with_the_t_th_fold_of_its_key(sampling, sampler, param
                 assert categorical(jax.random.fold_in(key, t), behaviour) == token
 
 
-# --- where a sequence ends
+# --- stop tokens and scheduling
 
 
-def test_a_stop_token_only_cuts(sampler, params, prompts, sampled):
+def test_stop_tokens_truncate(sampler, params, prompts, sampled):
     stops = (2, 9, 17)
     stopped = sampler(FILTERED, stops, samples_per_prompt=3, prompts_in_flight=4)(params, prompts, KEY)
-    cut = []
+    truncated = []
     for answers in sampled:
-        ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), NEW) for a in answers]
-        cut.append([{name: a[name][:end] for name in FIELDS} for a, end in zip(answers, ends, strict=True)])
-    assert_same(stopped, cut)
+        ends = [next((t + 1 for t, token in enumerate(a["tokens"]) if token in stops), MAX_TOKENS) for a in answers]
+        truncated.append([{name: a[name][:end] for name in FIELDS} for a, end in zip(answers, ends, strict=True)])
+    assert_same(stopped, truncated)
     lengths = [len(answer["tokens"]) for answers in stopped for answer in answers]
-    # The stop token is counted, also when it comes first or last; sequences without one go on to the end.
-    assert NEW in lengths and min(lengths) < NEW // 2
+    assert MAX_TOKENS in lengths and min(lengths) < MAX_TOKENS // 2
 
 
-class Counting:
-    """A model that notes the shape of the tokens of each forward pass."""
+class ForwardRecorder:
+    """A model that records the token shape of each forward pass."""
 
     def __init__(self, model):
-        self.config, self.seen = model.config, []
+        self.config, self.shapes = model.config, []
         self.init_cache, self.init_branches, self.project = model.init_cache, model.init_branches, model.project
-        self.extend, self.extend_branches = self._noted(model.extend), self._noted(model.extend_branches)
+        self.extend, self.branch = self._recorded(model.extend), self._recorded(model.branch)
 
-    def _noted(self, forward):
-        def noted(params, *args):
+    def _recorded(self, forward):
+        def recorded(params, *args):
             tokens = next(arg for arg in args if isinstance(arg, jax.Array))
-            jax.debug.callback(lambda: self.seen.append(tokens.shape))
+            jax.debug.callback(lambda: self.shapes.append(tokens.shape))
             return forward(params, *args)
 
-        return noted
+        return recorded
 
 
 @pytest.mark.parametrize(
-    ("stops", "new"),
-    [((), NEW), ((), 1), ((2, 9, 17), NEW), (range(24), NEW)],
-    ids=["to the end", "one token", "stopped", "stopped at once"],
+    ("stops", "max_tokens"),
+    [((), MAX_TOKENS), ((), 1), ((2, 9, 17), MAX_TOKENS), (range(24), MAX_TOKENS)],
+    ids=["no stop", "one token", "stop", "stop at first token"],
 )
 @pytest.mark.parametrize("lanes", [1, 2, 6])
-def test_the_cost_follows_the_tokens(lanes, stops, new, model, params, prompts):
-    counting = Counting(model)
-    sampling = Sampling(0.8, 7, 0.9, new)
-    draw = Sampler(counting, sampling, stops, samples_per_prompt=6, prompts_in_flight=1, lanes_per_prompt=lanes)
-    (answers,) = draw(params, prompts[1:2], KEY)
+def test_number_of_decode_steps_is_minimal(lanes, stops, max_tokens, model, params, prompts):
+    recorder = ForwardRecorder(model)
+    sampling = Sampling(0.8, 7, 0.9, max_tokens)
+    sample = Sampler(recorder, sampling, stops, samples_per_prompt=6, prompts_in_flight=1, lanes_per_prompt=lanes)
+    (answers,) = sample(params, prompts[1:2], KEY)
     jax.effects_barrier()
     lengths = [len(answer["tokens"]) for answer in answers]
-    # Whoever is free takes the next, and the loop ends with the last.
-    until = [0] * lanes
+    # Each lane takes the next completion when it becomes free.
+    lane_steps = [0] * lanes
     for length in lengths:
-        until[int(np.argmin(until))] += length
-    assert sorted(counting.seen) == [(1, lanes)] * max(until) + [(1, 32)]
-    assert lanes > 1 or max(until) == sum(lengths)
+        lane_steps[int(np.argmin(lane_steps))] += length
+    assert sorted(recorder.shapes) == [(1, lanes)] * max(lane_steps) + [(1, 32)]
+    assert lanes > 1 or max(lane_steps) == sum(lengths)
 
 
-def test_a_row_that_is_done_takes_the_next_prompt(model, params, prompts):
-    counting = Counting(model)
-    stops, many = (2, 9, 17), [prompts[number % 6] for number in range(40)]
+def test_free_rows_take_the_next_prompt(model, params, prompts):
+    recorder = ForwardRecorder(model)
+    stops, many_prompts = (2, 9, 17), [prompts[index % 6] for index in range(40)]
     sizes = dict(samples_per_prompt=3, prompts_in_flight=4, lanes_per_prompt=1)
-    draw = Sampler(counting, Sampling(max_tokens=NEW), stops, **sizes)
-    answers = draw(params, many, KEY)
+    sample = Sampler(recorder, Sampling(max_tokens=MAX_TOKENS), stops, **sizes)
+    answers = sample(params, many_prompts, KEY)
     jax.effects_barrier()
-    steps = [shape for shape in counting.seen if shape == (4, 1)]
-    drawn = sum(len(answer["tokens"]) for each in answers for answer in each)
-    # Four lanes: a little is lost at the end, where no prompt is left to take.
-    assert drawn / 4 <= len(steps) <= 1.2 * drawn / 4 + 3 * NEW
-    assert len(counting.seen) - len(steps) == 40
-    # Each prompt is computed at its own width, so far as widths are few.
-    assert {shape for shape in counting.seen if shape != (4, 1)} == {(1, 32)}
+    steps = [shape for shape in recorder.shapes if shape == (4, 1)]
+    tokens = sum(len(answer["tokens"]) for prompt_answers in answers for answer in prompt_answers)
+    # Four lanes; some are idle at the end, when no prompt is left.
+    assert tokens / 4 <= len(steps) <= 1.2 * tokens / 4 + 3 * MAX_TOKENS
+    assert len(recorder.shapes) - len(steps) == 40
+    # Every prefill has the smallest width that holds its prompts.
+    assert {shape for shape in recorder.shapes if shape != (4, 1)} == {(1, 32)}
 
 
-# --- what a sequence depends on
+# --- independence of the batch
 
 
-def test_a_sequence_does_not_know_its_batch(sampler, params, prompts, sampled):
+def test_samples_do_not_depend_on_prompts_in_flight(sampler, params, prompts, sampled):
     assert_same(sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=1)(params, prompts, KEY), sampled)
 
 
-def test_a_sequence_does_not_know_its_neighbours(sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
-    # Number 1 of another list, whose longest prompt makes all of them wider.
-    assert_same(draw(params, [[5, 8], prompts[1], list(range(20)) * 2, [7]], KEY)[1:2], sampled[1:2])
+def test_samples_do_not_depend_on_other_prompts(sampler, params, prompts, sampled):
+    sample = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
+    # The longest prompt of this list increases the padding.
+    assert_same(sample(params, [[5, 8], prompts[1], list(range(20)) * 2, [7]], KEY)[1:2], sampled[1:2])
 
 
 @pytest.mark.parametrize("lanes", [2, 3])
-@pytest.mark.parametrize("flight", [1, 2])
-def test_a_sequence_does_not_know_its_lane(lanes, flight, model, params, prompts, sampled):
-    draw = Sampler(model, FILTERED, (), samples_per_prompt=3, prompts_in_flight=flight, lanes_per_prompt=lanes)
-    assert_same(draw(params, prompts, KEY), sampled)
+@pytest.mark.parametrize("prompts_in_flight", [1, 2])
+def test_samples_do_not_depend_on_lanes(lanes, prompts_in_flight, model, params, prompts, sampled):
+    sizes = dict(samples_per_prompt=3, prompts_in_flight=prompts_in_flight, lanes_per_prompt=lanes)
+    sample = Sampler(model, FILTERED, (), **sizes)
+    assert_same(sample(params, prompts, KEY), sampled)
 
 
-def test_prompts_are_given_as_they_are_finished(sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
-    found = list(draw.stream(params, prompts, KEY))
-    assert sorted(number for number, _ in found) == list(range(6))
-    for number, answers in found:
-        assert_same([answers], sampled[number : number + 1])
+def test_stream_yields_every_prompt_once(sampler, params, prompts, sampled):
+    sample = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
+    indexed_answers = list(sample.stream(params, prompts, KEY))
+    assert sorted(index for index, _ in indexed_answers) == list(range(6))
+    for index, answers in indexed_answers:
+        assert_same([answers], sampled[index : index + 1])
 
 
-@pytest.mark.parametrize("cut", [1, 4, 5])
-def test_a_list_may_be_drawn_in_parts(cut, sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
-    assert_same(draw(params, prompts[:cut], KEY) + draw(params, prompts[cut:], KEY, cut), sampled)
+@pytest.mark.parametrize("split", [1, 4, 5])
+def test_prompts_can_be_sampled_in_parts(split, sampler, params, prompts, sampled):
+    sample = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
+    assert_same(sample(params, prompts[:split], KEY) + sample(params, prompts[split:], KEY, split), sampled)
 
 
-def test_samples_differ_but_can_be_drawn_again(sampler, params, prompts, sampled):
-    draw = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
-    assert_same(draw(params, prompts, KEY), sampled)
+def test_samples_differ_and_are_reproducible(sampler, params, prompts, sampled):
+    sample = sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)
+    assert_same(sample(params, prompts, KEY), sampled)
     texts = [tuple(answer["tokens"]) for answers in sampled for answer in answers]
     assert len(set(texts)) == len(texts) == 18
-    twice = draw(params, [prompts[0]] * 2, KEY)
-    assert len({tuple(answer["tokens"]) for answers in twice for answer in answers}) == 6
-    other = draw(params, prompts[:1], jax.random.key(12))
-    assert {tuple(answer["tokens"]) for answer in other[0]}.isdisjoint(texts[:3])
+    repeated_prompt = sample(params, [prompts[0]] * 2, KEY)
+    assert len({tuple(answer["tokens"]) for answers in repeated_prompt for answer in answers}) == 6
+    other_key = sample(params, prompts[:1], jax.random.key(12))
+    assert {tuple(answer["tokens"]) for answer in other_key[0]}.isdisjoint(texts[:3])
 
 
-# --- edges
+# --- edge cases
 
 
-def test_no_prompts_give_no_answers(sampler, params):
+def test_empty_list_of_prompts(sampler, params):
     assert sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, [], KEY) == []
 
 
-def test_the_context_is_used_to_its_end_and_not_beyond(sampler, params, config):
-    draw = sampler(Sampling(temperature=0, max_tokens=NEW), samples_per_prompt=1, prompts_in_flight=4)
-    fits = [[3] * (config.max_positions - NEW)]
-    assert len(draw(params, fits, KEY)[0][0]["tokens"]) == NEW
-    said = (
+def test_context_limit_is_enforced(sampler, params, config):
+    sample = sampler(Sampling(temperature=0, max_tokens=MAX_TOKENS), samples_per_prompt=1, prompts_in_flight=4)
+    fits = [[3] * (config.max_positions - MAX_TOKENS)]
+    assert len(sample(params, fits, KEY)[0][0]["tokens"]) == MAX_TOKENS
+    message = (
         "prompt 8 has 85 tokens, which with max_tokens=12 exceed .* context of 96: .* to 84 or lower max_tokens to 11$"
     )
-    with pytest.raises(UserError, match=said):
-        draw(params, [[1], fits[0] + [3]], KEY, 7)
+    with pytest.raises(UserError, match=message):
+        sample(params, [[1], fits[0] + [3]], KEY, 7)
 
 
 @pytest.mark.parametrize(
-    ("new", "length", "said"),
+    ("max_tokens", "length", "message"),
     [
-        (NEW, 96, "prompt 0 has 96 tokens.*: shorten the prompt to 84$"),
+        (MAX_TOKENS, 96, "prompt 0 has 96 tokens.*: shorten the prompt to 84$"),
         (96, 5, "prompt 0 has 5 tokens.*: lower max_tokens to 91$"),
         (100, 200, "prompt 0 has 200 tokens.*: shorten the prompt and lower max_tokens$"),
     ],
 )
-def test_a_prompt_too_long_is_told_only_what_helps(new, length, said, sampler, params):
-    draw = sampler(Sampling(max_tokens=new), samples_per_prompt=1, prompts_in_flight=4)
-    with pytest.raises(UserError, match=said):
-        draw(params, [[3] * length], KEY)
+def test_context_error_lists_possible_remedies(max_tokens, length, message, sampler, params):
+    sample = sampler(Sampling(max_tokens=max_tokens), samples_per_prompt=1, prompts_in_flight=4)
+    with pytest.raises(UserError, match=message):
+        sample(params, [[3] * length], KEY)
 
 
-def test_an_empty_prompt_is_refused_by_its_number(sampler, params):
+def test_empty_prompt_is_rejected(sampler, params):
     with pytest.raises(UserError, match="prompt 6 has no tokens"):
         sampler(FILTERED, samples_per_prompt=3, prompts_in_flight=4)(params, [[1], []], KEY, 5)
 
 
 @pytest.mark.parametrize(
-    ("settings_", "said"),
+    ("kwargs", "message"),
     [
         ({"temperature": -0.1}, "temperature must be at least 0"),
         ({"top_k": -1}, "top_k must be at least 0"),
@@ -427,28 +427,28 @@ def test_an_empty_prompt_is_refused_by_its_number(sampler, params):
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings_, said):
-    with pytest.raises(ValueError, match=said):
-        Sampling(**settings_)
+def test_invalid_sampling_parameters_are_rejected(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**kwargs)
 
 
-def test_prompts_are_padded_on_the_left():
+def test_prompts_are_left_padded():
     tokens, valid = pad_prompts([[1, 2, 3], [4], [5] * 5], smallest=4)
     assert tokens.tolist() == [[0] * 5 + [1, 2, 3], [0] * 7 + [4], [0] * 3 + [5] * 5]
     assert valid.tolist() == [[False] * (8 - n) + [True] * n for n in (3, 1, 5)]
     assert pad_prompts([[1] * 4], smallest=4)[0].shape == (1, 4)
 
 
-def test_widths_are_few():
+def test_padded_widths():
     widths = [pad_prompts([[1] * length, [2]])[0].shape[1] for length in range(1, 1400)]
     assert sorted(set(widths)) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
-    # The first that holds the prompt, and from 64 on never half as wide again.
+    # Each is the first width that holds the prompt; above 64 tokens it is less than 1.5 times the prompt.
     assert all(width >= length for length, width in enumerate(widths, 1))
     assert all(pad_prompts([[1] * width])[0].shape[1] == width for width in set(widths))
     assert max(width / length for length, width in enumerate(widths, 1) if length > 64) < 1.5
 
 
-def test_prompts_are_never_wider_than_allowed():
+def test_padded_width_is_limited():
     tokens, valid = pad_prompts([[1] * 150, [2]], widest=160)
     assert tokens.shape == (2, 160) and valid.sum(axis=1).tolist() == [150, 1]
     assert pad_prompts([[1] * 150], widest=200)[0].shape[1] == 192

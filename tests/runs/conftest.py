@@ -1,27 +1,27 @@
 """Fixtures shared with the training tests: a tiny decoder and random records."""
 
 from tests.training.conftest import (
-    dense,
+    get_mesh,
     host_params,
     make_buffer,
     make_records,
     model,
-    on_mesh,
-    quickly,
+    model_on_mesh,
     records,
-    relative,
-    requested_mesh,
+    relative_error,
+    unpacked_records,
+    use_quick_compilation,
 )
 
 __all__ = [
-    "dense",
+    "get_mesh",
     "host_params",
     "make_buffer",
     "make_records",
     "model",
-    "on_mesh",
-    "quickly",
+    "model_on_mesh",
     "records",
-    "relative",
-    "requested_mesh",
+    "relative_error",
+    "unpacked_records",
+    "use_quick_compilation",
 ]  # fmt: skip

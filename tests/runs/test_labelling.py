@@ -8,9 +8,8 @@ import pytest
 
 from shiq_jax.objectives import OBJECTIVES, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.replay import Buffer, pack, pack_groups, plan
-from shiq_jax.replay.labels import labeled_records
 from shiq_jax.training.objective_metrics import objective_metrics
-from shiq_jax.training.placement import data_devices, place
+from shiq_jax.training.placement import data_parallel_size, shard_batch
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
@@ -45,12 +44,12 @@ def references(buffers):
 
 
 @pytest.fixture(scope="module")
-def expected(model, host_params, buffers, references, dense):
+def expected(model, host_params, buffers, references, unpacked_records):
     """Loss, KL and gradient computed from the full logits, with one record per row."""
 
     def compute(name):
         buffer = buffers[name]
-        data = dense(buffer.read(range(len(buffer))), references[name])
+        data = unpacked_records(buffer.read(range(len(buffer))), references[name])
         desirable = np.array([label is True for label in buffer.column("label")])
 
         def loss(params):
@@ -74,22 +73,22 @@ def expected(model, host_params, buffers, references, dense):
      ("apo_zero_unpaired", None, 1), ("apo_zero_unpaired", "fsdp=8", 2)],
 )  # fmt: skip
 def test_loss_and_gradient_are_independent_of_mesh_and_microbatches(
-    name, mesh, microbatches, buffers, references, expected, on_mesh, requested_mesh, relative
+    name, mesh, microbatches, buffers, references, expected, model_on_mesh, get_mesh, relative_error
 ):
     objective, buffer = OBJECTIVES[name].configure(**OPTIONS), buffers[name]
-    model, params = on_mesh(mesh)
-    groups, rows = pack_groups(buffer, objective.unit), data_devices(requested_mesh(mesh)) * microbatches
+    model, params = model_on_mesh(mesh)
+    groups, rows = pack_groups(buffer, objective.unit), data_parallel_size(get_mesh(mesh)) * microbatches
     shape = plan(buffer, groups, multiple=8)
-    batch = place(
+    batch = shard_batch(
         pack(groups, buffer, shape, references={"reference": references[name]}, rows_multiple=rows).batch,
-        requested_mesh(mesh),
+        get_mesh(mesh),
     )
     optimizer = optax.sgd(1.0, momentum=0.0)
     update = make_update(model, objective, optimizer, microbatches=microbatches)
     state, metrics = update(init_state(model, params, optimizer), batch)
     loss, kl, grads = expected[name]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=TOLERANCE)
-    assert relative(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE
+    assert relative_error(jax.device_get(optax.tree.get(state.opt_state, "trace")), grads) < TOLERANCE
     assert metrics["weight"] == len(buffer) // (2 if name == "kto" else 1)
     if name == "kto":
         np.testing.assert_allclose(metrics["kl"], kl, rtol=TOLERANCE)
@@ -98,9 +97,9 @@ def test_loss_and_gradient_are_independent_of_mesh_and_microbatches(
 
 @pytest.mark.parametrize("prompts_per_batch", [3, 64])
 def test_objective_metrics_estimate_the_kl_over_the_whole_buffer(
-    prompts_per_batch, buffers, references, expected, on_mesh
+    prompts_per_batch, buffers, references, expected, model_on_mesh
 ):
-    model, params = on_mesh()
+    model, params = model_on_mesh()
     objective, buffer = OBJECTIVES["kto"].configure(**OPTIONS), buffers["kto"]
     metrics = objective_metrics(
         model, params, objective, buffer, {"reference": references["kto"]}, prompts_per_batch=prompts_per_batch

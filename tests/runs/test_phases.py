@@ -173,7 +173,7 @@ def test_stop_request_saves_and_leaves_evaluation_to_the_resumed_run(stopped_at,
 
     def update_requesting_stop(state, item):
         if int(item) == stopped_at - 1:
-            stopping._asked.append(15)
+            stopping._received.append(15)
         return update_adding(1)(state, item)
 
     evaluation = RecordingEvaluation(3)
@@ -182,7 +182,7 @@ def test_stop_request_saves_and_leaves_evaluation_to_the_resumed_run(stopped_at,
         with pytest.raises(stopping.Stopped, match=f"^stopped at update {stopped_at} of 5$"):
             run_phases(plan, initial_state(), make_outputs(checkpoints), evaluation)
     finally:
-        stopping._asked.clear()
+        stopping._received.clear()
     assert checkpoints.latest() == stopped_at and not checkpoints.metrics(stopped_at)
     resumed_evaluation = RecordingEvaluation(3)
     plan = make_plan(Phase("update", update_adding(1), batch, 5))

@@ -1,4 +1,4 @@
-"""Several processes find each other, and one that waits in vain says what to run."""
+"""Start-up of multi-process runs, and its errors."""
 
 import os
 import socket
@@ -20,12 +20,12 @@ VARIABLES = (
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
+def clear_environment(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_alone_it_does_nothing(monkeypatch):
+def test_single_process_does_nothing(monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: pytest.fail("must not be called"))
     assert start_processes() == 0
     assert start_processes("nowhere:1", processes=1, process=0) == 0
@@ -34,7 +34,7 @@ def test_alone_it_does_nothing(monkeypatch):
     assert start_processes() == 0
 
 
-def test_a_launcher_is_noticed(monkeypatch):
+def test_launcher_is_detected(monkeypatch):
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: calls.append((a, k)))
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
@@ -42,7 +42,7 @@ def test_a_launcher_is_noticed(monkeypatch):
     assert calls == [((None, None, None), {"initialization_timeout": 67})]
 
 
-def test_refusals(monkeypatch):
+def test_invalid_settings_are_rejected(monkeypatch):
     with pytest.raises(ValueError, match="process index 2 of 2 processes"):
         start_processes("localhost:1", 2, 2)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
@@ -50,16 +50,16 @@ def test_refusals(monkeypatch):
         start_processes()
 
 
-def test_a_failure_says_what_to_run(monkeypatch):
+def test_error_says_what_to_run(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nmore")
 
     monkeypatch.setattr("jax.distributed.initialize", fail)
     with pytest.raises(
         RuntimeError, match="process 0 of 2 .*DEADLINE_EXCEEDED: Barrier timed out.*JAX_PROCESS_ID=0"
-    ) as caught:
+    ) as error:
         start_processes("localhost:1", 2, 0, timeout=1)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 PROGRAM = """
@@ -67,13 +67,13 @@ from shiq_jax.sharding import make_mesh, named_sharding, start_processes
 index = start_processes(timeout={timeout})
 import jax, jax.numpy as jnp
 mesh = make_mesh()
-rows = jax.make_array_from_callback((4,), named_sharding(mesh, ("rows",), (4,)), lambda where: jnp.arange(4.0)[where])
+rows = jax.make_array_from_callback((4,), named_sharding(mesh, ("rows",), (4,)), lambda index: jnp.arange(4.0)[index])
 print("total", index, mesh.size, float(jax.jit(jnp.sum)(rows)))
 """
 
 
 def _start(processes: int, process: int, port: int, timeout: int) -> subprocess.Popen:
-    # The last of two equal flags counts.
+    # XLA uses the last occurrence of a flag.
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment |= {
@@ -93,15 +93,15 @@ def _free_port() -> int:
 
 def test_two_processes_share_a_mesh():
     port = _free_port()
-    running = [_start(2, process, port, 240) for process in range(2)]
-    for process, each in enumerate(running):
-        out, err = each.communicate(timeout=300)
-        assert f"total {process} 4 6.0" in out, err[-2000:]
+    processes = [_start(2, index, port, 240) for index in range(2)]
+    for index, process in enumerate(processes):
+        out, err = process.communicate(timeout=300)
+        assert f"total {index} 4 6.0" in out, err[-2000:]
 
 
-def test_a_process_that_stays_alone_ends():
-    alone = _start(2, 0, _free_port(), 2)
-    _, err = alone.communicate(timeout=300)
-    assert alone.returncode == 2
+def test_timeout_exits_with_a_message():
+    process = _start(2, 0, _free_port(), 2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
     assert err.count("start the same command on every host") == 1
     assert "stack trace" not in err

@@ -1,4 +1,4 @@
-"""Logical axes become mesh axes; what does not divide is replicated and never padded."""
+"""Sharding rules: logical axes to partition specs; dimensions that do not divide are replicated."""
 
 import math
 
@@ -27,21 +27,21 @@ MESH = make_mesh("replica=2,fsdp=2,tensor=2")
         ((), (), P()),
     ],
 )
-def test_spec(axes, shape, spec):
+def test_partition_spec(axes, shape, spec):
     assert partition_spec(MESH, axes, shape) == spec
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([*RULES, None]), st.integers(1, 12)), min_size=1, max_size=4))
-def test_every_shape_can_be_placed(dimensions):
+def test_any_shape_can_be_sharded(dimensions):
     axes, shape = zip(*dimensions, strict=True)
     sharding = named_sharding(MESH, axes, shape)
-    assert sharding.shard_shape(shape)  # raises where an axis does not divide
+    assert sharding.shard_shape(shape)  # raises if an axis does not divide
     used = [axis for entry in sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     assert len(used) == len(set(used))
 
 
-def test_constrain_pins_the_result_of_a_jitted_function():
+def test_constrain_inside_jit():
     x = jnp.arange(48.0).reshape(8, 6)
     out = jax.jit(lambda x: constrain(x + 1, ("rows", "mlp"), MESH))(x)
     assert out.sharding.is_equivalent_to(named_sharding(MESH, ("rows", "mlp"), x.shape), 2)
@@ -51,11 +51,11 @@ def test_constrain_pins_the_result_of_a_jitted_function():
 
 def test_constrain_without_a_mesh_is_the_identity():
     x = jnp.ones(3)
-    assert constrain(x, ("no such axis",), None) is x
+    assert constrain(x, ("unknown",), None) is x
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"2 dimensions, the shape is \(3,\)"):
+def test_invalid_logical_axes_are_rejected():
+    with pytest.raises(ValueError, match=r"2 dimensions, but the shape is \(3,\)"):
         partition_spec(MESH, ("embed", "mlp"), (3,))
-    with pytest.raises(ValueError, match="unknown logical axis 'width'; the known ones are rows"):
+    with pytest.raises(ValueError, match="unknown logical axis 'width'; expected one of rows"):
         partition_spec(MESH, ("width",), (3,))

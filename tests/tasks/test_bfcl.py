@@ -1,4 +1,4 @@
-"""The leaderboard's rows and their split: nothing crosses it, nothing is dropped."""
+"""Rows of the leaderboard and their split into training and held-out rows."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def _row(question, *names):
     }
 
 
-def _marks(rows):
+def _questions_and_functions(rows):
     questions = {" ".join(row["prompt"][1]["content"].lower().split()) for row in rows}
     return questions | {function["name"] for row in rows for function in row["functions"]}
 
@@ -55,16 +55,16 @@ def _marks(rows):
     st.floats(0.05, 0.6),
 )
 @settings(max_examples=60, deadline=None)
-def test_no_question_and_no_function_crosses_the_split(numbers, seed, share):
-    rows = [_row(f"Question  {question}", *(f"f{name}" for name in names)) for question, names in numbers]
-    train, held_out = bfcl.split_held_out(rows, seed=seed, held_out=share)
-    assert not _marks(train) & _marks(held_out)
+def test_splits_share_no_question_and_no_function(row_specs, seed, fraction):
+    rows = [_row(f"Question  {question}", *(f"f{name}" for name in names)) for question, names in row_specs]
+    train, held_out = bfcl.split_held_out(rows, seed=seed, held_out=fraction)
+    assert not _questions_and_functions(train) & _questions_and_functions(held_out)
     assert sorted(map(id, train + held_out)) == sorted(map(id, rows))
-    assert len(held_out) <= round(share * len(rows))
-    assert bfcl.split_held_out(rows, seed=seed, held_out=share) == (train, held_out)
+    assert len(held_out) <= round(fraction * len(rows))
+    assert bfcl.split_held_out(rows, seed=seed, held_out=fraction) == (train, held_out)
 
 
-def test_questions_agree_up_to_case_and_white_space():
+def test_questions_are_compared_without_case_and_white_space():
     rows = [_row("What  is it?", "f"), _row("what is it?", "g"), _row("Else?", "h"), _row("More?", "h")]
     for seed in range(8):
         train, held_out = bfcl.split_held_out(rows, seed=seed, held_out=0.5)
@@ -74,22 +74,22 @@ def test_questions_agree_up_to_case_and_white_space():
         }
 
 
-def test_unrelated_rows_fill_the_held_out_share_exactly():
-    rows = [_row(str(number), f"f{number}") for number in range(50)]
+def test_held_out_size_is_exact_for_unrelated_rows():
+    rows = [_row(str(index), f"f{index}") for index in range(50)]
     splits = [bfcl.split_held_out(rows, seed=seed, held_out=0.3) for seed in (0, 1)]
     assert [len(held_out) for _, held_out in splits] == [15, 15]
     assert splits[0] != splits[1]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -1])
-def test_a_share_outside_the_unit_interval_is_refused(share):
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1])
+def test_fraction_outside_the_unit_interval_is_rejected(fraction):
     with pytest.raises(ValueError, match="held_out"):
-        bfcl.split_held_out([_row("a", "f")], seed=0, held_out=share)
+        bfcl.split_held_out([_row("a", "f")], seed=0, held_out=fraction)
 
 
 @pytest.fixture
 def leaderboard(tmp_path):
-    """A directory in the leaderboard's layout with two questions of one category."""
+    """A directory with the leaderboard's layout and two questions of one category."""
     data = tmp_path / "bfcl_eval" / "data"
     (data / "possible_answer").mkdir(parents=True)
     questions = [("parallel_0", "Areas?", [AREA]), ("parallel_1", "Find é!", [AREA, FIND])]
@@ -112,7 +112,7 @@ def leaderboard(tmp_path):
     return tmp_path
 
 
-def test_rows_hold_the_functions_and_the_shortest_accepted_answer(leaderboard):
+def test_rows_have_functions_and_the_shortest_accepted_answer(leaderboard):
     areas, find = bfcl.load(leaderboard, ["parallel"])
     assert areas["target"] == "[area.of(base=3, flag=True), area.of(base=3, flag=True)]"
     assert find["target"] == '[find(where={"x": 1}, all=[{"k": "v"}], name="say \\"é\\"\\n")]'
@@ -135,7 +135,7 @@ def test_rows_hold_the_functions_and_the_shortest_accepted_answer(leaderboard):
         max_leaves=8,
     )
 )
-def test_literals_are_python_and_mean_the_value(value):
+def test_literal_evaluates_to_the_value(value):
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -143,14 +143,14 @@ def test_literals_are_python_and_mean_the_value(value):
     assert ast.literal_eval(bfcl.literal(value)) == value
 
 
-def test_damage_is_named(leaderboard, tmp_path):
+def test_errors_name_the_damaged_file(leaderboard, tmp_path):
     with pytest.raises(UserError, match="the category 'java' is unknown"):
         bfcl.load(leaderboard, ["java"])
     with pytest.raises(UserError, match="shiq_jax.tasks.fetch"):
         bfcl.load(leaderboard, ["multiple"])
     answers = leaderboard / "bfcl_eval" / "data" / "possible_answer" / "BFCL_v4_parallel.json"
     answers.write_text(answers.read_text().splitlines()[0])
-    with pytest.raises(UserError, match="asks parallel_1"):
+    with pytest.raises(UserError, match="has the question parallel_1"):
         bfcl.load(leaderboard, ["parallel"])
     answers.write_text('{"id": 1')
     with pytest.raises(UserError, match="line 1 is not JSON"):
@@ -158,13 +158,13 @@ def test_damage_is_named(leaderboard, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_leaderboard_is_whole_and_splits_cleanly():
+def test_real_leaderboard():
     rows = bfcl.load(fetch.bfcl())
     counts = {category: sum(row["category"] == category for row in rows) for category in bfcl.CATEGORIES}
     assert counts == {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200}
     for seed in range(3):
         train, held_out = bfcl.split_held_out(rows, seed=seed)
-        assert not _marks(train) & _marks(held_out)
+        assert not _questions_and_functions(train) & _questions_and_functions(held_out)
         assert (len(train), len(held_out)) == (800, 200)
-        # Every category is measured.
+        # The held-out side has rows of every category.
         assert {row["category"] for row in held_out} == set(bfcl.CATEGORIES)

@@ -1,4 +1,4 @@
-"""The leaderboard's checker as a reward: right answers score one, wrong ones zero, and no text is executed."""
+"""The leaderboard's checker as a reward: agreement with the official evaluation, without executing model output."""
 
 import json
 import sys
@@ -13,10 +13,10 @@ from shiq_jax.errors import UserError
 from shiq_jax.tasks import bfcl, fetch
 from shiq_jax.tasks.bfcl_checker import bfcl_reward, constant_arithmetic, load_official
 
-# What the leaderboard's own evaluation said of many answers; `make_bfcl_verdicts.py` beside it wrote it.
+# Verdicts of the leaderboard's own evaluation, written by `tests/goldens/make_bfcl_verdicts.py`.
 VERDICTS = Path(__file__).parent.parent / "goldens" / "bfcl_verdicts.jsonl"
-# The leaderboard runs these as Python and finds the right value; here they are no arithmetic, and wrong.
-DEPARTURES = {"abs(-9) + 1", "len('123456789') + 1", "9 + True", "5 << 1"}
+# The leaderboard evaluates these with `eval` and accepts the value; here they are rejected.
+DIFFERENCES = {"abs(-9) + 1", "len('123456789') + 1", "9 + True", "5 << 1"}
 NUMBERS = st.integers(-50, 50).map(str)
 EXPRESSIONS = st.recursive(
     NUMBERS,
@@ -27,7 +27,7 @@ EXPRESSIONS = st.recursive(
 
 @given(EXPRESSIONS)
 @settings(deadline=None)
-def test_arithmetic_on_constants_is_pythons(expression):
+def test_constant_arithmetic_matches_eval(expression):
     assert constant_arithmetic(expression) == eval(expression)
 
 
@@ -53,12 +53,12 @@ def test_other_operators(expression, value):
         "1 + " * 1000 + "1",
     ],
 )
-def test_everything_else_is_no_arithmetic(expression):
+def test_other_expressions_are_rejected(expression):
     with pytest.raises(ValueError):
         constant_arithmetic(expression)
 
 
-def test_a_directory_without_the_package_is_refused(tmp_path):
+def test_directory_without_the_package_is_rejected(tmp_path):
     with pytest.raises(UserError, match="does not hold the package bfcl_eval"):
         load_official(tmp_path)
     utilities = tmp_path / "bfcl_eval" / "model_handler" / "utils.py"
@@ -81,18 +81,18 @@ def test_every_ground_truth_scores_one(rows):
 
 
 @pytest.mark.slow
-def test_rewards_are_the_verdicts_of_the_official_evaluation(rows):
+def test_rewards_match_official_evaluation(rows):
     by_id = {row["id"]: row for row in rows}
     lines = [json.loads(line) for line in VERDICTS.read_text(encoding="utf-8").splitlines()]
-    right = Counter(line["valid"] for line in lines)
-    assert right[True] >= 300 and right[False] >= 600 and right.total() == len(lines)
-    # Written for the purpose out of the ground truth, and drawn from a language model; all categories.
+    verdicts = Counter(line["valid"] for line in lines)
+    assert verdicts[True] >= 300 and verdicts[False] >= 600 and verdicts.total() == len(lines)
+    # Both answers derived from the ground truth and answers sampled from a model, of all categories.
     sampled = Counter(line["valid"] for line in lines if line["source"] == "sampled")
-    assert min(sampled[True], sampled[False], right[True] - sampled[True], right[False] - sampled[False]) > 25
+    assert min(sampled[True], sampled[False], verdicts[True] - sampled[True], verdicts[False] - sampled[False]) > 25
     assert len({(by_id[line["id"]]["category"], line["valid"]) for line in lines}) == 2 * len(bfcl.CATEGORIES)
-    unlike = [line for line in lines if bfcl_reward(by_id[line["id"]], line["text"]) != line["valid"]]
-    assert {line["source"] for line in unlike} == {f"expression {each}" for each in DEPARTURES}, unlike
-    assert all(line["valid"] for line in unlike) and len(unlike) == len(DEPARTURES)
+    different = [line for line in lines if bfcl_reward(by_id[line["id"]], line["text"]) != line["valid"]]
+    assert {line["source"] for line in different} == {f"expression {text}" for text in DIFFERENCES}, different
+    assert all(line["valid"] for line in different) and len(different) == len(DIFFERENCES)
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_mutated_answers_score_zero(rows):
 
 
 @pytest.mark.slow
-def test_values_count_and_the_order_of_parallel_calls_does_not(rows):
+def test_values_matter_and_order_of_parallel_calls_does_not(rows):
     row = next(row for row in rows if row["id"] == "simple_python_0")
     call = "calculate_triangle_area({})"
     assert bfcl_reward(row, f"[{call.format('base=10, height=5')}]") == 1.0
@@ -122,19 +122,19 @@ def test_values_count_and_the_order_of_parallel_calls_does_not(rows):
     assert bfcl_reward(row, f"""[{call.format("base='10', height=5")}]""") == 0.0
     assert bfcl_reward(row, f"[{call.format('base=10')}]") == 0.0
     row = next(row for row in rows if row["id"] == "parallel_0")
-    one, other = ('spotify.play(artist="Taylor Swift", duration=20)', 'spotify.play(artist="Maroon 5", duration=15)')
-    assert bfcl_reward(row, f"[{one}, {other}]") == bfcl_reward(row, f"[{other}, {one}]") == 1.0
-    assert bfcl_reward(row, f"[{one}, {one}]") == bfcl_reward(row, f"[{one}]") == 0.0
+    first, second = ('spotify.play(artist="Taylor Swift", duration=20)', 'spotify.play(artist="Maroon 5", duration=15)')
+    assert bfcl_reward(row, f"[{first}, {second}]") == bfcl_reward(row, f"[{second}, {first}]") == 1.0
+    assert bfcl_reward(row, f"[{first}, {first}]") == bfcl_reward(row, f"[{first}]") == 0.0
 
 
 @pytest.mark.slow
-def test_text_of_a_model_is_not_executed(rows, tmp_path):
+def test_model_output_is_not_executed(rows, tmp_path):
     row = next(row for row in rows if row["id"] == "simple_python_0")
-    mark = tmp_path / "executed"
-    attack = f"[calculate_triangle_area(base=open({str(mark)!r}, 'w').write('x') + 9, height=5)]"
+    file = tmp_path / "executed"
+    attack = f"[calculate_triangle_area(base=open({str(file)!r}, 'w').write('x') + 9, height=5)]"
     assert bfcl_reward(row, attack) == 0.0
-    assert not mark.exists()
-    for monster in (
+    assert not file.exists()
+    for text in (
         "(" * 10000,
         "[f(a=" + "-" * 50000 + "1)]",
         "[f(a=9**9**9**9)]",
@@ -142,4 +142,4 @@ def test_text_of_a_model_is_not_executed(rows, tmp_path):
         "[f(**{'a': 1})]",
         "[" * 300 + "]" * 300,
     ):
-        assert bfcl_reward(row, monster) == 0.0
+        assert bfcl_reward(row, text) == 0.0

@@ -1,4 +1,4 @@
-"""Fetching: complete or absent, once, and one sentence when the package index is out of reach."""
+"""Fetching packages: atomicity, locking, progress and errors."""
 
 import re
 import subprocess
@@ -15,37 +15,37 @@ from shiq_jax.tasks import fetch
 
 @pytest.fixture
 def pip(monkeypatch):
-    """A stand-in for the pip process: it writes a wheel, or fails with the given complaint."""
+    """A fake pip process that writes a wheel, or fails with `stderr`."""
 
-    class Pip:
+    class FakePip:
         calls = 0
-        complaint = ""
+        stderr = ""
 
         def run(self, command, **_):
             self.calls += 1
             assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-            if self.complaint:
-                return subprocess.CompletedProcess(command, 1, "", self.complaint)
+            if self.stderr:
+                return subprocess.CompletedProcess(command, 1, "", self.stderr)
             directory = fetch.Path(command[command.index("--dest") + 1])
             directory.mkdir(parents=True)
             with zipfile.ZipFile(directory / "bfcl_eval-1-py3-none-any.whl", "w") as wheel:
                 wheel.writestr("bfcl_eval/data/questions.json", "{}")
             return subprocess.CompletedProcess(command, 0, "", "")
 
-    stand_in = Pip()
-    monkeypatch.setattr(fetch.subprocess, "run", stand_in.run)
-    return stand_in
+    fake_pip = FakePip()
+    monkeypatch.setattr(fetch.subprocess, "run", fake_pip.run)
+    return fake_pip
 
 
-def test_a_package_is_unpacked_once(pip, tmp_path):
+def test_package_is_downloaded_once(pip, tmp_path):
     first = fetch.bfcl(tmp_path)
     assert (first / "bfcl_eval" / "data" / "questions.json").read_text() == "{}"
     assert fetch.bfcl(tmp_path) == first and pip.calls == 1
     assert [entry.name for entry in tmp_path.iterdir()] == [first.name]
 
 
-def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
-    """A process that writes three megabytes where pip would, in a second each."""
+def test_download_shows_progress(tmp_path, monkeypatch, capsys):
+    """The fake process writes three megabytes to pip's temporary directory, one per second."""
     program = (
         "import os, pathlib, time\n"
         "file = (pathlib.Path(os.environ['TMPDIR']) / 'part').open('wb', buffering=0)\n"
@@ -55,20 +55,20 @@ def test_a_download_says_how_fast_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetch.subprocess, "run", lambda _, **options: run([sys.executable, "-c", program], **options))
     with progress.display(), pytest.raises(UserError, match="could not download package==1"):
         fetch._fetch("name", "package==1", "4 MB", lambda *_: None, tmp_path)
-    said = re.search(r"downloading package==1: 3/4 MB \(75%\), ([\d.]+) MB/s", capsys.readouterr().err)
-    assert 0.4 < float(said[1]) < 1.5
+    match = re.search(r"downloading package==1: 3/4 MB \(75%\), ([\d.]+) MB/s", capsys.readouterr().err)
+    assert 0.4 < float(match[1]) < 1.5
 
 
-def test_a_failed_download_leaves_nothing_and_says_why(pip, tmp_path):
-    pip.complaint = "WARNING: retrying\nERROR: No matching distribution found for bfcl-eval\n"
+def test_failed_download_leaves_no_files(pip, tmp_path):
+    pip.stderr = "WARNING: retrying\nERROR: No matching distribution found for bfcl-eval\n"
     with pytest.raises(UserError, match="No matching distribution found for bfcl-eval.*check the network"):
         fetch.bfcl(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_conversion_leaves_nothing(pip, tmp_path):
+def test_failed_conversion_leaves_no_files(pip, tmp_path):
     def fail(unpacked, directory):
-        (directory / "half").write_text("")
+        (directory / "partial").write_text("")
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
@@ -76,56 +76,56 @@ def test_a_failed_conversion_leaves_nothing(pip, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whoever_finishes_first_wins(pip, tmp_path):
-    def slow(unpacked, directory):
-        (directory / "mine").write_text("")
+def test_directory_of_a_faster_process_is_kept(pip, tmp_path):
+    def build(unpacked, directory):
+        (directory / "second").write_text("")
         (tmp_path / "name").mkdir()
-        (tmp_path / "name" / "theirs").write_text("")
+        (tmp_path / "name" / "first").write_text("")
 
-    assert [entry.name for entry in fetch._fetch("name", "package==1", "1 MB", slow, tmp_path).iterdir()] == ["theirs"]
+    assert [entry.name for entry in fetch._fetch("name", "package==1", "1 MB", build, tmp_path).iterdir()] == ["first"]
 
 
-def test_what_a_killed_fetch_left_is_cleared_away(pip, tmp_path):
+def test_files_of_a_killed_fetch_are_removed(pip, tmp_path):
     name = fetch.BFCL_PACKAGE.replace("==", "-")
-    for left in (f".{name}-k1ll3d/unpacked", ".another-w0rking"):
-        (tmp_path / left).mkdir(parents=True)
-    (tmp_path / f".{name}-k1ll3d" / "wheel").write_text("half")
+    for leftover in (f".{name}-k1ll3d/unpacked", ".another-w0rking"):
+        (tmp_path / leftover).mkdir(parents=True)
+    (tmp_path / f".{name}-k1ll3d" / "wheel").write_text("partial")
     (tmp_path / f".{name}.lock").touch()
     fetch.bfcl(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".another-w0rking", name]
 
 
-def test_a_second_fetch_waits_for_the_first_and_takes_what_it_made(pip, tmp_path):
-    """Its workspace is not what a killed process left."""
-    started, waiting, found = threading.Event(), threading.Event(), []
+def test_concurrent_fetch_waits_and_uses_the_result(pip, tmp_path):
+    """The waiting process must not remove the temporary directory of the running one."""
+    started, waiting, results = threading.Event(), threading.Event(), []
 
-    def slow(unpacked, directory):
-        (directory / "mine").write_text("")
+    def slow_build(unpacked, directory):
+        (directory / "first").write_text("")
         started.set()
         assert waiting.wait(30)
         assert unpacked.is_dir()
 
-    def second():
-        found.append(fetch._fetch("name", "package==1", "1 MB", lambda *_: None, tmp_path))
+    def fetch_concurrently():
+        results.append(fetch._fetch("name", "package==1", "1 MB", lambda *_: None, tmp_path))
 
-    def say(line):
-        if "waiting for another process" in line:
+    def log(message):
+        if "waiting for another process" in message:
             waiting.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetch, "_say", say)
-        first = threading.Thread(target=fetch._fetch, args=("name", "package==1", "1 MB", slow, tmp_path))
+        patch.setattr(fetch, "_log", log)
+        first = threading.Thread(target=fetch._fetch, args=("name", "package==1", "1 MB", slow_build, tmp_path))
         first.start()
         assert started.wait(30)
-        other = threading.Thread(target=second)
-        other.start()
+        second = threading.Thread(target=fetch_concurrently)
+        second.start()
         first.join()
-        other.join()
-    assert [entry.name for entry in found[0].iterdir()] == ["mine"] and pip.calls == 1
+        second.join()
+    assert [entry.name for entry in results[0].iterdir()] == ["first"] and pip.calls == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["name"]
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
+def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("SHIQ_JAX_CACHE", str(tmp_path))
     assert fetch.cache_directory() == tmp_path
     assert fetch.cache_directory(tmp_path / "other") == tmp_path / "other"
@@ -134,15 +134,15 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     assert fetch.cache_directory() == tmp_path / "home" / ".cache" / "shiq_jax"
 
 
-def test_a_cache_that_cannot_be_written_is_refused(pip, tmp_path):
+def test_unwritable_cache_is_rejected(pip, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="SHIQ_JAX_CACHE"):
         fetch.bfcl(tmp_path / "file")
 
 
 @pytest.mark.slow
-def test_smollm2_speaks_and_stops():
-    """The fetched weights answer a question, in the real tokenizer's chat form, and end with the named stop token."""
+def test_smollm2_answers_a_question():
+    """The fetched model answers a question in its chat template and ends with its stop token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -160,5 +160,5 @@ def test_smollm2_speaks_and_stops():
     answer = tokenizer.decode(output[len(prompt) : -1])
     assert answer == "The capital of France is Paris." and output[-1] == 2
     assert encode_completion(tokenizer, question, answer).tokens.tolist() == output
-    # Digits are single tokens, and the spaces before them belong together.
+    # Each digit is a token, and consecutive spaces form one token.
     assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]

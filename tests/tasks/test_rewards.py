@@ -1,4 +1,4 @@
-"""Rewards by name: what each name stands for, and what is refused at the door."""
+"""Reward functions by name, and errors for unknown or invalid rewards."""
 
 import math
 import sys
@@ -10,21 +10,21 @@ from shiq_jax.tasks import rewards
 from shiq_jax.tasks.sorting import sorting_reward
 
 
-def test_exact_compares_without_white_space_around():
+def test_exact_ignores_surrounding_white_space():
     reward = rewards.resolve("exact")
     assert reward({"answer": "12"}, " 12\n") == 1.0
     assert reward({"answer": "12"}, "1 2") == 0.0
     assert reward({"answer": 12}, "12") == 1.0
 
 
-def test_sorting_is_the_embedded_tasks_reward():
+def test_sorting_resolves_to_the_task_reward():
     row = {"prompt": "sort 31:", "answer": "13"}
     assert [rewards.resolve("sorting")(row, text) for text in ("13", "11", "")] == [
         sorting_reward(row, text) for text in ("13", "11", "")
     ]
 
 
-def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
+def test_reward_from_a_module_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "lengths_reward.py").write_text(
         "def score(row, completion):\n    return len(completion) * row['weight']\n"
     )
@@ -35,7 +35,7 @@ def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("exakt", "the reward 'exakt' is unknown"),
         ("math:", "is unknown"),
@@ -44,15 +44,15 @@ def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
         ("math:pi", "no function 'pi'"),
     ],
 )
-def test_unknown_rewards_are_refused(name, said):
-    with pytest.raises(UserError, match=said):
+def test_unknown_rewards_are_rejected(name, message):
+    with pytest.raises(UserError, match=message):
         rewards.resolve(name)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "high", 10**400])
-def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
-    monkeypatch.setattr(math, "given_reward", lambda row, completion: value, raising=False)
-    reward = rewards.resolve("math:given_reward")
+def test_non_finite_reward_names_the_row(value, monkeypatch):
+    monkeypatch.setattr(math, "test_reward", lambda row, completion: value, raising=False)
+    reward = rewards.resolve("math:test_reward")
     with pytest.raises(UserError, match="the row 'q7'.*finite number"):
         reward({"id": "q7", "prompt": "a"}, "b")
     with pytest.raises(UserError, match='the prompt "a"'):
@@ -62,27 +62,27 @@ def test_rewards_that_are_no_finite_number_name_the_row(value, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyError("weight"), ZeroDivisionError("by zero"), RuntimeError("no\nway")])
-def test_rewards_that_fail_name_the_row_and_the_error(error, monkeypatch):
+def test_failing_reward_names_the_row_and_the_error(error, monkeypatch):
     def fail(row, completion):
         raise error
 
-    monkeypatch.setattr(math, "given_reward", fail, raising=False)
-    with pytest.raises(UserError, match="(?s)'math:given_reward' failed with .* the row 'q7' .* 'hello'") as refused:
-        rewards.resolve("math:given_reward")({"id": "q7"}, "hello")
-    assert f"{type(error).__name__}: {error}" in str(refused.value)
-    assert refused.value.__cause__ is error
+    monkeypatch.setattr(math, "test_reward", fail, raising=False)
+    with pytest.raises(UserError, match="(?s)'math:test_reward' failed with .* the row 'q7' .* 'hello'") as caught:
+        rewards.resolve("math:test_reward")({"id": "q7"}, "hello")
+    assert f"{type(error).__name__}: {error}" in str(caught.value)
+    assert caught.value.__cause__ is error
 
 
-def test_what_a_reward_refuses_is_told_as_it_is(monkeypatch):
-    def refuse(row, completion):
-        raise UserError("the judge is away: call again")
+def test_user_errors_of_a_reward_are_unchanged(monkeypatch):
+    def fail(row, completion):
+        raise UserError("the judge is not available: try again")
 
-    monkeypatch.setattr(math, "given_reward", refuse, raising=False)
-    with pytest.raises(UserError, match="^the judge is away: call again$"):
-        rewards.resolve("math:given_reward")({}, "b")
+    monkeypatch.setattr(math, "test_reward", fail, raising=False)
+    with pytest.raises(UserError, match="^the judge is not available: try again$"):
+        rewards.resolve("math:test_reward")({}, "b")
 
 
-def test_rows_that_lack_what_a_reward_reads_are_named():
+def test_missing_fields_are_named():
     with pytest.raises(UserError, match="'answer'"):
         rewards.resolve("exact")({"prompt": "a"}, "b")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The tiny model directory: what transformers makes of it, and that nothing in it depends on the run."""
+"""The tiny model directory: tokenizer, compatibility with transformers and reproducibility."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def directory(tmp_path_factory):
 
 @given(st.text(max_size=40))
 @settings(max_examples=100, deadline=None)
-def test_every_text_is_its_utf8_bytes_and_comes_back(text):
+def test_tokenizer_round_trip_is_one_token_per_byte(text):
     tokenizer = tiny_tokenizer()
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     if not any(special in text for special in SPECIAL_TOKENS):
@@ -38,14 +38,14 @@ def test_transformers_loads_model_and_tokenizer(directory):
     assert tokens[0] == model.config.bos_token_id == tokenizer.bos_token_id
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits
-    # An untrained model should say little: near the uniform distribution, yet not constant.
+    # The distribution of an untrained model is close to uniform, but not constant.
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     assert entropy.min() > 0.95 * np.log(VOCABULARY_SIZE)
     assert logits.std() > 0.01
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
-def test_the_seed_alone_decides_the_weights(tmp_path):
+def test_weights_depend_only_on_the_seed(tmp_path):
     def digest(name, seed):
         path = tiny_directory(tmp_path / name, seed=seed, hidden_size=16, num_layers=1, intermediate_size=16)
         return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
@@ -53,7 +53,7 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     assert digest("a", 0) == digest("b", 0) != digest("c", 1)
 
 
-def test_tied_embeddings_have_no_head(tmp_path):
+def test_tied_embeddings_have_no_lm_head(tmp_path):
     from safetensors import safe_open
 
     path = tiny_directory(tmp_path, hidden_size=16, num_layers=1, intermediate_size=16, tie_word_embeddings=True)
@@ -63,8 +63,8 @@ def test_tied_embeddings_have_no_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "named"), [({"hidden_size": 30}, "hidden_size=30"), ({"num_kv_heads": 3}, "num_kv_heads=3")]
+    ("sizes", "message"), [({"hidden_size": 30}, "hidden_size=30"), ({"num_kv_heads": 3}, "num_kv_heads=3")]
 )
-def test_impossible_sizes_are_refused(sizes, named):
-    with pytest.raises(ValueError, match=named):
+def test_invalid_sizes_are_rejected(sizes, message):
+    with pytest.raises(ValueError, match=message):
         tiny_config(**sizes)

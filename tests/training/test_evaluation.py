@@ -1,4 +1,4 @@
-"""Estimates of reward and distance: against numbers computed whole, without any sampling."""
+"""Evaluation: reward and KL estimates against values computed exactly from the full distribution."""
 
 import zlib
 
@@ -22,7 +22,7 @@ KEY = jax.random.key(1)
 
 
 def reward(row, text):
-    """A number that any other text or row would change."""
+    """A reward that depends on every character of the text and on the row."""
     return row["bonus"] + zlib.crc32(text.encode()) % 97 / 97
 
 
@@ -38,18 +38,18 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model):
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
-    def leaf(path, shape):
-        return jnp.asarray(random.normal(path[-1].key == "scale", 0.3, shape.shape), shape.dtype)
+    def random_leaf(path, leaf):
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.3, leaf.shape), leaf.dtype)
 
-    return jax.tree.map_with_path(leaf, model.abstract_params())
+    return jax.tree.map_with_path(random_leaf, model.abstract_params())
 
 
 @pytest.fixture(scope="module")
 def policy(reference):
-    random = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(random.normal(0, 0.06, leaf.shape), leaf.dtype), reference)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.06, leaf.shape), leaf.dtype), reference)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def logp(model):
-    """`logp(params, sequences)`: float64[rows, V], of what follows each sequence."""
+    """`logp(params, sequences)`: float64[rows, V], next-token log-probabilities of each sequence."""
     forward = jax.jit(model.logits)
 
     def compute(params, sequences):
@@ -83,7 +83,7 @@ def logp(model):
 
 @pytest.fixture(scope="module")
 def evaluator(model, tokenizer):
-    """Three samples of four tokens at most, scored, and a greedy one."""
+    """Three samples of at most four tokens and a greedy answer per prompt, with a reward."""
     return Evaluator(model, tokenizer, STOPS, ROWS, reward, 4, samples_per_prompt=3, prompts_in_flight=4, greedy=True)
 
 
@@ -96,85 +96,84 @@ def divergence(policy_logp, reference_logp):
     return (np.exp(policy_logp) * (policy_logp - reference_logp)).sum(axis=1)
 
 
-def test_a_policy_is_at_no_distance_from_itself(evaluator, reference, handle):
-    for other in (handle, None):
-        numbers = evaluator(reference, other, KEY).numbers
-        assert abs(numbers["kl"]) < 1e-5 and abs(numbers["kl_stderr"]) < 1e-5
+def test_kl_of_the_reference_is_zero(evaluator, reference, handle):
+    for kl_reference in (handle, None):
+        metrics = evaluator(reference, kl_reference, KEY).metrics
+        assert abs(metrics["kl"]) < 1e-5 and abs(metrics["kl_stderr"]) < 1e-5
 
 
 @pytest.mark.parametrize("row", [0, 3])
-def test_kl_of_one_token_is_the_exact_one(model, tokenizer, policy, reference, handle, prompts, logp, row):
+def test_kl_of_one_token_is_exact(model, tokenizer, policy, reference, handle, prompts, logp, row):
     exact = divergence(logp(policy, prompts[row : row + 1]), logp(reference, prompts[row : row + 1]))[0]
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[row : row + 1], None, 1, 1500, prompts_in_flight=1)
-    numbers = evaluator(policy, handle, KEY).numbers
-    assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"]
-    # The bound above says something, in either direction.
-    assert 0 < 10 * numbers["kl_stderr"] < exact
-    assert numbers["length"] == 1
+    metrics = evaluator(policy, handle, KEY).metrics
+    assert abs(metrics["kl"] - exact) < 5 * metrics["kl_stderr"]
+    # The standard error is small enough for the comparison to be meaningful.
+    assert 0 < 10 * metrics["kl_stderr"] < exact
+    assert metrics["length"] == 1
 
 
-def test_kl_of_two_tokens_counts_what_follows_unless_it_stopped(
-    model, tokenizer, policy, reference, handle, prompts, logp
-):
+def test_kl_of_two_tokens_ends_at_stop_tokens(model, tokenizer, policy, reference, handle, prompts, logp):
     prompt = prompts[1]
-    further = [token for token in range(CONFIG.vocab_size) if token not in STOPS]
-    first = logp(policy, [prompt])
-    continued = [[*prompt, token] for token in further]
-    after = divergence(logp(policy, continued), logp(reference, continued))
-    exact = divergence(first, logp(reference, [prompt]))[0] + (np.exp(first[0, further]) * after).sum()
+    continuing = [token for token in range(CONFIG.vocab_size) if token not in STOPS]
+    first_logp = logp(policy, [prompt])
+    continuations = [[*prompt, token] for token in continuing]
+    second_kl = divergence(logp(policy, continuations), logp(reference, continuations))
+    first_kl = divergence(first_logp, logp(reference, [prompt]))[0]
+    exact = first_kl + (np.exp(first_logp[0, continuing]) * second_kl).sum()
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[1:2], None, 2, samples_per_prompt=1500, prompts_in_flight=1)
-    numbers, samples, logratios, *_ = evaluator(policy, handle, KEY)
-    assert abs(numbers["kl"] - exact) < 5 * numbers["kl_stderr"] < exact / 2
-    assert numbers["kl"] == pytest.approx(logratios.mean())
-    going_on = np.exp(first[0, further]).sum()
-    assert numbers["length"] == pytest.approx(1 + going_on, abs=5 * np.sqrt(going_on * (1 - going_on) / 1500))
+    metrics, samples, logratios, *_ = evaluator(policy, handle, KEY)
+    assert abs(metrics["kl"] - exact) < 5 * metrics["kl_stderr"] < exact / 2
+    assert metrics["kl"] == pytest.approx(logratios.mean())
+    p_continue = np.exp(first_logp[0, continuing]).sum()
+    assert metrics["length"] == pytest.approx(1 + p_continue, abs=5 * np.sqrt(p_continue * (1 - p_continue) / 1500))
     assert len(samples) == 1500
 
 
-def test_reward_and_its_error_are_those_of_the_samples(evaluator, evaluated):
-    numbers, everything = evaluated.numbers, evaluator.shown(evaluated)
-    samples = [row for row in everything if row["decoding"] == "sampled"]
-    assert len(samples) == 12 and len(everything) == 16
+def test_reward_and_its_standard_error_match_the_samples(evaluator, evaluated):
+    metrics, generations = evaluated.metrics, evaluator.generations(evaluated)
+    samples = [row for row in generations if row["decoding"] == "sampled"]
+    assert len(samples) == 12 and len(generations) == 16
     rewards = np.array([sample["reward"] for sample in samples])
     expected = [reward(row, sample["completion"]) for row, sample in zip(np.repeat(ROWS, 3), samples, strict=True)]
     np.testing.assert_allclose(rewards, expected, atol=1e-6)
     means = rewards.reshape(4, 3).mean(axis=1)
-    assert numbers["reward"] == pytest.approx(means.mean(), abs=1e-6)
-    # Answers to one prompt are not independent: the prompts are what was drawn.
-    assert numbers["reward_stderr"] == pytest.approx(np.sqrt(means.var(ddof=1) / 4), abs=1e-6)
+    assert metrics["reward"] == pytest.approx(means.mean(), abs=1e-6)
+    # Answers to one prompt are not independent, so the standard error is over prompts.
+    assert metrics["reward_stderr"] == pytest.approx(np.sqrt(means.var(ddof=1) / 4), abs=1e-6)
     assert len(set(rewards.round(4))) > 6
-    assert numbers["accuracy"] == (rewards >= 1).mean() and 0 < numbers["accuracy"] < 1
+    assert metrics["accuracy"] == (rewards >= 1).mean() and 0 < metrics["accuracy"] < 1
 
 
-def test_samples_show_the_prompt_as_the_model_reads_it(evaluator, evaluated, tokenizer, prompts):
-    shown = [sample["prompt"] for sample in evaluator.shown(evaluated, samples=0)]
-    assert shown == [tokenizer.decode(prompt) for prompt in prompts] == [f"<bos>{row['prompt']}" for row in ROWS]
+def test_generations_include_special_tokens_of_the_prompt(evaluator, evaluated, tokenizer, prompts):
+    texts = [row["prompt"] for row in evaluator.generations(evaluated, samples=0)]
+    assert texts == [tokenizer.decode(prompt) for prompt in prompts] == [f"<bos>{row['prompt']}" for row in ROWS]
 
 
-def test_generations_are_shown_prompt_by_prompt_with_their_distance(evaluator, evaluated, policy, reference, logp):
-    rows = evaluator.shown(evaluated, prompts=2, samples=2)
+def test_generations_are_ordered_by_prompt_and_have_logratios(evaluator, evaluated, policy, reference, logp):
+    rows = evaluator.generations(evaluated, prompts=2, samples=2)
     assert [row["decoding"] for row in rows] == ["sampled", "sampled", "greedy"] * 2
-    assert [row["prompt"] for row in rows] == [f"<bos>{ROWS[number]['prompt']}" for number in (0, 0, 0, 1, 1, 1)]
+    assert [row["prompt"] for row in rows] == [f"<bos>{ROWS[index]['prompt']}" for index in (0, 0, 0, 1, 1, 1)]
     records = [*evaluated.records[:2], evaluated.greedy[0], *evaluated.records[3:5], evaluated.greedy[1]]
     for row, record in zip(rows, records, strict=True):
         assert row["tokens"] == len(record.rewards) and row["reward"] == record.rewards.sum()
         tokens, actions = list(map(int, record.tokens)), len(record.rewards)
-        before = [tokens[:end] for end in range(len(tokens) - actions, len(tokens))]
+        prefixes = [tokens[:end] for end in range(len(tokens) - actions, len(tokens))]
         taken = (np.arange(actions), tokens[-actions:])
-        exact = (logp(policy, before)[taken] - logp(reference, before)[taken]).sum()
+        exact = (logp(policy, prefixes)[taken] - logp(reference, prefixes)[taken]).sum()
         assert row["logratio"] == pytest.approx(exact, abs=1e-3) and abs(exact) > 1e-3
 
 
-def test_a_part_of_the_prompts_gives_what_the_whole_gave_for_them(evaluator, evaluated, policy, handle):
+def test_samples_do_not_depend_on_the_number_of_prompts(evaluator, evaluated, policy, handle):
     part = evaluator(policy, handle, KEY, prompts=2)
     assert part.records == evaluated.records[:6] and part.greedy == evaluated.greedy[:2]
     np.testing.assert_allclose(part.logratios, evaluated.logratios[:6], atol=1e-4)
-    assert part.numbers["kl"] == pytest.approx(part.logratios.mean())
+    assert part.metrics["kl"] == pytest.approx(part.logratios.mean())
     rewards = [record.rewards.sum() for record in evaluated.records[:6]]
-    assert part.numbers["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    assert part.metrics["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
 
 
-def test_greedy_reward_is_that_of_the_most_likely_tokens(evaluated, policy, prompts, tokenizer, logp):
+def test_greedy_reward_matches_argmax_decoding(evaluated, policy, prompts, tokenizer, logp):
     total = 0.0
     for row, prompt in zip(ROWS, prompts, strict=True):
         tokens = list(prompt)
@@ -182,43 +181,43 @@ def test_greedy_reward_is_that_of_the_most_likely_tokens(evaluated, policy, prom
             tokens.append(int(logp(policy, [tokens])[0].argmax()))
         completion = tokens[len(prompt) : -1 if tokens[-1] in STOPS else None]
         total += reward(row, tokenizer.decode(completion, skip_special_tokens=True))
-    assert evaluated.numbers["greedy_reward"] == pytest.approx(total / len(ROWS), abs=1e-6)
+    assert evaluated.metrics["greedy_reward"] == pytest.approx(total / len(ROWS), abs=1e-6)
 
 
-def test_the_error_is_taken_over_prompts(evaluated):
+def test_standard_error_is_over_prompts(evaluated):
     kl = evaluated.logratios.reshape(4, 3).mean(axis=1)
-    assert evaluated.numbers["kl"] == pytest.approx(kl.mean())
-    assert evaluated.numbers["kl_stderr"] == pytest.approx(kl.std(ddof=1) / 2)
+    assert evaluated.metrics["kl"] == pytest.approx(kl.mean())
+    assert evaluated.metrics["kl_stderr"] == pytest.approx(kl.std(ddof=1) / 2)
 
 
-def test_numbers_are_plain_and_come_again(evaluator, evaluated, policy, handle):
-    numbers = evaluated.numbers
+def test_metrics_are_floats_and_reproducible(evaluator, evaluated, policy, handle):
+    metrics = evaluated.metrics
     scores = {prefix + name for prefix in ("", "greedy_") for name in ("reward", "accuracy")}
     expected = scores | {"length", "kl", "kl_stderr"} | {f"{name}_stderr" for name in scores}
-    assert set(numbers) == expected
-    assert {type(value) for value in numbers.values()} == {float}
-    again = evaluator(policy, handle, KEY)
-    assert again.numbers == numbers and again.records == evaluated.records
-    other = evaluator(policy, handle, jax.random.key(9)).numbers
-    assert other["kl"] != numbers["kl"] and other["greedy_reward"] == numbers["greedy_reward"]
+    assert set(metrics) == expected
+    assert {type(value) for value in metrics.values()} == {float}
+    repeated = evaluator(policy, handle, KEY)
+    assert repeated.metrics == metrics and repeated.records == evaluated.records
+    other_key = evaluator(policy, handle, jax.random.key(9)).metrics
+    assert other_key["kl"] != metrics["kl"] and other_key["greedy_reward"] == metrics["greedy_reward"]
 
 
-def test_without_a_reward_only_the_distance_is_measured(model, tokenizer, policy, handle):
+def test_only_kl_without_a_reward(model, tokenizer, policy, handle):
     evaluator = Evaluator(model, tokenizer, STOPS, ROWS[:1], None, 1, prompts_in_flight=1, greedy=True)
-    found = evaluator(policy, handle, KEY)
-    numbers, records, logratios = found[:3]
-    assert set(numbers) == {"length", "kl", "kl_stderr"} and numbers["kl"] == pytest.approx(logratios[0]) != 0
-    # One sample has no spread to estimate an error from.
-    assert numbers["kl_stderr"] == 0 and len(records) == 1
-    # What nothing scores can still be looked at, the greedy answer too.
-    assert [(row["decoding"], row["reward"]) for row in evaluator.shown(found)] == [("sampled", None), ("greedy", None)]
+    result = evaluator(policy, handle, KEY)
+    metrics, records, logratios = result[:3]
+    assert set(metrics) == {"length", "kl", "kl_stderr"} and metrics["kl"] == pytest.approx(logratios[0]) != 0
+    # A single sample gives no estimate of the standard error.
+    assert metrics["kl_stderr"] == 0 and len(records) == 1
+    generations = evaluator.generations(result)
+    assert [(row["decoding"], row["reward"]) for row in generations] == [("sampled", None), ("greedy", None)]
 
 
-def test_a_reference_of_another_vocabulary_is_refused(evaluator, policy, model, reference):
+def test_reference_with_another_vocabulary_is_rejected(evaluator, policy, model, reference):
     with pytest.raises(UserError, match="vocabulary of 264 tokens and the policy one of 99"):
         evaluator(policy, Reference("other", lambda source: (model, reference), 99), KEY)
 
 
-def test_nothing_to_evaluate_on_is_refused(model, tokenizer, policy):
-    with pytest.raises(UserError, match="no prompt"):
+def test_evaluation_without_prompts_is_rejected(model, tokenizer, policy):
+    with pytest.raises(UserError, match="no prompts"):
         Evaluator(model, tokenizer, STOPS, [], None, 1)(policy, None, KEY)

@@ -1,5 +1,6 @@
-"""Schedules at known points, clipping, decay, and every rule on a quadratic."""
+"""Schedules, clipping, weight decay, and convergence of every optimizer on a quadratic."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +12,22 @@ from shiq_jax.training.optimizers import Optimizer, clip_by_global_norm
 NAMES = ("adamw", "lion", "adafactor", "sgd")
 
 
-def test_linear_rises_to_the_peak_and_falls_to_the_final_rate():
+def test_linear_schedule_with_warmup():
     rate = Optimizer(learning_rate=2.0, schedule="linear", warmup=0.1, final=0.25).learning_rate_at(100)
     np.testing.assert_allclose(rate(10), 2.0, rtol=1e-6)
     np.testing.assert_allclose(rate(55), 1.25, rtol=1e-6)
     np.testing.assert_allclose(rate(100), 0.5, rtol=1e-6)
-    rising = [float(rate(step)) for step in range(11)]
-    np.testing.assert_allclose(np.diff(rising), 2.0 / 11, rtol=1e-5)
+    warmup = [float(rate(step)) for step in range(11)]
+    np.testing.assert_allclose(np.diff(warmup), 2.0 / 11, rtol=1e-5)
 
 
-def test_cosine_is_half_way_down_in_the_middle():
+def test_cosine_schedule():
     rate = Optimizer(learning_rate=1.0, schedule="cosine", warmup=0.0, final=0.2).learning_rate_at(40)
     np.testing.assert_allclose([rate(0), rate(20), rate(40)], [1.0, 0.6, 0.2], rtol=1e-6)
     np.testing.assert_allclose(rate(10), 0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-6)
 
 
-def test_constant_stays_at_the_peak():
+def test_constant_schedule_with_warmup():
     rate = Optimizer(learning_rate=3.0, schedule="constant", warmup=0.5).learning_rate_at(10)
     np.testing.assert_allclose([rate(step) for step in (5, 6, 9)], 3.0, rtol=1e-6)
     assert rate(4) < 3.0
@@ -34,35 +35,35 @@ def test_constant_stays_at_the_peak():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 30])
-def test_no_step_of_a_run_is_wasted_and_none_exceeds_the_peak(schedule, steps):
+def test_learning_rate_is_positive_and_reaches_but_never_exceeds_the_peak(schedule, steps):
     rate = Optimizer(learning_rate=1.0, schedule=schedule, warmup=0.3).learning_rate_at(steps)
     rates = np.array([float(rate(step)) for step in range(steps)])
     assert (rates > 0).all() and (rates <= 1 + 1e-6).all() and np.isclose(rates.max(), 1)
 
 
-def test_a_long_gradient_is_cut_to_the_clip_norm_and_a_short_one_kept():
-    rule = Optimizer("sgd", learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0.5, b1=0).build(10)
+def test_only_gradients_above_the_clip_norm_are_scaled():
+    optimizer = Optimizer("sgd", learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0.5, b1=0).build(10)
     params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
-    state = rule.init(params)
-    long = {"a": jnp.array([3.0, 0, 0]), "b": jnp.array([0, 4.0])}
-    moved, _ = rule.update(long, state, params)
-    np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(moved["b"][1] / moved["a"][0], 4 / 3, rtol=1e-6)
-    short = jax.tree.map(lambda leaf: leaf / 20, long)
-    moved, _ = rule.update(short, state, params)
-    np.testing.assert_allclose(moved["b"][1], -0.2, rtol=1e-6)
+    state = optimizer.init(params)
+    large = {"a": jnp.array([3.0, 0, 0]), "b": jnp.array([0, 4.0])}
+    updates, _ = optimizer.update(large, state, params)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"][1] / updates["a"][0], 4 / 3, rtol=1e-6)
+    small = jax.tree.map(lambda leaf: leaf / 20, large)
+    updates, _ = optimizer.update(small, state, params)
+    np.testing.assert_allclose(updates["b"][1], -0.2, rtol=1e-6)
 
 
-def test_a_clip_norm_of_zero_clips_nothing():
-    rule = Optimizer("sgd", learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0, b1=0).build(10)
-    moved, _ = rule.update({"a": jnp.array([1e6])}, rule.init({"a": jnp.zeros(1)}), {"a": jnp.zeros(1)})
-    np.testing.assert_allclose(moved["a"], -1e6)
+def test_clip_norm_zero_disables_clipping():
+    optimizer = Optimizer("sgd", learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0, b1=0).build(10)
+    updates, _ = optimizer.update({"a": jnp.array([1e6])}, optimizer.init({"a": jnp.zeros(1)}), {"a": jnp.zeros(1)})
+    np.testing.assert_allclose(updates["a"], -1e6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_every_rule_lowers_a_quadratic(name, schedule):
-    rule = Optimizer(name, learning_rate=0.05, schedule=schedule, clip_norm=10.0).build(60)
+def test_every_optimizer_minimizes_a_quadratic(name, schedule):
+    optimizer = Optimizer(name, learning_rate=0.05, schedule=schedule, clip_norm=10.0).build(60)
     scales = jnp.array([1.0, 2.0, 4.0])
 
     def loss(params):
@@ -70,51 +71,51 @@ def test_every_rule_lowers_a_quadratic(name, schedule):
 
     def step(carry, _):
         params, state = carry
-        updates, state = rule.update(jax.grad(loss)(params), state, params)
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     params = {"x": jnp.array([3.0, -2.0, 0.5])}
-    (last, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, 60))((params, rule.init(params)))
+    (last, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, 60))((params, optimizer.init(params)))
     assert loss(last) < 0.5 * loss(params)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
-def test_decay_shrinks_by_the_learning_rate_times_itself(name):
-    """Without a gradient a decoupled decay is all that is left, and it follows the schedule."""
+def test_weight_decay_follows_the_learning_rate(name):
+    """With a zero gradient the update is the decoupled weight decay alone."""
     settings = Optimizer(name, learning_rate=0.1, schedule="linear", warmup=0, weight_decay=0.2)
-    rule, params = settings.build(4), {"x": jnp.array([2.0, -1.0])}
-    state = rule.init(params)
+    optimizer, params = settings.build(4), {"x": jnp.array([2.0, -1.0])}
+    state = optimizer.init(params)
     for step in range(3):
-        updates, state = rule.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
         np.testing.assert_allclose(updates["x"], -settings.learning_rate_at(4)(step) * 0.2 * params["x"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rate_of_zero_moves_nothing(name):
-    rule, params = Optimizer(name, learning_rate=0.0, weight_decay=0.3).build(5), {"x": jnp.array([2.0, -1.0])}
-    updates, _ = rule.update({"x": jnp.ones(2)}, rule.init(params), params)
+def test_zero_learning_rate_gives_zero_updates(name):
+    optimizer, params = Optimizer(name, learning_rate=0.0, weight_decay=0.3).build(5), {"x": jnp.array([2.0, -1.0])}
+    updates, _ = optimizer.update({"x": jnp.ones(2)}, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["x"], 0)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"learning_rate": -1e-5}, "learning_rate must be at least 0 and finite, not -1e-05"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, not nan"),
         ({"warmup": 1.0}, r"must lie in \[0, 1\), not 1.0"),
     ],
 )
-def test_settings_out_of_range_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_settings_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
         Optimizer(**options)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-3, 0.99, 1.0, 1.01, 50.0])
-def test_clipping_is_that_of_optax(size):
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 0.99, 1.0, 1.01, 50.0])
+def test_clipping_matches_optax(norm):
     leaves = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jax.random.normal(jax.random.key(1), (5,))}
-    gradient = jax.tree.map(lambda leaf: leaf * size / optax.tree.norm(leaves), leaves)
-    found, expected = (
-        rule.update(gradient, rule.init(leaves))[0]
-        for rule in (clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
+    gradient = jax.tree.map(lambda leaf: leaf * norm / optax.tree.norm(leaves), leaves)
+    actual, expected = (
+        transformation.update(gradient, transformation.init(leaves))[0]
+        for transformation in (clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
     )
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)

@@ -1,5 +1,6 @@
-"""The state of a run: what learns and what rests, and where the optimiser's memory is born."""
+"""Training state: partition of the parameters, targets and shardings of the optimizer state."""
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -24,7 +25,7 @@ def paths(tree) -> set:
 
 @settings(deadline=None, max_examples=60)
 @given(TREES, st.integers(0, 2**16))
-def test_split_and_merge_are_inverse(tree, salt):
+def test_merge_inverts_partition(tree, salt):
     def keep(path):
         return hash((path, salt)) % 3 == 0
 
@@ -36,20 +37,20 @@ def test_split_and_merge_are_inverse(tree, salt):
 
 @settings(deadline=None, max_examples=30)
 @given(TREES)
-def test_the_upper_tree_wins_where_both_have_a_leaf(tree):
-    above = jax.tree.map(lambda leaf: leaf + 1, tree)
-    assert merge(above, tree) == above
+def test_merge_prefers_the_overrides(tree):
+    overrides = jax.tree.map(lambda leaf: leaf + 1, tree)
+    assert merge(overrides, tree) == overrides
 
 
-def test_everything_learns_by_default_and_params_are_the_models(model, on_mesh, host_params):
-    _, params = on_mesh()
+def test_all_parameters_are_trainable_by_default(model, model_on_mesh, host_params):
+    _, params = model_on_mesh()
     state = init_state(model, params, optax.adam(1e-3))
     assert not state.frozen and not state.targets and int(state.step) == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params(), host_params)
+    chex.assert_trees_all_equal(state.params(), host_params)
 
 
-def test_what_does_not_learn_has_no_optimiser_memory(model, on_mesh):
-    _, params = on_mesh()
+def test_frozen_parameters_have_no_optimizer_state(model, model_on_mesh):
+    _, params = model_on_mesh()
     state = init_state(model, params, optax.adam(1e-3), trainable=lambda path: path[:2] == ("layers", "mlp"))
     assert set(state.trainable) == set(state.trainable["layers"]) - {"mlp"} | {"layers"}
     assert paths(state.trainable["layers"]) == {("mlp", name, "kernel") for name in ("gate", "up", "down")}
@@ -58,58 +59,58 @@ def test_what_does_not_learn_has_no_optimiser_memory(model, on_mesh):
     assert paths(moments) == paths(state.trainable)
 
 
-def test_refusal_when_nothing_learns(model, on_mesh):
-    _, params = on_mesh()
-    with pytest.raises(ValueError, match="nothing would learn"):
+def test_state_without_trainable_parameters_is_rejected(model, model_on_mesh):
+    _, params = model_on_mesh()
+    with pytest.raises(ValueError, match="nothing to train"):
         init_state(model, params, optax.sgd(1.0), trainable=lambda path: path[0] == "adapter")
 
 
-def test_targets_are_copies_that_survive_the_donation_of_their_source(model, on_mesh, host_params):
-    _, params = on_mesh()
+def test_targets_survive_donation_of_the_parameters(model, model_on_mesh, host_params):
+    _, params = model_on_mesh()
     state = init_state(model, params, optax.sgd(1.0), targets=lambda params: {"head": params["head"]})
-    moved = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(state.trainable)
+    updated = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(state.trainable)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
     np.testing.assert_array_equal(state.targets["head"]["kernel"], host_params["head"]["kernel"])
-    np.testing.assert_array_equal(moved["head"]["kernel"], host_params["head"]["kernel"] + 1)
+    np.testing.assert_array_equal(updated["head"]["kernel"], host_params["head"]["kernel"] + 1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
-def test_moments_are_born_in_the_shardings_of_their_parameters(on_mesh, name):
-    model, params = on_mesh("fsdp=2,tensor=2")
+def test_moments_are_sharded_like_their_parameters(model_on_mesh, name):
+    model, params = model_on_mesh("fsdp=2,tensor=2")
     state = init_state(model, params, Optimizer(name).build(10))
     moments = [
         moment for key in ("mu", "nu", "trace") for _, moment in optax.tree.get_all_with_path(state.opt_state, key)
     ]
     assert moments
     for moment in moments:
-        jax.tree.map(lambda leaf, param: _same_place(leaf, param), moment, params)
+        jax.tree.map(_assert_same_sharding, moment, params)
     assert not params["head"]["kernel"].sharding.is_fully_replicated
-    for scalar in (state.step, *optax.tree.get_all_with_path(state.opt_state, "count")):
-        scalar = scalar[1] if isinstance(scalar, tuple) else scalar
+    counts = [count for _, count in optax.tree.get_all_with_path(state.opt_state, "count")]
+    for scalar in (state.step, *counts):
         assert scalar.sharding.is_fully_replicated and len(scalar.sharding.device_set) == 4
 
 
-def test_factored_moments_on_a_mesh_lie_on_all_its_devices(on_mesh):
-    model, params = on_mesh("fsdp=2,tensor=2")
+def test_factored_moments_are_on_all_devices_of_the_mesh(model_on_mesh):
+    model, params = model_on_mesh("fsdp=2,tensor=2")
     state = init_state(model, params, Optimizer("adafactor").build(10))
-    reference = Optimizer("adafactor").build(10).init(jax.device_get(params))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.opt_state), jax.device_get(reference))
+    expected = Optimizer("adafactor").build(10).init(jax.device_get(params))
+    chex.assert_trees_all_equal(jax.device_get(state.opt_state), jax.device_get(expected))
     assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(state.opt_state))
 
 
 @pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_abstract_parameters_give_the_abstract_state(on_mesh, mesh, name):
-    model, params = on_mesh(mesh)
+def test_abstract_parameters_give_an_abstract_state(model_on_mesh, mesh, name):
+    model, params = model_on_mesh(mesh)
     options = {"trainable": lambda path: path[0] != "norm", "targets": lambda params: {"head": params["head"]}}
     state = init_state(model, params, Optimizer(name).build(10), **options)
     abstract = init_state(model, model.abstract_params(), Optimizer(name).build(10), **options)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
-    for leaf, found in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
-        assert isinstance(found, jax.ShapeDtypeStruct) and (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
-        assert mesh is None or found.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    for leaf, struct in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert isinstance(struct, jax.ShapeDtypeStruct) and (struct.shape, struct.dtype) == (leaf.shape, leaf.dtype)
+        assert mesh is None or struct.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
-def _same_place(leaf, param):
+def _assert_same_sharding(leaf, param):
     assert leaf.shape == param.shape
     assert leaf.sharding.is_equivalent_to(param.sharding, param.ndim), (leaf.sharding, param.sharding)
