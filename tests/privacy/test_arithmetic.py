@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from benchmarks.flops import executed
+from benchmarks.flops import executed_flops
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, count_groups
@@ -35,7 +35,7 @@ def count(method: str, remat: str) -> float:
     traced = jax.make_jaxpr(total)(params)
     # What nothing depends on is traced, but no part of the program.
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    operations = executed(lambda *leaves: jax.core.eval_jaxpr(needed, traced.consts, *leaves), *jax.tree.leaves(params))
+    operations = executed_flops(lambda *leaves: jax.core.eval_jaxpr(needed, traced.consts, *leaves), *jax.tree.leaves(params))
     matrices = 4 * 16 * 16 + 3 * 16 * 480
     return operations / (2 * ROWS * LENGTH * matrices * CONFIG.num_layers)
 
