@@ -1,6 +1,6 @@
 """Time update steps of this library and of its peers on one workload.
 
-Peer settings are first timed alone on a small workload; the fastest ones are then timed in alternation with this library.
+Peer settings are first timed alone on a small workload; the fastest are then interleaved with this library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sampling worker of transformers: `generate` on one batch of all sequences. Started by `throughput` in its own venv."""
+"""transformers sampling worker: `generate` on one batch. Started by `throughput` in its own virtual environment."""
 
 import itertools
 import json
