@@ -126,18 +126,20 @@ Paired differences in percentage points of accuracy; bold intervals exclude 0:
 
 - The model is SmolLM2-135M-Instruct in float32 on the Berkeley Function Calling Leaderboard
   ({", ".join(settings["categories"])}); the official AST checker gives reward 1 for a correct answer and 0 otherwise.
-- The {questions} held-out questions are the same for all seeds ({seeds}) and share no question or function name with the
-  training questions.
+- The {questions} held-out questions are the same for all seeds ({seeds}) and share no question or function name with
+  the training questions.
 - Each seed has its own {settings["demonstrations"]} demonstrations for the supervised warm start, which produces the
-  reference, and its own {settings["prompts"]} training questions, which the reference answers {settings["samples"]} times each.
+  reference, and its own {settings["prompts"]} training questions.
+- The reference answers each training question {settings["samples"]} times.
 - Intervals are 95% bootstrap intervals that resample {resampled}.
 - Sampled accuracy and KL use {settings["measured"]} answers per question at temperature 1; KL is the mean summed
   log-ratio to the reference.
 - All policies are evaluated with the same random numbers.
 - An interrupted run resumes, and seeds with results in [bfcl/](bfcl) are not rerun.
-- A seed took {minutes:.0f} minutes on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]}, {first["date"]}).
-- `--scale large` uses all single-turn Python categories, 600 questions and 16 answers per question on an accelerator; it
-  has not been measured yet.
+- A seed took {minutes:.0f} minutes on {machine["cpu_cores"]} CPU cores ({machine["device"]}, jax {machine["jax"]},
+  {first["date"]}).
+- `--scale large` uses all single-turn Python categories, 600 questions and 16 answers per question on an accelerator;
+  it has not been measured yet.
 
 {_method(results)}
 """
@@ -230,5 +232,5 @@ def _summary(results: Results) -> str:
 
 
 def _list(arms: list[str]) -> str:
-    names = [NAMES[arm] for arm in arms]
+    names = ["the reference" if arm == "reference" else NAMES[arm] for arm in arms]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

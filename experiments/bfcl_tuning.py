@@ -36,16 +36,16 @@ def _shiq(learning_rate: float, **loss) -> tuple[str, dict]:
 TRIALS: dict[str, tuple[str, dict]] = {
     # At beta 0.5 the optimum raises a success probability of 1/3 to 4/5.
     "shiq": _shiq(1e-5, beta=0.5, position_weight="inv_position"),
-    "best-1e-5": ("best_of_k", _rate(1e-5)),
-    "dpo-1e-5": ("dpo", _rate(1e-5)),
+    "best-1e-5": ("best_of_k", _optimizer(1e-5)),
+    "dpo-1e-5": ("dpo", _optimizer(1e-5)),
     "shiq-inv-3e-5": _shiq(3e-5, beta=0.5, position_weight="inv_position"),
-    "best-3e-5": ("best_of_k", _rate(3e-5)),
-    "dpo-3e-6": ("dpo", _rate(3e-6)),
-    "more-1e-5": ("more_sft", _rate(1e-5)),
+    "best-3e-5": ("best_of_k", _optimizer(3e-5)),
+    "dpo-3e-6": ("dpo", _optimizer(3e-6)),
+    "more-1e-5": ("more_sft", _optimizer(1e-5)),
     "shiq-mean-1e-5": _shiq(1e-5, beta=0.5, normalisation="mean_t"),
     "shiq-sum-1e-5": _shiq(1e-5, beta=0.5),
-    "dpo-3e-5": ("dpo", _rate(3e-5)),
-    "more-3e-5": ("more_sft", _rate(3e-5)),
+    "dpo-3e-5": ("dpo", _optimizer(3e-5)),
+    "more-3e-5": ("more_sft", _optimizer(3e-5)),
     "shiq-inv-1e-5-beta-2": _shiq(1e-5, beta=2.0, position_weight="inv_position"),
 }
 

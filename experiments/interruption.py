@@ -361,9 +361,9 @@ def render(outcomes: Sequence[Outcome], durations: dict[str, float], options: Op
     machine = f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {platform.python_version()}"
     return f"""# Killed and resumed runs
 
-Of {len(outcomes)} runs killed with SIGKILL and resumed with `--resume`, {equal} ended in the same state as the uninterrupted run.
-Exported weights, reference, buffer, statistics and samples are identical byte for byte, checkpoints have the same
-arrays, and the log differs only in times.
+Of {len(outcomes)} runs killed with SIGKILL and resumed with `--resume`, {equal} ended in the same state as the
+uninterrupted run. Exported weights, reference, buffer, statistics and samples are identical byte for byte, checkpoints
+have the same arrays, and the log differs only in times.
 
 | job | killed | stage | starts | equal |
 |---|---|---|---|---|
