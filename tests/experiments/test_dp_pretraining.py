@@ -130,28 +130,30 @@ def test_page_compares_the_arms(tmp_path):
         assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
 
 
-def test_a_rate_at_the_end_of_what_was_tried_is_told():
-    rates = numbers()["rates"]
-    assert "private" in page.boundary_sentences(rates) and "plain" not in page.boundary_sentences(rates)
+def test_boundary_sentences_name_rates_at_the_end_of_the_grid():
+    rates = make_results()["rates"]
+    assert "of private steps" in page.boundary_sentences(rates)
+    assert "of non-private steps" not in page.boundary_sentences(rates)
     assert page.boundary_sentences(rates | {"private": 0.1, "tried": {"private": {"0.01": 1, "0.1": 0, "1": 1}}}) == ""
 
 
-def test_the_further_sections_show_the_numbers():
-    found = numbers()
-    # 1 / 16 against 1.44 / 64, and 1 / 4 of that of a constant noise_multiplier.
-    falls = [ratios[0] / ratios[-1] for _, ratios in (sections.ratio(found["noise"]["here"], each) for each in "28")]
-    assert falls == pytest.approx([4 / 1.44, 4])
-    assert "| AutoV, R = 1 | 4.050 | +0.050 |" in sections.rules(found)
-    told = sections.attacks(found)
-    assert "| few units, not private | 512 | 600 | 2.000 | 2.500 | 0.510 ± 0.010 | 0.550 ± 0.011 | 0.530 ± 0.0" in told
-    assert "| only public | none | 200 | 2.000 | 2.500 | 0.510 ± 0.010 |  | 0.530 ± 0.010 |" in told
-    # Measured over predicted with noise and without, the best batch of those tried, and that of the analysis.
-    assert {0.75, 2.0, 4, 30} <= set(numbers_in(sections.agreement(found)[0]))
-    found["single_steps"]["mixed 10%, epsilon 8"] |= {"rows": []}
-    assert list(sections.measured_points(found)) == ["fully private, epsilon 8"]
-    assert "| mixed" not in sections.steps(found)
+def test_sections_show_their_results():
+    results = make_results()
+    curves = [sections.variance_per_unit(results["noise"]["here"], epsilon)[1] for epsilon in "28"]
+    # From 1 / 16 to 1.44 / 64 at epsilon 2; the noise multiplier is constant at epsilon 8.
+    assert [curve[0] / curve[-1] for curve in curves] == pytest.approx([4 / 1.44, 4])
+    assert "| AutoV, R = 1 | 4.050 | +0.050 |" in sections.rules(results)
+    assert "| FlatClip, R = 0.1 | 4.150 | +0.150 |" in sections.rules(results)
+    attacks = sections.attacks(results)
+    assert "| few units, not private | 512 | 600 | 2.000 | 2.500 | 0.510 ± 0.010 | 0.550 ± 0.011 |" in attacks
+    assert "| only public | none | 200 | 2.000 | 2.500 | 0.510 ± 0.010 |  | 0.530 ± 0.010 |" in attacks
+    # Measured over predicted with and without noise, and the measured and predicted best batch size.
+    assert {0.75, 2.0, 4, 30} <= set(numbers_in(sections.agreement(results)[0]))
+    results["single_steps"]["mixed 10%, epsilon 8"] |= {"rows": []}
+    assert list(sections.measured_points(results)) == ["fully private, epsilon 8"]
+    assert "| mixed" not in sections.steps(results)
     for section in (sections.noise, sections.rules, sections.attacks, sections.steps):
-        assert section({"arms": found["arms"]}) == ""
+        assert section({"arms": results["arms"]}) == ""
 
 
 @pytest.mark.slow
