@@ -11,8 +11,8 @@ from experiments.bootstrap import Interval, interval
 
 NAMES = {
     "reference": "reference (warm start)",
-    "more_sft": "more supervised training",
-    "best_of_k": "best-of-K supervised",
+    "more_sft": "continued SFT",
+    "best_of_k": "best-of-K SFT",
     "dpo": "DPO",
     "shiq": "ShiQ",
 }
@@ -73,9 +73,7 @@ def draw(results: Results, path: Path) -> None:
         plane.plot(kl[1:], [accuracy.mean] * 2, color=COLORS[arm])
         plane.plot([kl.mean] * 2, accuracy[1:], color=COLORS[arm])
         plane.plot(kl.mean, accuracy.mean, "o", color=COLORS[arm], label=NAMES[arm])
-    bars.set_xticks(
-        range(len(NAMES)), [name.replace(" (", "\n(").replace(" super", "\nsuper") for name in NAMES.values()]
-    )
+    bars.set_xticks(range(len(NAMES)), [name.replace(" (", "\n(") for name in NAMES.values()])
     bars.tick_params(axis="x", labelsize=8)
     bars.set_title("accuracy: sampled at temperature 1 (filled), greedy (open)", fontsize=9)
     plane.set_title("sampled accuracy against KL", fontsize=9)
@@ -156,8 +154,8 @@ def _method(results: Results) -> str:
     )
     return f"""## Training
 
-- **More supervised training** continues on the warm start's demonstrations without rewards.
-- **Best-of-K supervised** trains on one correct answer per question that has one.
+- **Continued SFT** trains further on the warm start's demonstrations without rewards.
+- **Best-of-K SFT** trains on one correct answer per question that has one.
 - **DPO** trains on a correct and an incorrect answer per question that has both.
 - **ShiQ** trains on all answers, with the mean reward of the question as a baseline.
 - All four start from the reference and process the same number of tokens, with shared prompts counted once.
