@@ -1,4 +1,4 @@
-"""Our contestant in sampling: several answers to each prompt of a file. Run by `throughput`."""
+"""Sampling worker of this library: several completions of each prompt in a file. Started by `throughput`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,31 @@ from shiq_jax.rollout.sampling import Sampling
 
 
 def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> None:
-    """Warms up and serves; a step draws `samples` answers of at most `max_tokens` to every prompt (token ids, JSON)."""
-    asked = json.loads(Path(prompts).read_text())
+    """Warm up and serve steps.
+
+    Each step samples completions of all prompts.
+
+    Args:
+        model: a Hugging Face directory.
+        prompts: a JSON file of token ids.
+        samples: completions per prompt.
+        max_tokens: maximum completion length.
+        stop: end-of-sequence token id.
+    """
+    prompt_tokens = json.loads(Path(prompts).read_text())
     decoder, params = load_hf(model)
     sampler = Sampler(
         decoder, Sampling(max_tokens=int(max_tokens)), (int(stop),),
-        samples_per_prompt=int(samples), prompts_in_flight=len(asked),
+        samples_per_prompt=int(samples), prompts_in_flight=len(prompt_tokens),
     )  # fmt: skip
     seeds = itertools.count()
 
-    def one() -> dict:
-        answers = sampler(params, asked, jax.random.key(next(seeds)))
-        return {"tokens": sum(len(answer["tokens"]) for several in answers for answer in several)}
+    def step() -> dict:
+        completions = sampler(params, prompt_tokens, jax.random.key(next(seeds)))
+        return {"tokens": sum(len(completion["tokens"]) for group in completions for completion in group)}
 
-    one()
-    serving.serve(one)
+    step()
+    serving.serve(step)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""transformers' `generate` with all sequences in one batch. Run by `throughput` in an environment of its own."""
+"""transformers sampling worker: `generate` on one batch. Started by `throughput` in its own virtual environment."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ from benchmarks import serving
 
 
 def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> None:
-    """Warms up and serves; arguments as `ours_sampling`."""
-    asked, stop = json.loads(Path(prompts).read_text()), int(stop)
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    width = max(map(len, asked))
-    tokens = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in asked])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked])
+    """Warm up and serve steps; arguments as for `ours_sampling`."""
+    prompt_tokens, stop = json.loads(Path(prompts).read_text()), int(stop)
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    width = max(map(len, prompt_tokens))
+    tokens = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in prompt_tokens])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompt_tokens])
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=int(samples),
         max_new_tokens=int(max_tokens), eos_token_id=stop, pad_token_id=stop,
@@ -25,15 +25,15 @@ def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> 
     seeds = itertools.count()
 
     @torch.inference_mode()
-    def one() -> dict:
+    def step() -> dict:
         torch.manual_seed(next(seeds))
-        found = network.generate(tokens, attention_mask=mask, generation_config=settings)[:, width:]
-        ended = (found == stop).int()
-        lengths = torch.where(ended.any(1), ended.argmax(1) + 1, found.shape[1])
+        completions = decoder.generate(tokens, attention_mask=mask, generation_config=settings)[:, width:]
+        is_stop = (completions == stop).int()
+        lengths = torch.where(is_stop.any(1), is_stop.argmax(1) + 1, completions.shape[1])
         return {"tokens": int(lengths.sum())}
 
-    one()
-    serving.serve(one)
+    step()
+    serving.serve(step)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""tunix's DPOTrainer on a work's pairs, in one setting. Run by `throughput` in an environment of its own.
+"""tunix worker: `DPOTrainer` on the pairs of a workload. Started by `throughput` in its own virtual environment.
 
-Its `train` does everything, and so what is timed is what its users get; the data wait for the word to begin a step.
-Prompts and answers are padded to the longest of the work, because its step compiles for one pair of lengths, and its
-own preprocessing pads to lengths that are given beforehand.
+The steps run inside `DPOTrainer.train`, as for tunix's users; the data iterator waits for a request before each step.
+Prompts and completions are padded to the longest of the workload, like tunix's own preprocessing, which pads to fixed
+lengths; the step is compiled once for these lengths.
 """
 
 import itertools
@@ -26,48 +26,51 @@ from benchmarks import serving
 WARM_UP = 2
 
 
-def main(model: str, work: str, remat: str, micro: str) -> None:
-    """Trains and serves.
+def main(model: str, path: str, remat: str, microbatch_size: str) -> None:
+    """Train and serve steps.
 
     Args:
         model: a Hugging Face directory.
-        work: a file of `works.write`.
+        path: a workload file written by `works.write`.
         remat: `none`, `block` or `decoder`.
-        micro: pairs of a forward and backward pass; their gradients are accumulated to a step.
+        microbatch_size: pairs per forward and backward pass.
     """
-    steps = [[pair for group in step for pair in _pairs(group)] for step in json.loads(Path(work).read_text())]
-    micro, pairs = int(micro), len(steps[0])
-    configuration = _configuration(json.loads((Path(model) / "config.json").read_text()), remat)
-    load = lambda: weights.create_model_from_safe_tensors(model, configuration, dtype=jnp.float32)  # noqa: E731
+    steps = [[pair for group in step for pair in _pairs(group)] for step in json.loads(Path(path).read_text())]
+    size, pairs = int(microbatch_size), len(steps[0])
+    config = _model_config(json.loads((Path(model) / "config.json").read_text()), remat)
+    load = lambda: weights.create_model_from_safe_tensors(model, config, dtype=jnp.float32)  # noqa: E731
     options = DPOTrainingConfig(
-        eval_every_n_steps=10**9, gradient_accumulation_steps=pairs // micro if micro < pairs else None,
+        eval_every_n_steps=10**9, gradient_accumulation_steps=pairs // size if size < pairs else None,
         max_inflight_computations=1,
     )  # fmt: skip
     policy = load()
     trainer = DPOTrainer(policy, load(), optax.adamw(1e-6), options)
-    trainer.train(_turns(policy, steps, micro))
+    trainer.train(_steps_on_request(policy, steps, size))
 
 
-def _turns(policy, steps, micro: int):
-    """Two steps to warm up, then each step when it is asked for; asked for the next slice, the last step is over."""
-    widths = [max(len(pair[place]) for step in steps for pair in step) for place in range(3)]
-    answers, began = max(widths[1:]), 0.0
+def _steps_on_request(policy, steps, microbatch_size: int):
+    """Yield microbatches of the warm-up steps, then of one timed step per line of standard input.
+
+    A step has ended when the trainer requests the first microbatch of the next one.
+    """
+    widths = [max(len(pair[part]) for step in steps for pair in step) for part in range(3)]
+    completion_width = max(widths[1:])
     for number, step in enumerate(itertools.cycle(steps)):
         if number == WARM_UP:
             print("ready {}", flush=True)
         if number >= WARM_UP and not sys.stdin.readline():
             os._exit(0)
-        began = time.perf_counter()
-        for start in range(0, len(step), micro):
-            yield _input(step[start : start + micro], widths[0], answers)
+        start = time.perf_counter()
+        for first in range(0, len(step), microbatch_size):
+            yield _training_input(step[first : first + microbatch_size], widths[0], completion_width)
         jax.block_until_ready(nnx.state(policy))
         if number >= WARM_UP:
-            seconds = time.perf_counter() - began
-            found = {"seconds": seconds, "peak_bytes": serving.peak_bytes(), "step": number % len(steps)}
-            print("step " + json.dumps(found), flush=True)
+            seconds = time.perf_counter() - start
+            result = {"seconds": seconds, "peak_bytes": serving.peak_bytes(), "step": number % len(steps)}
+            print("step " + json.dumps(result), flush=True)
 
 
-def _configuration(config: dict, remat: str) -> llama3.ModelConfig:
+def _model_config(config: dict, remat: str) -> llama3.ModelConfig:
     heads = config["num_attention_heads"]
     return llama3.ModelConfig(
         num_layers=config["num_hidden_layers"], vocab_size=config["vocab_size"], embed_dim=config["hidden_size"],
@@ -80,21 +83,21 @@ def _configuration(config: dict, remat: str) -> llama3.ModelConfig:
 
 
 def _pairs(group):
-    better, worse = group["answers"][0::2], group["answers"][1::2]
-    return [(group["prompt"], chosen, rejected) for chosen, rejected in zip(better, worse)]
+    completions = group["answers"]
+    return [(group["prompt"], chosen, rejected) for chosen, rejected in zip(completions[0::2], completions[1::2])]
 
 
-def _input(pairs, prompt: int, answer: int) -> TrainingInput:
-    def padded(sequences, width, left):
+def _training_input(pairs, prompt_width: int, completion_width: int) -> TrainingInput:
+    def pad(sequences, width, left=False):
         tokens, mask = np.zeros((len(pairs), width), np.int32), np.zeros((len(pairs), width), np.int32)
         for row, sequence in enumerate(sequences):
-            where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-            tokens[row, where], mask[row, where] = sequence, 1
+            columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+            tokens[row, columns], mask[row, columns] = sequence, 1
         return tokens, mask
 
     prompts, chosen, rejected = zip(*pairs)
     return TrainingInput(
-        *padded(prompts, prompt, True), *padded(chosen, answer, False), *padded(rejected, answer, False)
+        *pad(prompts, prompt_width, left=True), *pad(chosen, completion_width), *pad(rejected, completion_width)
     )
 
 

@@ -1,4 +1,4 @@
-"""The other libraries: what they need installed, and the settings in which they compete."""
+"""Peer libraries: their pinned requirements, worker programs and benchmark settings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
+BENCHMARKS = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Peer:
-    """A library in an environment of its own.
+    """A library that is benchmarked in its own virtual environment.
 
     Attributes:
-        name: of the library.
-        requirements: what pip installs; exact versions, so that numbers can be made again.
-        program: a module that serves its steps.
-        modes: by name, the program's arguments before the pairs that are computed at once.
-        defaults: the mode that its users get without asking.
+        name: name of the library.
+        requirements: pip requirements with exact versions, for reproducibility.
+        program: worker module that serves steps.
+        modes: program arguments by mode; the microbatch size is appended.
+        defaults: mode with the library's default options.
     """
 
     name: str
@@ -31,43 +31,44 @@ class Peer:
     defaults: str
 
     def install(self, directory: Path) -> Path:
-        """Its Python; the environment is made when it is not there."""
+        """Create the virtual environment unless it is up to date, and return its Python."""
         home = directory / self.name
-        python, done = home / "bin" / "python", home / "installed"
-        wanted = "\n".join(self.requirements)
-        if not done.exists() or done.read_text() != wanted:
+        python, marker = home / "bin" / "python", home / "installed"
+        requirements = "\n".join(self.requirements)
+        if not marker.exists() or marker.read_text() != requirements:
             print(f"installing {self.name} into {home}", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
             subprocess.run([python, "-m", "pip", "install", "-q", *self.requirements], check=True)
-            done.write_text(wanted)
+            marker.write_text(requirements)
         return python
 
     def command(self, directory: Path, arguments: Sequence[str]) -> list[str]:
-        """What starts its worker."""
-        # As a module: a script's own directory would come before the standard library, whose names ours may have.
+        """Command line of the worker; installs the library if needed."""
+        # With -m and -P, benchmarks/profile.py cannot shadow the standard library's `profile`.
         return [str(self.install(directory)), "-P", "-m", self.program, *arguments]
 
-    def settings(self, at_once: Sequence[int], pairs: int) -> Iterator[Setting]:
-        """All modes, with so many pairs of a step of `pairs` at once; the defaults take the whole step."""
+    def settings(self, microbatch_sizes: Sequence[int], pairs: int) -> Iterator[Setting]:
+        """All combinations of mode and microbatch size for steps of `pairs` pairs."""
         for mode in self.modes:
-            for size in dict.fromkeys(min(size, pairs) for size in at_once):
+            for size in dict.fromkeys(min(size, pairs) for size in microbatch_sizes):
                 yield Setting(self, mode, size)
 
 
 class Setting(NamedTuple):
-    """A peer with its own choices."""
+    """A peer, its mode and its microbatch size in pairs."""
 
     peer: Peer
     mode: str
-    at_once: int
+    microbatch_size: int
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The program's, after the model and the work."""
-        return (*self.peer.modes[self.mode], str(self.at_once))
+        """Program arguments after the model and the workload file."""
+        return (*self.peer.modes[self.mode], str(self.microbatch_size))
 
     def __str__(self) -> str:
-        return f"{self.peer.name}, {self.mode}, {self.at_once} pair{'s' if self.at_once > 1 else ''} at once"
+        size = self.microbatch_size
+        return f"{self.peer.name}, {self.mode}, {size} pair{'s' if size > 1 else ''} at once"
 
 
 _TORCH = ("torch==2.13.0", "transformers==5.23.0")
@@ -75,7 +76,7 @@ _TORCH = ("torch==2.13.0", "transformers==5.23.0")
 TRL = Peer(
     "trl", ("trl==1.16.0", *_TORCH), "benchmarks.peer_trl",
     {
-        # The reference's log-probabilities beforehand or not, gradient checkpointing or not.
+        # Arguments: precompute the reference's log-probabilities; gradient checkpointing.
         "reference beforehand": ("yes", "no"),
         "reference beforehand, checkpointing": ("yes", "yes"),
         "defaults": ("no", "yes"),
@@ -93,6 +94,6 @@ OPACUS = Peer("opacus", ("opacus==1.6.0", *_TORCH), "benchmarks.peer_opacus", {"
 TRANSFORMERS = Peer("transformers", _TORCH, "benchmarks.peer_generate", {"defaults": ()}, "defaults")
 
 
-def quiet() -> dict[str, str]:
-    """Environment of every worker: no network, no chatter."""
-    return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(HERE.parent)}
+def worker_environment() -> dict[str, str]:
+    """Environment variables of every worker: offline, errors only."""
+    return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(BENCHMARKS.parent)}

@@ -1,6 +1,6 @@
-"""Update steps on units of one length, private by every method and not, whole with the optimiser; see `privacy`.
+"""Full update steps of the privacy benchmark: non-private, private with every method, and with jax_privacy.
 
-python -m benchmarks.private_steps '{"length": 512, "units": 4}' ghost     peak memory of a process that takes two
+python -m benchmarks.private_steps '{"length": 512, "units": 4}' ghost     peak memory of a process that runs two steps
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shiq_jax.training.update import make_update
 
 ROOT = 7
 OBJECTIVE = OBJECTIVES["sft"]
-# By name, in float32 on a CPU and with bfloat16 arithmetic elsewhere. The first has weights of its own.
+# SmolLM2 is loaded from its checkpoint; the other models are initialized at random.
 SHAPES = {
     "smollm2-135m": None,
     "llama-1.5b": DecoderConfig(
@@ -44,10 +44,15 @@ SHAPES = {
 }  # fmt: skip
 
 
-class Work(NamedTuple):
-    """What a step is taken on: `units` sequences of `length` tokens, a row each, which fill their rows.
+class Workload(NamedTuple):
+    """Model and batch of a step: `units` sequences of `length` tokens, one full row each.
 
-    shape: of the model, see `SHAPES`. rank: of LoRA, 0 to train all parameters. tied: keep the head tied.
+    Attributes:
+        length: tokens per sequence.
+        units: sequences per step.
+        shape: a key of `SHAPES`.
+        rank: LoRA rank; 0 trains all parameters.
+        tied: keep the head tied to the embedding.
     """
 
     length: int
@@ -58,34 +63,34 @@ class Work(NamedTuple):
 
 
 def settings(parts: int) -> dict[str, tuple[str, int]]:
-    """By name the method and into how many parts a step is cut, one and `parts`: plain and all that are private."""
-    cut = {"": 1, f", {parts} parts": parts} if parts > 1 else {"": 1}
+    """Method and number of microbatches by setting name: every method with one microbatch and with `parts`."""
+    suffixes = {"": 1, f", {parts} parts": parts} if parts > 1 else {"": 1}
     methods = ("plain", "vmap", "ghost", "bk", "group")
-    return {f"{method}{name}": (method, count) for method in methods for name, count in cut.items()} | {
+    return {f"{method}{suffix}": (method, count) for method in methods for suffix, count in suffixes.items()} | {
         "scan": ("scan", 1)
     }
 
 
 class Steps:
-    """A model, its state and a batch, and steps on them; each setting's step continues from the last one's state."""
+    """A model, its training state and a batch; all settings update the same state."""
 
-    def __init__(self, work: Work):
-        self.work = work
-        self.model, params = _loaded(work)
-        self._rule = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self.model, params = _load_model(workload)
+        self._optimizer = Optimizer(learning_rate=1e-6, schedule="constant").build(1000)
         trainable = None
-        if work.rank:
-            self.model = dataclasses.replace(self.model, lora=Lora(work.rank, 2.0 * work.rank))
+        if workload.rank:
+            self.model = dataclasses.replace(self.model, lora=Lora(workload.rank, 2.0 * workload.rank))
             params, trainable = self.model.with_adapters(params, jax.random.key(1)), is_adapter
-        drawn = np.random.default_rng(0).integers(self.model.config.vocab_size, size=(work.units, work.length))
-        self.batch = jax.tree.map(jnp.asarray, full_rows(drawn))
-        self.state = init_state(self.model, params, self._rule, trainable=trainable)
-        self.numbers = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
+        tokens = np.random.default_rng(0).integers(self.model.config.vocab_size, size=(workload.units, workload.length))
+        self.batch = jax.tree.map(jnp.asarray, full_rows(tokens))
+        self.state = init_state(self.model, params, self._optimizer, trainable=trainable)
+        self.trainable_size = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
         self._updates: dict[tuple[str, int], Callable] = {}
 
     def mechanism(self, groupwise: bool = False) -> Mechanism:
-        """Of every private step: as many units as the batch has are expected."""
-        clip, count = FlatClip(1.0), self.work.units
+        """The mechanism of the private steps; the expected batch size equals the batch size."""
+        clip, count = FlatClip(1.0), self.workload.units
         if groupwise:
             clip = Groupwise(clip, count_groups(self.state.trainable))
         return Mechanism(
@@ -94,60 +99,67 @@ class Steps:
         )  # fmt: skip
 
     def __call__(self, method: str, parts: int) -> None:
-        """One step, to its end; method: "plain", one of ours, or "jax_privacy" with so many units at once."""
+        """Run one step and wait for its result.
+
+        Args:
+            method: "plain", a private method, or "jax_privacy".
+            parts: number of microbatches; for "jax_privacy" the microbatch size.
+        """
         if (method, parts) not in self._updates:
-            self._updates[method, parts] = self._made(method, parts)
+            self._updates[method, parts] = self._build_update(method, parts)
         self.state = jax.block_until_ready(self._updates[method, parts](self.state, self.batch))
 
-    def _made(self, method: str, parts: int) -> Callable[[State, Batch], State]:
+    def _build_update(self, method: str, parts: int) -> Callable[[State, Batch], State]:
         if method == "jax_privacy":
-            return self._theirs(parts)
+            return self._jax_privacy_update(parts)
         options = {"microbatches": parts}
         if method == "plain":
-            update = make_update(self.model, OBJECTIVE, self._rule, **options)
+            update = make_update(self.model, OBJECTIVE, self._optimizer, **options)
             return lambda state, batch: update(state, batch)[0]
         mechanism, root = self.mechanism(method == "group"), jax.random.key(ROOT)
-        update = make_update(self.model, OBJECTIVE, self._rule, privacy=mechanism, method=method, **options)
+        update = make_update(self.model, OBJECTIVE, self._optimizer, privacy=mechanism, method=method, **options)
         return lambda state, batch: update(state, batch, private_key=root)[0]
 
-    def _theirs(self, at_once: int) -> Callable[[State, Batch], State]:
-        """The same step with the clipping and the noise of jax_privacy around the same losses."""
+    def _jax_privacy_update(self, microbatch_size: int) -> Callable[[State, Batch], State]:
+        """The same step with clipping and noise from jax_privacy around this library's losses."""
         mechanism = self.mechanism()
         noise = noise_addition.gaussian_privatizer(stddev=mechanism.noise_stddev, prng_key=jax.random.key(ROOT))
 
         def step(state: State, batch: Batch) -> State:
             losses = UnitLosses(self.model, OBJECTIVE, state.frozen, state.targets)
             clipped = clipped_grad(
-                lambda trainable, unit: losses(trainable, unit, None)[0], l2_clip_norm=1.0, microbatch_size=at_once
+                lambda trainable, unit: losses(trainable, unit, None)[0],
+                l2_clip_norm=1.0,
+                microbatch_size=microbatch_size,
             )
             total = clipped(state.trainable, batch)
             noisy, _ = noise.update(total, noise.init(total))
             grads = jax.tree.map(lambda leaf: leaf / mechanism.expected_batch, noisy)
-            updates, memory = self._rule.update(grads, state.opt_state, state.trainable)
+            updates, opt_state = self._optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-            return state._replace(trainable=trainable, opt_state=memory, step=state.step + 1)
+            return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1)
 
         return jax.jit(step, donate_argnums=0)
 
 
-def _loaded(work: Work) -> tuple[Model, dict]:
-    compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if SHAPES[work.shape] is None:
-        model, params = load_hf(fetch.smollm2(), compute_dtype=jnp.dtype(compute), remat="dots")
-        if work.tied:
+def _load_model(workload: Workload) -> tuple[Model, dict]:
+    compute_dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if SHAPES[workload.shape] is None:
+        model, params = load_hf(fetch.smollm2(), compute_dtype=compute_dtype, remat="dots")
+        if workload.tied:
             return model, params
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=False))
         return model, params | {"head": {"kernel": jnp.array(params["embed"]["table"].T)}}
-    config = dataclasses.replace(SHAPES[work.shape], tie_word_embeddings=work.tied)
-    model = Model.from_config(config, compute_dtype=jnp.dtype(compute), remat="dots")
+    config = dataclasses.replace(SHAPES[workload.shape], tie_word_embeddings=workload.tied)
+    model = Model.from_config(config, compute_dtype=compute_dtype, remat="dots")
     return model, init_params(model, jax.random.key(0))
 
 
-def main(work: str, method: str, parts: str = "1", steps: int = 2) -> None:
-    """Takes some steps and prints the most memory that was resident, as JSON."""
-    taken = Steps(Work(**json.loads(work)))
+def main(workload: str, method: str, parts: str = "1", steps: int = 2) -> None:
+    """Run steps of one setting and print the peak resident memory as JSON."""
+    run_step = Steps(Workload(**json.loads(workload)))
     for _ in range(steps):
-        taken(method, int(parts))
+        run_step(method, int(parts))
     print(json.dumps({"peak_bytes": serving.peak_bytes()}))
 
 

@@ -1,7 +1,6 @@
-"""Where a step's time and a process's memory go: `python -m benchmarks.profile [--quick] [--json FILE]`.
+"""Time and memory profile of one `pairs` step on a CPU: `python -m benchmarks.profile [--quick] [--json FILE]`.
 
-The time is that of one step of `pairs` on a CPU, by what ran at each moment; the memory is what was resident after each
-stage of a process that does such steps.
+Time is broken down by the kind of instruction running at each moment; memory is the resident size after each stage.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ from shiq_jax.models import load_hf
 from shiq_jax.tasks import fetch
 from shiq_jax.tasks.tiny import tiny_directory
 
+PRIORITY = ("matmul: weights", "matmul: attention", "norms and optimizer")
 
-class Ran(NamedTuple):
-    """A piece of program: when, in nanoseconds, and what kind it was."""
+
+class Event(NamedTuple):
+    """One execution of an instruction; times in nanoseconds."""
 
     begin: int
     end: int
@@ -36,39 +37,42 @@ class Ran(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the profile."""
 
     json: Path | None = None
-    """Where the rows go."""
+    """Output file for the rows."""
     quick: bool = False
-    """A tiny model: the numbers mean nothing."""
+    """Test the script with a tiny model; the numbers are meaningless."""
     remat: str = "full"
-    """What the backward pass computes again: `none`, `dots` or `full`."""
+    """Rematerialization policy: `none`, `dots` or `full`."""
 
 
 def main(options: Options) -> None:
-    """Train three steps and print time and memory."""
+    """Train three steps and print the time and memory rows."""
     rows.prepare(options.quick, options.json)
     with tempfile.TemporaryDirectory() as directory:
         stages, shares = measure(Path(directory), options.remat, options.quick)
-    found = table(stages, shares)
-    rows.show("profile", found)
+    result = table(stages, shares)
+    rows.print_table("profile", result)
     if options.json:
-        rows.write_json(options.json, found)
+        rows.write_json(options.json, result)
 
 
-def measure(place: Path, remat: str, quick: bool) -> tuple[dict[str, int], collections.Counter]:
-    """Bytes that were resident after each stage, and nanoseconds of the third step by what ran.
+def measure(root: Path, remat: str, quick: bool) -> tuple[dict[str, int], collections.Counter]:
+    """Resident bytes after each stage, and nanoseconds of the third step by kind of instruction.
 
-    place: an empty directory.
+    Args:
+        root: an empty directory.
+        remat: rematerialization policy.
+        quick: use a tiny model.
     """
     stages = {"python, jax and this library": serving.resident_bytes()}
-    works.write(works.WORKS["pairs"], place / "work.json", tiny=quick)
-    steps = json.loads((place / "work.json").read_text())
-    model = str(tiny_directory(place / "model", num_layers=2) if quick else fetch.smollm2())
+    works.write(works.WORKLOADS["pairs"], root / "workload.json", tiny=quick)
+    steps = json.loads((root / "workload.json").read_text())
+    model = str(tiny_directory(root / "model", num_layers=2) if quick else fetch.smollm2())
     decoder, params = load_hf(model, remat=remat)
-    buffer = ours.filled(place / "buffer", model, decoder, params, steps)
-    batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
+    buffer = ours.annotated_buffer(root / "buffer", model, decoder, params, steps)
+    batches, state, update = ours.training_setup(decoder, params, buffer, "dpo", len(steps[0]))
     del params
     batch = batches(0).batch
     stages["with parameters and moments"] = serving.resident_bytes()
@@ -76,17 +80,17 @@ def measure(place: Path, remat: str, quick: bool) -> tuple[dict[str, int], colle
     stages["with the compiled step"] = serving.resident_bytes()
     for number in range(3):
         if number == 2:
-            jax.profiler.start_trace(place / "trace")
+            jax.profiler.start_trace(root / "trace")
         state, metrics = compiled(state, batch)
         jax.block_until_ready((state, metrics))
     jax.profiler.stop_trace()
-    stages["at most, in a step"] = serving.peak_bytes()
-    (trace,) = (place / "trace").rglob("*.xplane.pb")
-    return stages, by_moment(list(ran(trace, kinds_of(compiled.as_text()))))
+    stages["peak of a step"] = serving.peak_bytes()
+    (trace,) = (root / "trace").rglob("*.xplane.pb")
+    return stages, time_by_kind(list(trace_events(trace, classify_instructions(compiled.as_text()))))
 
 
 def table(stages: Mapping[str, int], shares: collections.Counter) -> list[Row]:
-    """Memory by stage, and time by what ran."""
+    """Rows of memory by stage and time by kind of instruction."""
     total = sum(shares.values())
     return [Row(f"memory: {name}", size / 1e9, "GB") for name, size in stages.items()] + [
         Row(f"time: {kind}", time / 1e9, "s", note=f"{time / total:.0%} of the step")
@@ -94,47 +98,45 @@ def table(stages: Mapping[str, int], shares: collections.Counter) -> list[Row]:
     ]
 
 
-def kinds_of(program: str) -> dict[str, str]:
-    """What each instruction of a compiled program is: a product, a product of attention, the optimiser or other."""
+def classify_instructions(program: str) -> dict[str, str]:
+    """Classify the instructions of a compiled HLO program: weight matmuls, attention matmuls, optimizer, or other."""
     bodies = re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*?\{\n(.*?)^\}", program, re.S | re.M)
-    products = {name for name, body in bodies if " dot(" in body}
-    found = {}
+    matmul_bodies = {name for name, body in bodies if " dot(" in body}
+    kinds = {}
     for name, operation, rest in re.findall(r"%?([\w.\-]+) = \S+ (fusion|dot|copy|custom-call|scatter)\((.*)", program):
-        called, source = re.search(r"calls=%?([\w.\-]+)", rest), re.search(r'op_name="([^"]*)"', rest)
-        source = source[1] if source else ""
-        if operation == "dot" or (called and called[1] in products):
-            # Attention's products are the only ones written as einsums.
-            found[name] = "product within attention" if "->" in source else "product with a weight matrix"
+        called, op_name = re.search(r"calls=%?([\w.\-]+)", rest), re.search(r'op_name="([^"]*)"', rest)
+        op_name = op_name[1] if op_name else ""
+        if operation == "dot" or (called and called[1] in matmul_bodies):
+            # Only the attention matmuls are written as einsums.
+            kinds[name] = "matmul: attention" if "->" in op_name else "matmul: weights"
         else:
-            found[name] = "other" if "jvp(" in source else "norms and optimiser"
-    return found
+            kinds[name] = "other" if "jvp(" in op_name else "norms and optimizer"
+    return kinds
 
 
-def ran(trace: Path, kinds: dict[str, str]) -> Iterator[Ran]:
-    """What the threads of the CPU did."""
+def trace_events(trace: Path, kinds: dict[str, str]) -> Iterator[Event]:
+    """Events of the CPU worker threads in a profiler trace."""
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
             for event in line.events:
                 if event.name in kinds and "Eigen" in line.name:
-                    yield Ran(event.start_ns, event.start_ns + event.duration_ns, kinds[event.name])
+                    yield Event(event.start_ns, event.start_ns + event.duration_ns, kinds[event.name])
 
 
-def by_moment(pieces: list[Ran]) -> collections.Counter:
-    """Nanoseconds by the first of the kinds that ran: products, then the others, then nothing."""
-    changes = sorted({moment for piece in pieces for moment in piece[:2]})
-    waiting, under_way, found = sorted(pieces, reverse=True), [], collections.Counter()
-    for moment, after in itertools.pairwise(changes):
-        while waiting and waiting[-1].begin <= moment:
-            under_way.append(waiting.pop())
-        under_way = [piece for piece in under_way if piece.end > moment]
-        kinds = {piece.kind for piece in under_way}
-        first = next((kind for kind in sorted(kinds) if kind.startswith("product")), None)
-        if first is None and "norms and optimiser" in kinds:
-            first = "norms and optimiser"
-        if first is None:
-            first = f"other, on {'one core' if len(under_way) == 1 else 'both cores'}" if kinds else "nothing"
-        found[first] += after - moment
-    return found
+def time_by_kind(events: list[Event]) -> collections.Counter:
+    """Nanoseconds by kind of instruction; concurrent events count once, as the first of their kinds in `PRIORITY`."""
+    boundaries = sorted({time for event in events for time in (event.begin, event.end)})
+    pending, running, totals = sorted(events, reverse=True), [], collections.Counter()
+    for time, next_time in itertools.pairwise(boundaries):
+        while pending and pending[-1].begin <= time:
+            running.append(pending.pop())
+        running = [event for event in running if event.end > time]
+        kinds = {event.kind for event in running}
+        top = next((kind for kind in PRIORITY if kind in kinds), None)
+        if top is None:
+            top = f"other, on {'one core' if len(running) == 1 else 'both cores'}" if kinds else "idle"
+        totals[top] += next_time - time
+    return totals
 
 
 if __name__ == "__main__":

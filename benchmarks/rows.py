@@ -1,4 +1,4 @@
-"""What a benchmark found: rows with their goals, as a table, as JSON, and as Markdown."""
+"""Benchmark results: rows with goals, written as a text table, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 class Row(NamedTuple):
-    """One number.
+    """One measured number.
 
     Attributes:
-        name: what the row is called everywhere.
-        value: the number; None where it was not measured.
-        unit: of the number, such as "x" for a ratio.
-        goal: what it should reach; None where there is no goal.
-        at_most: the goal is an upper bound, not a lower one.
-        note: how the number came about, in a few words.
+        name: identifier of the row in tables and JSON.
+        value: the number; None if it was not measured.
+        unit: unit of the value, such as "x" for a ratio.
+        goal: target value; None if there is no target.
+        at_most: the goal is an upper bound instead of a lower bound.
+        note: short description of how the value was obtained.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None where there is nothing to compare."""
+        """Whether the goal is reached; None without a value or a goal."""
         if self.value is None or self.goal is None:
             return None
         return self.value <= self.goal if self.at_most else self.value >= self.goal
@@ -53,75 +53,75 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Benchmark options."""
 
     json: Path
-    """Where the rows go."""
+    """Output file for the rows."""
     quick: bool = False
-    """Small sizes that prove that the script works; the numbers mean nothing."""
+    """Use small sizes to test the script; the numbers are meaningless."""
 
 
-def command(title: str, about: str | None, measure: Callable[[bool], tuple[list[Row], dict]]) -> None:
-    """A benchmark without options of its own: parse the command line, measure, write, print.
+def run_benchmark(title: str, description: str | None, measure: Callable[[bool], tuple[list[Row], dict]]) -> None:
+    """Parse the command line of a benchmark without options of its own, measure, write JSON and print the table.
 
     Args:
         title: printed above the table.
-        about: shown by `--help`.
-        measure: takes `quick`; returns the rows and the details behind them.
+        description: shown by `--help`.
+        measure: takes `quick`; returns the rows and their raw measurements.
     """
-    options = tyro.cli(Options, description=about)
+    options = tyro.cli(Options, description=description)
     prepare(options.quick, options.json)
-    found, details = measure(options.quick)
-    write_json(options.json, found, details=details)
-    show(title, found)
+    rows, details = measure(options.quick)
+    write_json(options.json, rows, details=details)
+    print_table(title, rows)
 
 
 def prepare(quick: bool, *files: Path | None) -> None:
-    """Called before anything is measured.
+    """Configure a quick run before anything is measured.
 
-    In quick form programs compile without optimisation, here and in processes that are started from here, and quick
-    numbers stay out of docs/results: SystemExit with one sentence when one of the files is there.
+    Turn off compiler optimization in this process and its children. Exit if an output file is in docs/results, because
+    quick numbers are not results.
     """
     if not quick:
         return
     for file in files:
         if file is not None and file.resolve().is_relative_to(RESULTS):
-            sys.exit(f"quick numbers are not results: {file} is in {RESULTS}, choose a file elsewhere")
+            sys.exit(f"{file} is in {RESULTS}, but quick numbers are not results: choose another directory")
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
-    """`{"device", "rows": [{"name", "value", "unit", "goal", "at_most", "note", "met"}], ...}`."""
+def write_json(path: Path, rows: Sequence[Row], **extra: Any) -> None:
+    """Write `{"device", "rows": [{"name", "value", "unit", "goal", "at_most", "note", "met"}], **extra}`."""
     entries = [row._asdict() | {"met": row.met} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": report.machine(), "rows": entries, **more}, indent=1) + "\n")
+    path.write_text(json.dumps({"device": report.machine(), "rows": entries, **extra}, indent=1) + "\n")
 
 
-def read(path: Path) -> dict[str, Row]:
-    """The rows of a file by name; none when it is not there."""
+def read_json(path: Path) -> dict[str, Row]:
+    """Rows of a file by name; empty if the file does not exist."""
     entries = json.loads(path.read_text())["rows"] if path.exists() else []
     return {entry["name"]: Row(**{field: entry[field] for field in Row._fields}) for entry in entries}
 
 
-def show(title: str, rows: Sequence[Row], printing: Callable[[str], None] = print) -> None:
-    """The rows as a table of plain text."""
-    cells = [("row", "value", "goal", "met", "note"), *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
-    printing(title)
-    for line in cells:
-        printing("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[4]]).rstrip())
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Print the rows as an aligned text table."""
+    lines = [("row", "value", "goal", "met", "note"), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    print(title)
+    for line in lines:
+        print("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[4]]).rstrip())
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     lines = ["| row | value | goal | met | |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join((f"`{name}`", *others)) + " |" for name, *others in (row.cells() for row in rows)]
+    lines += ["| " + " | ".join((f"`{name}`", *cells)) + " |" for name, *cells in (row.cells() for row in rows)]
     return "\n".join(lines)
 
 
 def replace_table(page: Path, table: str) -> None:
-    """Puts a table between the page's two marks."""
+    """Replace the table between the two markers of a page."""
     begin, end = "<!-- table -->", "<!-- end of table -->"
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""The worker's side of `workers`: imported by programs in other environments, so it needs Python alone."""
+"""Worker side of the `workers` protocol; standard library only, because it runs in the peers' environments."""
 
 import json
 import sys
@@ -6,12 +6,12 @@ import time
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Peak resident memory of this process."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """The memory that this process has resident now."""
+    """Current resident memory of this process."""
     return _status("VmRSS")
 
 
@@ -21,20 +21,16 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def serve(step, **about) -> None:
-    """Says that it is ready, then calls `step` whenever it is asked to, until its input ends.
+def serve(step, **info) -> None:
+    """Report readiness, then run and time `step` once per line of standard input until it closes.
 
-    What `step` returns, if anything, is a dict that goes into the answer.
+    Args:
+        step: runs one step; may return a dict of extra fields for the response.
+        **info: properties of the worker, sent once.
     """
-    out = sys.stdout
-    print("ready " + json.dumps(about), file=out, flush=True)
+    print("ready " + json.dumps(info), flush=True)
     for _ in sys.stdin:
-        answer(step, out)
-
-
-def answer(step, out=sys.stdout) -> None:
-    """One step, timed."""
-    began = time.perf_counter()
-    more = step() or {}
-    seconds = time.perf_counter() - began
-    print("step " + json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), **more}), file=out, flush=True)
+        start = time.perf_counter()
+        extra = step() or {}
+        seconds = time.perf_counter() - start
+        print("step " + json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), **extra}), flush=True)

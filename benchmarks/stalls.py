@@ -1,6 +1,6 @@
-"""What an update waits for besides itself: `python -m benchmarks.stalls [--quick] --json FILE`.
+"""Time that the training loop waits for batches and checkpoint calls.
 
-It waits for the next batch, and for the call that starts a checkpoint.
+python -m benchmarks.stalls [--quick] --json FILE
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import ours, rows, works
-from benchmarks.rows import Row
+from benchmarks import ours, works
+from benchmarks.rows import Row, run_benchmark
 from shiq_jax.models import load_hf
 from shiq_jax.runs.callbacks import LogUpdates
 from shiq_jax.runs.metrics import MetricsLog
@@ -25,88 +25,87 @@ from shiq_jax.training.fit import fit
 
 
 class Stalls(NamedTuple):
-    """Seconds, medians.
+    """Median seconds.
 
     Attributes:
-        update: of an update during which nothing is written.
-        waited: for its batch.
-        save: of the call that starts a checkpoint; its files follow in the background.
-        written: until they are complete.
-        beside: of an update while they are written.
+        update: an update without a checkpoint write in the background.
+        batch_wait: waiting for the next batch.
+        save_call: the call that starts a checkpoint, which is written in the background.
+        write: a whole checkpoint write.
+        update_during_write: an update during a checkpoint write.
     """
 
     update: float
-    waited: float
-    save: float
-    written: float
-    beside: float
+    batch_wait: float
+    save_call: float
+    write: float
+    update_during_write: float
 
 
-class _Timed(Checkpoints):
-    """Notes how long saving took; what the last one still writes is not waited for."""
+class _TimedCheckpoints(Checkpoints):
+    """Checkpoints that record the duration of each save call, without the wait for the previous write."""
 
     def __init__(self, directory: Path):
         super().__init__(directory, keep=1)
         self.steps, self.seconds = [], []
 
     def save(self, state, metadata, metrics=None) -> None:
-        """As it is, timed."""
+        """Save a checkpoint and record how long the call took."""
         self.wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         super().save(state, metadata, metrics)
         self.steps.append(int(state.step))
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - start)
 
 
-def run(model: str, work: Path, updates: int = 12, every: int = 4) -> Stalls:
-    """The loop of a run over a work's groups, a checkpoint after every so many updates."""
-    steps = json.loads(work.read_text())
+def run(model: str, path: Path, updates: int = 12, every: int = 4) -> Stalls:
+    """Train on a workload file with a checkpoint after every `every` updates, and time the loop."""
+    steps = json.loads(path.read_text())
     decoder, params = load_hf(model, remat="full")
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        buffer = ours.filled(place / "buffer", model, decoder, params, steps)
-        batches, state, update = ours.training(decoder, params, buffer, "dpo", len(steps[0]))
-        log, checkpoints = MetricsLog(place / "metrics.jsonl"), _Timed(place / "checkpoints")
+        root = Path(directory)
+        buffer = ours.annotated_buffer(root / "buffer", model, decoder, params, steps)
+        batches, state, update = ours.training_setup(decoder, params, buffer, "dpo", len(steps[0]))
+        log, checkpoints = MetricsLog(root / "metrics.jsonl"), _TimedCheckpoints(root / "checkpoints")
         callbacks = [LogUpdates(log, "update", lambda step: 1e-6), SaveCheckpoints(checkpoints, every=every)]
         state = fit(state, update, batches, start=0, stop=updates, callbacks=callbacks)
         checkpoints.wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         checkpoints.save(state._replace(step=state.step + 1), {})
         checkpoints.wait()
-        written = time.perf_counter() - began
-        rows = [row for row in log.rows("update") if not row["compiled"]]
-    after = {step + 1 for step in checkpoints.steps}
-    median = lambda name, some: statistics.median(row[name] for row in some)  # noqa: E731
+        write = time.perf_counter() - start
+        logged = [row for row in log.rows("update") if not row["compiled"]]
+    after_save = {step + 1 for step in checkpoints.steps}
     return Stalls(
-        update=median("seconds", [row for row in rows if row["step"] not in after]),
-        waited=median("waited", rows),
-        save=statistics.median(checkpoints.seconds[:-1]),
-        written=written,
-        beside=median("seconds", [row for row in rows if row["step"] in after]),
+        update=statistics.median(row["seconds"] for row in logged if row["step"] not in after_save),
+        batch_wait=statistics.median(row["waited"] for row in logged),
+        save_call=statistics.median(checkpoints.seconds[:-1]),
+        write=write,
+        update_during_write=statistics.median(row["seconds"] for row in logged if row["step"] in after_save),
     )
 
 
-def table(found: Stalls) -> list[Row]:
-    """The waits as fractions of an update."""
-    kept = f"{found.written:.1f} s until its files are complete; an update beside that {found.beside:.2f} s"
+def table(stalls: Stalls) -> list[Row]:
+    """Rows of the waits as fractions of an update."""
+    update = f"of an update of {stalls.update:.2f} s"
+    write = f"written in {stalls.write:.1f} s; an update during the write takes {stalls.update_during_write:.2f} s"
     return [
-        Row("input_wait_fraction", found.waited / found.update, "", note=f"of an update of {found.update:.2f} s"),
-        Row("checkpoint_call_fraction", found.save / found.update, "", note=kept),
+        Row("input_wait_fraction", stalls.batch_wait / stalls.update, "", note=update),
+        Row("checkpoint_call_fraction", stalls.save_call / stalls.update, "", note=write),
     ]
 
 
 def measure(quick: bool) -> tuple[list[Row], dict[str, float]]:
-    """The rows and the seconds behind them.
-
-    quick: a tiny model and few updates on rows of one shape, of which only the first compiles.
-    """
+    """Rows and the seconds behind them; `quick` trains a tiny model for few updates on rows of one shape."""
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        model = tiny_directory(place / "model", num_layers=2) if quick else fetch.smollm2()
-        works.write(works.WORKS["pairs" if quick else "bfcl_pairs"], place / "work.json", tiny=quick)
-        found = run(str(model), place / "work.json", *((6, 2) if quick else ()))
-    return table(found), found._asdict()
+        root = Path(directory)
+        model = tiny_directory(root / "model", num_layers=2) if quick else fetch.smollm2()
+        works.write(works.WORKLOADS["pairs" if quick else "bfcl_pairs"], root / "workload.json", tiny=quick)
+        stalls = run(str(model), root / "workload.json", *((6, 2) if quick else ()))
+    # Keys of docs/results/throughput.json.
+    keys = ("update", "waited", "save", "written", "beside")
+    return table(stalls), dict(zip(keys, stalls, strict=True))
 
 
 if __name__ == "__main__":
-    rows.command("stalls", __doc__, measure)
+    run_benchmark("stalls", __doc__, measure)

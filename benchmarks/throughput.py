@@ -1,11 +1,11 @@
-"""Our update step and sampler against TRL, tunix, transformers and the machine: `python -m benchmarks.throughput`.
+"""Speed and memory of updates and sampling, compared with TRL, tunix, transformers and the peak rate of the machine.
 
-Same weights (SmolLM2-135M), same data, float32, one process for each contestant, which take turns step by step; numbers
-are ratios of medians. Peers are installed into environments of their own below `--peers`.
+All workers use the same SmolLM2-135M weights and data in float32. Each is a process of its own; their steps are
+interleaved and the rows are ratios of median times. Peers are installed into virtual environments below `--peers`.
 
-    python -m benchmarks.throughput --json FILE              everything, an hour or two on two cores
-    python -m benchmarks.throughput --quick --json FILE      a tiny model and our side alone, minutes: tries the script
-    python -m benchmarks.throughput --only bfcl_pairs ...    some rows; what FILE holds of the others is kept
+    python -m benchmarks.throughput --json FILE              full benchmark, an hour or two on two cores
+    python -m benchmarks.throughput --quick --json FILE      test the script in minutes: tiny model, no peers
+    python -m benchmarks.throughput --only bfcl_pairs ...    selected parts; other rows of FILE are kept
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 import tyro
 
 from benchmarks import flops, growth, rows, stalls
-from benchmarks.contest import OURS, Contest
-from benchmarks.peers import TRANSFORMERS, quiet
+from benchmarks.contest import OURS, Comparison
+from benchmarks.peers import TRANSFORMERS, worker_environment
 from benchmarks.rows import Row
-from benchmarks.workers import Worker, seconds_per_step, take_turns
-from benchmarks.works import WORKS
+from benchmarks.workers import Worker, run_interleaved, seconds_per_step
+from benchmarks.works import WORKLOADS
 from shiq_jax.data.chat import encode_prompt, load_tokenizer
 from shiq_jax.tasks import bfcl, fetch
 from shiq_jax.tasks.tiny import tiny_directory
 
-# By work: the goal against the best setting of any peer, and against the faster peer as it comes.
+# Speed goals by workload: against the best setting of any peer, and against the faster peer with default settings.
 GOALS = {
     "pairs": (1.5, 2.0),
     "bfcl_pairs": (2.5, None),
@@ -51,97 +51,101 @@ UNMEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the throughput benchmark."""
 
     json: Path
-    """Where the rows go; rows that it holds and that are not measured now stay."""
+    """Output file; rows that are not measured again are kept."""
     quick: bool = False
-    """A tiny model, our side only, few steps: the numbers mean nothing."""
+    """Test the script with a tiny model and without peers; the numbers are meaningless."""
     resume: bool = False
-    """Keep what FILE holds of a work's contestants, and measure those that it lacks."""
+    """Reuse the timings in the output file and measure only the missing settings."""
     only: tuple[str, ...] = (*GOALS, *MACHINE)
-    """Which parts."""
+    """Parts to measure."""
     repeats: int = 5
-    """How often each step is timed; the longer works take two."""
+    """Timings per step; at most two for the workloads with long sequences."""
     peers: Path = Path("runs/peers")
-    """Where the peers are installed."""
+    """Directory of the peers' virtual environments."""
     runs: Path = Path("runs/throughput")
-    """Where the work and the logs go."""
+    """Directory for workload files and logs."""
     page: Path | None = None
-    """A Markdown file whose table is replaced."""
+    """Markdown page whose table is replaced."""
 
 
 def main(options: Options) -> None:
-    """Measure, print, write."""
+    """Measure, print the rows, and write them."""
     rows.prepare(options.quick, options.json, options.page)
     if options.quick:
-        print("quick: a tiny model, and no peers, whose rows stay empty", file=sys.stderr)
-    measured, found = Measured(options), rows.read(options.json)
+        print("quick: tiny model without peers; their rows stay empty", file=sys.stderr)
+    benchmark, results = Benchmark(options), rows.read_json(options.json)
     for part in options.only:
         print(f"measuring {part}", file=sys.stderr)
-        new = measured.training(part) if part in GOALS else getattr(measured, part)()
-        found |= {row.name: row for row in new}
-        found |= {row.name: row for row in UNMEASURED if row.name not in found}
-        rows.write_json(options.json, list(found.values()), details=measured.details)
-    rows.show("throughput", list(found.values()))
+        new = benchmark.training(part) if part in GOALS else getattr(benchmark, part)()
+        results |= {row.name: row for row in new}
+        results |= {row.name: row for row in UNMEASURED if row.name not in results}
+        rows.write_json(options.json, list(results.values()), details=benchmark.details)
+    rows.print_table("throughput", list(results.values()))
     if options.page:
-        rows.replace_table(options.page, rows.markdown(list(found.values())))
+        rows.replace_table(options.page, rows.markdown(list(results.values())))
 
 
-class Measured:
-    """The measurements; what lies behind the rows is gathered in `details`."""
+class Benchmark:
+    """The parts of the benchmark; raw measurements are collected in `details`."""
 
     def __init__(self, options: Options):
         self.options, self.quick = options, options.quick
         self.runs = options.runs / "quick" if self.quick else options.runs
         self.model = str(tiny_directory(self.runs / "model", num_layers=2) if self.quick else fetch.smollm2())
         self.repeats = 2 if self.quick else options.repeats
-        earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
-        self.details: dict = earlier.get("details", {})
+        previous = json.loads(options.json.read_text()) if options.json.exists() else {}
+        self.details: dict = previous.get("details", {})
 
     def training(self, name: str) -> list[Row]:
-        """A work's rows: speed against the best setting of any peer and, where there is such a goal, against the
-        peers as they come; peak memory there, too."""
-        contest, short = self._contest(name), name == "pairs"
-        note = self.details.get(name, {}) if self.options.resume else {}
-        self.details[name] = note
-        if "tried" not in note:
-            note["tried"] = {} if self.quick else contest.tried(3 if short else 1)
-        finished = {setting: step for setting, step in note["tried"].items() if "seconds" in step}
+        """Rows of one training workload.
+
+        Speed is compared with the best setting of any peer and, if there is a goal for it, with the peers' default
+        settings. The `pairs` workload adds rows for peak memory.
+        """
+        comparison, short = self._comparison(name), name == "pairs"
+        details = self.details.get(name, {}) if self.options.resume else {}
+        self.details[name] = details
+        if "tried" not in details:
+            details["tried"] = {} if self.quick else comparison.time_peer_settings(3 if short else 1)
+        finished = {setting: step for setting, step in details["tried"].items() if "seconds" in step}
         goals = {f"{name}_vs_best_peer": (GOALS[name][0], finished)}
         if GOALS[name][1]:
-            as_they_come = {setting: step for setting, step in finished.items() if setting in contest.as_they_come}
-            goals[f"{name}_vs_peer_defaults"] = (GOALS[name][1], as_they_come)
-        turns = note.setdefault("turns", {})
-        found = []
+            defaults = {setting: step for setting, step in finished.items() if setting in comparison.default_settings}
+            goals[f"{name}_vs_peer_defaults"] = (GOALS[name][1], defaults)
+        timings = details.setdefault("turns", {})
+        results = []
         for row, (goal, settings) in goals.items():
             finalists = _finalists(settings) or ["alone"]
             for setting in finalists:
-                if setting not in turns:
-                    turns[setting] = contest.measured(setting, self.repeats if short else min(2, self.repeats))
-            opponent = min(finalists, key=lambda setting: _ratio(turns[setting], "ours") or 0)
-            found += _speed_rows(row, goal, opponent, turns[opponent])
+                if setting not in timings:
+                    timings[setting] = comparison.compare(setting, self.repeats if short else min(2, self.repeats))
+            opponent = min(finalists, key=lambda setting: _speedup(timings[setting], "ours") or 0)
+            results += _speed_rows(row, goal, opponent, timings[opponent])
         if short:
-            found += _memory_rows(turns[opponent], finished, contest.as_they_come)
-        return found
+            results += _memory_rows(timings[opponent], finished, comparison.default_settings)
+        return results
 
     def flops(self) -> list[Row]:
-        """Floating-point operations per second in the first work, as parts of the best matrix product here."""
-        contest, note = self._contest("pairs"), {}
+        """FLOP/s of the `pairs` step as a fraction of the fastest matrix product."""
+        comparison, details = self._comparison("pairs"), {}
         for remat in ("none", *OURS.values()):
-            with contest.ours("ours", remat) as ours:
+            with comparison.own_worker("ours", remat) as worker:
                 rates, steps = [], []
                 for _ in range(self.repeats):
                     rates.append(flops.matmul_peak(3, flops.SHAPES[:1]) if self.quick else flops.matmul_peak())
-                    steps.append(ours.step())
+                    steps.append(worker.step())
             peak, seconds = statistics.median(rates), seconds_per_step(steps)
-            note[remat] = ours.about | {"seconds": seconds, "matmul_peak": peak}
-        self.details["flops"] = note
+            details[remat] = worker.info | {"seconds": seconds, "matmul_peak": peak}
+        self.details["flops"] = details
 
         def row(name: str, kind: str, remat: str, goal: float) -> Row:
-            about = note[remat]
-            fraction = about[f"{kind}_flops"] / about["seconds"] / about["matmul_peak"]
-            return Row(name, fraction, "", goal, note=f"remat {remat}; peak {about['matmul_peak'] / 1e9:.0f} GFLOP/s")
+            measured = details[remat]
+            fraction = measured[f"{kind}_flops"] / measured["seconds"] / measured["matmul_peak"]
+            peak = f"peak {measured['matmul_peak'] / 1e9:.0f} GFLOP/s"
+            return Row(name, fraction, "", goal, note=f"remat {remat}; {peak}")
 
         return [
             row("executed_flops_fraction", "executed", OURS["ours"], 0.8),
@@ -150,102 +154,105 @@ class Measured:
         ]
 
     def stalls(self) -> list[Row]:
-        """What the loop of a run adds to its updates."""
-        found, self.details["stalls"] = stalls.measure(self.quick)
-        return found
+        """Waits of the training loop for batches and checkpoints."""
+        results, self.details["stalls"] = stalls.measure(self.quick)
+        return results
 
     def sampling(self) -> list[Row]:
-        """Tokens per second: 16 prompts, 8 answers each, at most 64 tokens."""
+        """Sampled tokens per second: 16 prompts, 8 completions each, at most 64 tokens."""
         tokenizer, path = load_tokenizer(self.model), self.runs / "prompts.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        asked = [list(b"a prompt of so many bytes")] * 4
+        prompts = [list(b"a prompt of 25 text bytes")] * 4
         if not self.quick:
             questions = bfcl.load(fetch.bfcl(), ("simple_python",))[:16]
-            asked = [encode_prompt(tokenizer, row["prompt"]) for row in questions]
-        path.write_text(json.dumps(asked))
+            prompts = [encode_prompt(tokenizer, row["prompt"]) for row in questions]
+        path.write_text(json.dumps(prompts))
         sizes = ("2", "8") if self.quick else ("8", "64")
         arguments = [self.model, str(path.absolute()), *sizes, str(tokenizer.eos_token_id)]
         commands = {"ours": [sys.executable, "-m", "benchmarks.ours_sampling", *arguments]}
         if not self.quick:
             commands["transformers"] = TRANSFORMERS.command(self.options.peers, arguments)
-        log = self.runs / "logs"
+        logs = self.runs / "logs"
         with contextlib.ExitStack() as stack:
             workers = [
-                stack.enter_context(Worker(name, command, log / f"sampling-{name}.log", quiet()))
+                stack.enter_context(Worker(name, command, logs / f"sampling-{name}.log", worker_environment()))
                 for name, command in commands.items()
             ]
-            turns = take_turns(workers, self.repeats)
+            timings = run_interleaved(workers, self.repeats)
         rates = {
-            name: statistics.median(step["tokens"] / step["seconds"] for step in taken) for name, taken in turns.items()
+            name: statistics.median(step["tokens"] / step["seconds"] for step in steps)
+            for name, steps in timings.items()
         }
-        self.details["sampling"] = {"tokens_per_second": rates, "turns": turns}
+        self.details["sampling"] = {"tokens_per_second": rates, "turns": timings}
         ratio = None if self.quick else rates["ours"] / rates["transformers"]
         note = ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items())
         return [Row("sampling_vs_transformers", ratio, "x", 5.0, note=note)]
 
     def growth(self) -> list[Row]:
-        """Exponents of memory and compile time."""
-        found, details = growth.measure(self.quick)
+        """Scaling exponents of memory and compile time."""
+        results, details = growth.measure(self.quick)
         self.details |= details
-        return found
+        return results
 
-    def _contest(self, name: str) -> Contest:
-        return Contest(WORKS[name], self.model, self.runs, self.options.peers, tiny=self.quick)
+    def _comparison(self, name: str) -> Comparison:
+        return Comparison(WORKLOADS[name], self.model, self.runs, self.options.peers, tiny=self.quick)
 
 
-def _finalists(tried: dict[str, dict]) -> list[str]:
-    """The fastest setting of each library that is not a quarter slower than the fastest: so much a trial may err,
-    whose small work has less padding than the whole."""
+def _finalists(trials: dict[str, dict]) -> list[str]:
+    """The fastest setting of each library, if it is within 25% of the fastest overall.
+
+    The margin covers the error of a trial, whose smaller workload has less padding.
+    """
     fastest = {}
-    for setting in sorted(tried, key=lambda setting: tried[setting]["seconds"]):
+    for setting in sorted(trials, key=lambda setting: trials[setting]["seconds"]):
         fastest.setdefault(setting.partition(",")[0], setting)
-    least = min((tried[setting]["seconds"] for setting in fastest.values()), default=0)
-    return [setting for setting in fastest.values() if tried[setting]["seconds"] <= 1.25 * least]
+    best = min((trials[setting]["seconds"] for setting in fastest.values()), default=0)
+    return [setting for setting in fastest.values() if trials[setting]["seconds"] <= 1.25 * best]
 
 
-def _ratio(measured: dict, setting: str) -> float | None:
-    """The peer's seconds over ours, which are charged with the reference's statistics; None without a peer."""
-    return measured["peer"]["seconds"] / _cost(measured, setting) if "peer" in measured else None
+def _speedup(measured: dict, setting: str) -> float | None:
+    """The peer's seconds over this library's, including its annotation; None without a peer."""
+    return measured["peer"]["seconds"] / _seconds_with_annotation(measured, setting) if "peer" in measured else None
 
 
-def _cost(measured: dict, setting: str) -> float:
+def _seconds_with_annotation(measured: dict, setting: str) -> float:
     return measured[setting]["seconds"] + measured[setting]["about"]["annotation_seconds"]
 
 
 def _speed_rows(name: str, goal: float | None, opponent: str, measured: dict) -> list[Row]:
-    """One row per setting of ours; without a peer it has no value."""
-    found = []
+    """Speedup over a peer, one row per setting of this library; without a peer the rows have no value."""
+    results = []
     for setting in OURS:
-        note = f"remat {OURS[setting]}: {_cost(measured, setting):.2f} s"
+        note = f"remat {OURS[setting]}: {_seconds_with_annotation(measured, setting):.2f} s"
         if "peer" in measured:
             note += f"; {opponent}: {measured['peer']['seconds']:.1f} s"
-        ratio = _ratio(measured, setting)
-        found.append(Row(_row(name, setting), ratio, "x", goal if setting == "ours" else None, note=note))
-    return found
+        ratio = _speedup(measured, setting)
+        results.append(Row(_row_name(name, setting), ratio, "x", goal if setting == "ours" else None, note=note))
+    return results
 
 
-def _memory_rows(measured: dict, tried: dict[str, dict], as_they_come: tuple[str, ...]) -> list[Row]:
-    """The most resident memory of our process over that of a peer's; one row per setting of ours."""
-    theirs = {setting: step["peak_bytes"] for setting, step in tried.items()}
-    others = {
-        "memory_vs_leanest_peer": (theirs, 0.65),
-        "memory_vs_peer_defaults": ({key: theirs[key] for key in as_they_come if key in theirs}, 0.5),
+def _memory_rows(measured: dict, trials: dict[str, dict], default_settings: tuple[str, ...]) -> list[Row]:
+    """Peak resident memory of this library's process over a peer's, one row per setting of this library."""
+    peaks = {setting: step["peak_bytes"] for setting, step in trials.items()}
+    opponents = {
+        "memory_vs_leanest_peer": (peaks, 0.65),
+        "memory_vs_peer_defaults": ({key: peaks[key] for key in default_settings if key in peaks}, 0.5),
     }
-    found = []
-    for name, (some, goal) in others.items():
-        other = min(some, key=some.get, default=None)
+    results = []
+    for name, (peer_peaks, goal) in opponents.items():
+        peer = min(peer_peaks, key=peer_peaks.get, default=None)
         for setting in OURS:
-            mine = measured[setting]["peak_bytes"]
-            ratio = None if other is None else mine / some[other]
-            note = f"remat {OURS[setting]}: {mine / 1e9:.2f} GB"
-            if other is not None:
-                note += f"; {other}: {some[other] / 1e9:.2f} GB"
+            own_peak = measured[setting]["peak_bytes"]
+            ratio = None if peer is None else own_peak / peer_peaks[peer]
+            note = f"remat {OURS[setting]}: {own_peak / 1e9:.2f} GB"
+            if peer is not None:
+                note += f"; {peer}: {peer_peaks[peer] / 1e9:.2f} GB"
             target = goal if setting == "ours" else None
-            found.append(Row(_row(name, setting), ratio, "x", target, at_most=True, note=note))
-    return found
+            results.append(Row(_row_name(name, setting), ratio, "x", target, at_most=True, note=note))
+    return results
 
 
-def _row(name: str, setting: str) -> str:
+def _row_name(name: str, setting: str) -> str:
     return name if setting == "ours" else f"{name}_{setting}"
 
 

@@ -1,9 +1,8 @@
-"""Processes that each hold one contestant, warmed up, and are asked for one step at a time, in turns.
+"""Worker processes that run benchmark steps on request, so that programs in different environments can be interleaved.
 
-A worker is a program that, once it is warm, writes a line `ready {...}` and then answers each line `step` with a line
-`step {"seconds": ..., "peak_bytes": ..., "step": ...}`, the last being which of the work's steps it was. So contestants
-that live in environments of their own take turns, and what disturbs the machine disturbs them all; a worker that waits
-costs nothing but its memory.
+After warm-up a worker prints a line `ready {...}`. It then responds to each line `step` with a line
+`step {"seconds": ..., "peak_bytes": ..., "step": ...}`, where `step` is the index within the workload. Interleaving
+exposes all workers to the same disturbances of the machine; an idle worker costs only its memory.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from typing import Any
 
 
 class WorkerError(RuntimeError):
-    """A worker ended before it answered."""
+    """A worker exited before it responded."""
 
 
 class Worker:
-    """One contestant; a context, entered when it is warm.
+    """A worker process; a context manager that is entered once the worker is warm.
 
     Args:
-        name: what to call it.
-        command: what starts it.
-        log: where its chatter goes.
-        env: more of its environment.
-        memory: bytes that it may have; a program that asks for more fails, and the machine does not suffer.
+        name: name of the worker in results and errors.
+        command: command line of the program.
+        log: file for its standard error and unrelated output.
+        env: additional environment variables.
+        memory: limit of its data segment in bytes; larger allocations fail.
 
     Attributes:
-        about: what it says of itself, once it is warm.
+        info: properties that the worker reported when it became ready.
     """
 
     def __init__(
@@ -47,19 +46,19 @@ class Worker:
     ):
         self.name, self.log = name, log
         self._command, self._env, self._memory = command, {**os.environ, **(env or {})}, memory
-        self.about: dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
 
     def __enter__(self) -> Worker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._errors = open(self.log, "w")
+        self._log_file = open(self.log, "w")
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log_file, text=True,
             env=self._env,
         )  # fmt: skip
         if self._memory is not None:
             resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
         try:
-            self.about = self._answer("ready")
+            self.info = self._response("ready")
         except BaseException:
             self.__exit__()
             raise
@@ -68,37 +67,37 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
-        self._errors.close()
+        self._log_file.close()
 
     def step(self) -> dict[str, Any]:
-        """One step: `seconds`, and `peak_bytes`, the most memory that was resident so far."""
+        """Run one step; returns its `seconds` and the `peak_bytes` of resident memory so far."""
         try:
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass
-        return self._answer("step")
+        return self._response("step")
 
-    def _answer(self, kind: str) -> dict[str, Any]:
+    def _response(self, kind: str) -> dict[str, Any]:
         for line in self._process.stdout:
             if line.startswith(kind + " "):
                 return json.loads(line[len(kind) :])
-            self._errors.write(line)
+            self._log_file.write(line)
         tail = self.log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise WorkerError(f"{self.name} ended without an answer ({self.log}): {' / '.join(tail)}")
+        raise WorkerError(f"worker {self.name} exited without a response (log: {self.log}): {' / '.join(tail)}")
 
 
-def take_turns(workers: Sequence[Worker], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """So many steps of every worker, one after the other, the order reversed every time."""
-    found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for turn in range(steps):
-        for worker in workers if turn % 2 == 0 else reversed(workers):
-            found[worker.name].append(worker.step())
-    return found
+def run_interleaved(workers: Sequence[Worker], steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Run `steps` steps of every worker, alternating between them and reversing the order every round."""
+    results: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    for iteration in range(steps):
+        for worker in workers if iteration % 2 == 0 else reversed(workers):
+            results[worker.name].append(worker.step())
+    return results
 
 
 def seconds_per_step(steps: Sequence[Mapping[str, Any]]) -> float:
-    """The mean over the work's steps of the median over the times that each was taken."""
+    """Mean over the workload's steps of the median time of each step."""
     times = defaultdict(list)
     for step in steps:
         times[step.get("step", 0)].append(step["seconds"])

@@ -1,1 +1,1 @@
-"""Science done with the library: each module regenerates one page of docs/results."""
+"""Experiments; each `python -m experiments.NAME` regenerates a page of docs/results."""

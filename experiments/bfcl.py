@@ -1,14 +1,14 @@
-"""What wins on function calling from one buffer: `python -m experiments.bfcl`.
+"""Compare offline methods on function calling from one buffer: `python -m experiments.bfcl`.
 
-Per seed: a supervised warm start makes the reference, the reference answers training questions several times, and from
-there five policies are measured on held-out questions: the reference itself; more supervised training on the warm
-start's demonstrations; supervised training on the best answer of each question; DPO; ShiQ. The last four read as many
-tokens in their updates as one another. Every step is a run of train.py, so whatever was stopped goes on, and what a
-seed measured is kept in docs/results/bfcl, so that finished seeds cost nothing.
+For each seed a supervised warm start produces the reference, which answers the training questions several times. Five
+policies are evaluated on held-out questions: the reference; further supervised training on the demonstrations;
+supervised training on one correct answer per question (best-of-K); DPO; and ShiQ. The last four train on the same
+number of tokens. Each step is a run of train.py and resumes if interrupted; results of finished seeds are stored in
+docs/results/bfcl and not recomputed.
 
-    python -m experiments.bfcl                        small: two CPU cores, under an hour per seed
+    python -m experiments.bfcl                        small scale: two CPU cores, under an hour per seed
     python -m experiments.bfcl --scale large          for an accelerator
-    python -m experiments.bfcl --quick                minutes: tries the script, says nothing
+    python -m experiments.bfcl --quick                test the script in minutes
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.reference import Reference
 
-# Of every policy but the reference.
-RATE = 1.5e-5
+# Of all policies but the reference.
+LEARNING_RATE = 1.5e-5
 
 ARMS = ("reference", "more_sft", "best_of_k", "dpo", "shiq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much of everything.
+    """Sizes of the experiment.
 
     Attributes:
-        categories: of the leaderboard.
-        held_out: questions to measure on, the same for every seed.
-        demonstrations: questions whose accepted answer is shown in the warm start.
-        prompts: other questions, which the reference answers.
-        samples: answers to each.
-        max_tokens: longest answer.
-        warm_epochs: passes over the demonstrations.
-        epochs: passes of ShiQ over the buffer; the other policies read as many tokens.
-        measured: fresh answers per held-out question, besides the greedy one.
-        prompts_in_flight: questions that the sampler works on at once, for the buffer.
-        measured_in_flight: the same for what is measured.
+        categories: categories of the leaderboard.
+        held_out: evaluation questions, the same for every seed.
+        demonstrations: questions with accepted answers for the warm start.
+        prompts: training questions that the reference answers.
+        samples: answers per training question.
+        max_tokens: maximum answer length.
+        warm_epochs: epochs of the warm start.
+        epochs: epochs of ShiQ over the buffer; the other policies train on the same number of tokens.
+        measured: sampled answers per held-out question, in addition to the greedy one.
+        prompts_in_flight: prompts that the sampler decodes concurrently for the buffer.
+        measured_in_flight: the same for the evaluation.
     """
 
     categories: tuple[str, ...]
@@ -97,22 +97,22 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to run and where."""
+    """Seeds, sizes and directories."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One reference, buffer and set of policies each."""
+    """Seeds; each has its own reference, buffer and policies."""
     scale: Literal["small", "large"] = "small"
-    """How much of everything."""
+    """Sizes of the experiment."""
     quick: bool = False
-    """A few questions, to try the script itself; the page goes beside the runs."""
+    """Test the script with a few questions; writes only below the runs directory."""
     runs: Path = Path("runs/bfcl")
-    """Where the runs are kept; they can be removed when the numbers are."""
+    """Directory of the runs; can be deleted once the results are written."""
     out: Path = Path("docs/results")
-    """Where the page goes, and numbers that are kept."""
+    """Output directory of the page and the results."""
 
 
 def main(options: Options) -> None:
-    """Run what is missing, keep its numbers, and write the page."""
+    """Run the unfinished seeds, store their results, and write the page."""
     scale = "quick" if options.quick else options.scale
     runs = options.runs / scale
     out = runs / "page" if options.quick else options.out
@@ -123,60 +123,67 @@ def main(options: Options) -> None:
 
 
 class Seed:
-    """Everything that is done with one seed; each part is there already or is made."""
+    """The runs and measurements of one seed; every step is skipped if its output exists.
 
-    def __init__(self, scale: Scale, seed: int, root: Path, kept: Path):
-        self.scale, self.seed, self.root, self.kept = scale, seed, root, kept
+    Args:
+        scale: sizes of the experiment.
+        seed: random seed.
+        root: directory of the runs.
+        results: JSON file of the results.
+    """
+
+    def __init__(self, scale: Scale, seed: int, root: Path, results: Path):
+        self.scale, self.seed, self.root, self.results = scale, seed, root, results
 
     def finish(self) -> None:
-        """Make what is missing of this seed, and keep its numbers."""
+        """Run the missing steps and write the results."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.scale)))
-        if self.kept.exists() and json.loads(self.kept.read_text())["settings"] == settings:
+        if self.results.exists() and json.loads(self.results.read_text())["settings"] == settings:
             return
-        self._write_questions()
+        self.write_questions()
         for name in ("warm_start", "shiq", "dpo", "best_of_k", "more_sft"):
-            self._run(name)
-        found = {name: self._measure(name) for name in ARMS}
-        self.kept.parent.mkdir(parents=True, exist_ok=True)
+            self.run(name)
+        arms = {name: self.measure(name) for name in ARMS}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
         write_json(
-            self.kept,
+            self.results,
             {
                 "seed": self.seed,
                 "settings": settings,
                 "date": datetime.date.today().isoformat(),
                 "machine": report.machine(),
                 "buffer": self._buffer_numbers(),
-                "arms": found,
-                "jobs": {name: self._learning(name) for name in ("warm_start", *ARMS[1:])},
+                "arms": arms,
+                "jobs": {name: self.training_summary(name) for name in ("warm_start", *ARMS[1:])},
             },
         )
 
-    def _write_questions(self) -> None:
-        """Held-out questions are the same for every seed; which of the others are demonstrated is not."""
+    def write_questions(self) -> None:
+        """Write the question files; the held-out questions are the same for every seed, the training split is not."""
         rows = bfcl.load(fetch.bfcl(), self.scale.categories)
-        share = self.scale.held_out / len(rows)
-        training, held_out = bfcl.split_held_out(rows, seed=0, held_out=min(1.02 * share, 0.9))
+        fraction = self.scale.held_out / len(rows)
+        training, held_out = bfcl.split_held_out(rows, seed=0, held_out=min(1.02 * fraction, 0.9))
         order = np.random.default_rng(self.seed).permutation(len(training))
         training = [training[index] for index in order]
-        shown, asked = self.scale.demonstrations, self.scale.prompts
+        first_prompt = self.scale.demonstrations
         parts = {
             "held_out": held_out[: self.scale.held_out],
-            "demonstrations": [row | {"completion": row["target"]} for row in training[:shown]],
-            "prompts": training[shown : shown + asked],
+            "demonstrations": [row | {"completion": row["target"]} for row in training[:first_prompt]],
+            "prompts": training[first_prompt : first_prompt + self.scale.prompts],
         }
         self.root.mkdir(parents=True, exist_ok=True)
         for name, rows in parts.items():
             write_jsonl(self.root / f"{name}.jsonl", rows)
 
     def job(self, name: str) -> Job:
-        """One run of train.py."""
+        """Options of one run of train.py."""
         scale, reference = self.scale, str(self.root / "warm_start" / "export")
         shared = {
             "seed": self.seed,
             "output_dir": self.root / name,
             "precision": Precision(),
             "save_every": 32,
-            # What is measured is measured by `_measure`; this one only shows that the run is alive.
+            # A minimal evaluation for monitoring; results come from `measure`.
             "evaluation": Evaluation(
                 data=str(self.root / "held_out.jsonl"), prompts=4, samples_per_prompt=1, prompts_in_flight=4,
                 max_tokens=scale.max_tokens, times=0, greedy=False,
@@ -199,49 +206,51 @@ class Seed:
                     sampling=Sampling(max_tokens=scale.max_tokens),
                 ),
                 loss=RewardLoss(beta=0.5, position_weight="inv_position"),
-                optimizer=Optimizer(learning_rate=RATE), **shared,
+                optimizer=Optimizer(learning_rate=LEARNING_RATE), **shared,
             )  # fmt: skip
         buffer = self.root / "shiq" / "buffer"
         if name == "dpo":
             return commands.Dpo(
                 data=str(buffer), epochs=self._epochs(buffer, "pair"), batch_size=6,
-                loss=PairLoss(), optimizer=Optimizer(learning_rate=RATE), **shared,
+                loss=PairLoss(), optimizer=Optimizer(learning_rate=LEARNING_RATE), **shared,
             )  # fmt: skip
-        data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best(buffer)}[name]
+        data = {"more_sft": self.root / "warm_start" / "buffer", "best_of_k": self._best_answers(buffer)}[name]
         return commands.Sft(
             data=str(data), epochs=self._epochs(data, "trajectory"), batch_size=8,
-            optimizer=Optimizer(learning_rate=RATE), **shared,
+            optimizer=Optimizer(learning_rate=LEARNING_RATE), **shared,
         )  # fmt: skip
 
-    def _run(self, name: str) -> None:
+    def run(self, name: str) -> None:
+        """Start or resume a run of train.py unless it is finished."""
         run = RunDirectory(self.root / name)
         if not run.summary.exists():
             run_job(dataclasses.replace(self.job(name), resume=run.config.exists()))
 
-    def _best(self, buffer: Path) -> Path:
-        """A buffer of the first right answer to each question that has one."""
+    def _best_answers(self, source: Path) -> Path:
+        """A buffer of the first correct answer to each question that has one."""
         path = self.root / "best_answers"
         if not path.exists():
-            everything = Buffer.open(buffer)
-            chosen: dict[str, int] = {}
-            for number, (group, value) in enumerate(zip(everything.group_ids(), everything.returns(), strict=True)):
+            buffer = Buffer.open(source)
+            first_correct: dict[str, int] = {}
+            for number, (group, value) in enumerate(zip(buffer.group_ids(), buffer.returns(), strict=True)):
                 if value >= 1:
-                    chosen.setdefault(group, number)
+                    first_correct.setdefault(group, number)
             shutil.rmtree(partial := path.with_name(path.name + ".partial"), ignore_errors=True)
-            Buffer.create(partial).append(everything.read(list(chosen.values())))
+            Buffer.create(partial).append(buffer.read(list(first_correct.values())))
             partial.rename(path)
         return path
 
     def _epochs(self, path: Path, unit: str) -> float:
-        """How many passes over a buffer read as many tokens as ShiQ's passes, shared prompts counted once."""
-        return self.scale.epochs * _tokens(self.root / "shiq" / "buffer", "trajectory") / _tokens(path, unit)
+        """Epochs over a buffer that process as many tokens as ShiQ's training, with shared prompts counted once."""
+        shiq_tokens = tokens_per_epoch(self.root / "shiq" / "buffer", "trajectory")
+        return self.scale.epochs * shiq_tokens / tokens_per_epoch(path, unit)
 
-    def _measure(self, name: str) -> dict:
-        """Right or wrong per held-out question, and the log-ratio to the reference of every fresh answer."""
+    def measure(self, name: str) -> dict:
+        """Evaluate a policy: rewards per held-out question, and the log-ratio to the reference of each sample."""
         path = self.root / "measured" / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
-        began = time.monotonic()
+        start = time.monotonic()
         reference = self.root / "warm_start" / "export"
         source = reference if name == "reference" else self.root / name / "export"
         rows = [json.loads(line) for line in (self.root / "held_out.jsonl").read_text().splitlines()]
@@ -251,26 +260,26 @@ class Seed:
             model, tokenizer, stop_tokens(tokenizer, source), rows, rewards.resolve("bfcl"), self.scale.max_tokens,
             self.scale.measured, self.scale.measured_in_flight, greedy=True,
         )  # fmt: skip
-        held = None if name == "reference" else Reference(str(reference), load_hf)
-        # The same random numbers for every policy: differences then vary less.
-        found = evaluator(params, held, jax.random.key(self.seed))
-        logratios = np.zeros(len(found.records)) if found.logratios is None else found.logratios
+        handle = None if name == "reference" else Reference(str(reference), load_hf)
+        # Common random numbers reduce the variance of differences between policies.
+        result = evaluator(params, handle, jax.random.key(self.seed))
+        logratios = np.zeros(len(result.records)) if result.logratios is None else result.logratios
         shape = (len(rows), self.scale.measured)
         numbers = {
             "questions": [row["id"] for row in rows],
-            "sampled": np.reshape([record.rewards.sum() for record in found.records], shape).tolist(),
-            "greedy": [float(record.rewards.sum()) for record in found.greedy],
+            "sampled": np.reshape([record.rewards.sum() for record in result.records], shape).tolist(),
+            "greedy": [float(record.rewards.sum()) for record in result.greedy],
             "logratio": np.reshape(logratios, shape).round(4).tolist(),
-            "length": np.reshape([len(record.rewards) for record in found.records], shape).tolist(),
-            "seconds": round(time.monotonic() - began),
+            "length": np.reshape([len(record.rewards) for record in result.records], shape).tolist(),
+            "seconds": round(time.monotonic() - start),
         }
         path.parent.mkdir(exist_ok=True)
-        write_jsonl(path.with_suffix(".samples.jsonl"), evaluator.generations(found, prompts=40))
+        write_jsonl(path.with_suffix(".samples.jsonl"), evaluator.generations(result, prompts=40))
         write_json(path, numbers)
         return numbers
 
-    def _learning(self, name: str) -> dict:
-        """What a run cost, and the options of its loss and optimiser."""
+    def training_summary(self, name: str) -> dict:
+        """Cost of a run, its losses, and its loss and optimizer options."""
         run = RunDirectory(self.root / name)
         summary, config = (json.loads(file.read_text()) for file in (run.summary, run.config))
         updates = MetricsLog(run.metrics).rows("update")
@@ -298,17 +307,17 @@ class Seed:
         }
 
 
-def _tokens(path: Path, unit: str) -> int:
-    """Tokens of one pass over a buffer, what the sequences of a pack_group share at their beginning counted once."""
+def tokens_per_epoch(path: Path, unit: str) -> int:
+    """Tokens of one epoch over a buffer; prefixes shared within a pack group count once."""
     buffer = Buffer.open(path)
     total = 0
     for pack_group in pack_groups(buffer, unit):
-        members = buffer.read([number for example in pack_group for number in example])
-        before: list[int] = []
-        # In order, each sequence shares most with the one before it.
-        for tokens in sorted(record.tokens.tolist() for record in members):
-            total += len(tokens) - len(os.path.commonprefix([before, tokens]))
-            before = tokens
+        records = buffer.read([number for example in pack_group for number in example])
+        previous: list[int] = []
+        # In sorted order each sequence shares its longest prefix with its predecessor.
+        for tokens in sorted(record.tokens.tolist() for record in records):
+            total += len(tokens) - len(os.path.commonprefix([previous, tokens]))
+            previous = tokens
     return total
 
 

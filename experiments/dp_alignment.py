@@ -1,15 +1,15 @@
-"""Private preference tuning: utility against epsilon, DP-DPO and DP-ShiQ: `python -m experiments.dp_alignment`.
+"""Utility against epsilon of private preference tuning with DPO and ShiQ: `python -m experiments.dp_alignment`.
 
-A short warm start on public demonstrations makes the reference, which answers further questions of the Berkeley
-Function Calling Leaderboard. A right and a wrong answer to each question are private data; the question with both is
-what is protected. From these DPO and ShiQ tune LoRA adapters without privacy, with clipping alone, and at several
-epsilons, and each policy is measured on held-out questions. Learning rates are chosen on other, public questions.
+A short warm start on public demonstrations produces the reference, which answers further questions of the Berkeley
+Function Calling Leaderboard. The private data are pairs of a correct and an incorrect answer; the unit of privacy is a
+question with both answers. DPO and ShiQ tune LoRA adapters without privacy, with clipping only, and at several values
+of epsilon. Policies are evaluated on held-out questions; learning rates are chosen on other, public questions.
 
-    python -m experiments.dp_alignment                everything, an hour and a half on two cores
-    python -m experiments.dp_alignment --quick        minutes: tries the script, says nothing
+    python -m experiments.dp_alignment                full experiment, an hour and a half on two cores
+    python -m experiments.dp_alignment --quick        test the script in minutes
 
-Every arm is a run of train.py, so whatever was stopped goes on; what an arm measured is kept in
-docs/results/dp_alignment, so that finished arms cost nothing.
+Every arm is a run of train.py and resumes if interrupted; results of finished arms are stored in
+docs/results/dp_alignment and not recomputed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 import tyro
 
 from experiments import dp_alignment_page
-from experiments.dp_alignment_data import Sizes, read, write_pair_files, write_pairs, write_questions
-from experiments.dp_alignment_measure import loss_of, measure
+from experiments.dp_alignment_data import Sizes, read_rows, write_pair_files, write_pairs, write_questions
+from experiments.dp_alignment_measure import mean_loss, measure
 from experiments.dp_alignment_plans import plans
 from shiq_jax.models import load_hf
 from shiq_jax.models.lora import only_adapters
@@ -42,21 +42,22 @@ from shiq_jax.tasks import fetch
 from shiq_jax.training.optimizers import Optimizer
 
 METHODS = ("dpo", "shiq")
-# What a method reads the same answers from.
-KINDS = {"dpo": "pairs", "shiq": "answers"}
+# File kind that each method trains on; both contain the same answers.
+FILE_KINDS = {"dpo": "pairs", "shiq": "answers"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is run.
+    """Settings of the experiment.
 
     Attributes:
-        sizes: of the parts of the data.
-        steps: updates of every arm, each of which takes all units.
-        epsilons: of the private arms.
-        delta: below 1 / units.
-        rates: by method the learning rates to choose from.
-        rank, targets: of the adapters.
+        sizes: sizes of the data splits.
+        steps: full-batch updates per arm.
+        epsilons: epsilons of the private arms.
+        delta: delta of the private arms, below 1 / units.
+        rates: candidate learning rates by method.
+        rank: LoRA rank.
+        targets: modules with LoRA adapters.
     """
 
     sizes: Sizes
@@ -71,7 +72,7 @@ class Settings:
 FULL = Settings(
     Sizes(units=128, demonstrations=40, tuning=24, tuning_learned=12, held_out=64, samples=4, max_tokens=64),
     steps=3, epsilons=(2.0, 8.0, 32.0), delta=1e-3, rank=2, targets=("q_proj", "v_proj"),
-    # Rates at which one update of ShiQ overshoots are not among its own.
+    # ShiQ overshoots in one update at the larger rates of DPO.
     rates={"dpo": (1e-3, 3e-3, 1e-2), "shiq": (1e-4, 3e-4, 1e-3)},
 )  # fmt: skip
 QUICK = Settings(
@@ -83,48 +84,48 @@ QUICK = Settings(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to run and where."""
+    """Repetitions and directories."""
 
     repetitions: int = 1
-    """Runs of every arm, which differ in the noise, or in the random numbers of the adapters where there is none."""
+    """Runs per arm, which differ in the noise, or in the adapter initialization for arms without noise."""
     quick: bool = False
-    """A few questions, to try the script itself; the page goes beside the runs."""
+    """Test the script with a few questions; writes only below the runs directory."""
     runs: Path = Path("runs/dp_alignment")
-    """Where the runs are kept; they can be removed when the numbers are."""
+    """Directory of the runs; can be deleted once the results are written."""
     out: Path = Path("docs/results")
-    """Where the page goes, and numbers that are kept."""
+    """Output directory of the page and the results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClippedOnly(Privacy):
-    """Clipping without noise, which protects nobody: it tells what clipping costs from what noise does."""
+    """Clipping without noise: not private, but separates the cost of clipping from the cost of noise."""
 
-    def mechanism(self, trainable, **known):
-        return dataclasses.replace(super().mechanism(trainable, **known), noise_multiplier=0.0)
+    def mechanism(self, trainable, **kwargs):
+        return dataclasses.replace(super().mechanism(trainable, **kwargs), noise_multiplier=0.0)
 
 
 class Arm(NamedTuple):
-    """A method and its privacy: `open`, `clipped` or an epsilon."""
+    """A method and its privacy: `open` (not private), `clipped` (no noise) or an epsilon."""
 
     method: str
     privacy: str | float
 
     @property
     def name(self) -> str:
-        """Of its run and its file."""
+        """Name of the run and the results file."""
         return f"{self.method}-{self.privacy if isinstance(self.privacy, str) else f'epsilon-{self.privacy:g}'}"
 
 
 def arms(settings: Settings) -> list[Arm]:
-    """All arms, what says most first."""
-    least_first = sorted(settings.epsilons)
-    middle = least_first[len(least_first) // 2]
-    kinds = ["open", middle, *(epsilon for epsilon in least_first if epsilon != middle), "clipped"]
-    return [Arm(method, kind) for kind in kinds for method in METHODS]
+    """All arms in the order in which they run, most informative first."""
+    epsilons = sorted(settings.epsilons)
+    middle = epsilons[len(epsilons) // 2]
+    levels = ["open", middle, *(epsilon for epsilon in epsilons if epsilon != middle), "clipped"]
+    return [Arm(method, level) for level in levels for method in METHODS]
 
 
 def main(options: Options) -> None:
-    """Run what is missing, keep its numbers, and write the page after every arm."""
+    """Run the missing arms; store the results and write the page after every arm."""
     settings = QUICK if options.quick else FULL
     runs = options.runs / ("quick" if options.quick else "full")
     out = options.runs / "page" if options.quick else options.out
@@ -133,67 +134,78 @@ def main(options: Options) -> None:
 
 
 class Study:
-    """Everything that is run; each part is there already or is made."""
+    """The runs and measurements of the experiment; every step is skipped if its output exists.
+
+    Args:
+        settings: settings of the experiment.
+        root: directory of the runs.
+        out: output directory of the page and the results.
+        repetitions: runs per arm.
+    """
 
     def __init__(self, settings: Settings, root: Path, out: Path, repetitions: int):
         self.settings, self.root, self.out, self.repetitions = settings, root, out, repetitions
-        self.kept = out / "dp_alignment"
+        self.results = out / "dp_alignment"
         self.reference = root / "warm_start" / "export"
 
     def finish(self) -> None:
-        """Make what is missing, arm by arm."""
+        """Run the missing arms."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         missing = [
             (arm, repetition)
             for repetition in range(self.repetitions)
             for arm in arms(self.settings)
-            if not _is_kept(self._file(arm.name, repetition), settings)
+            if not _is_current(self._file(arm.name, repetition), settings)
         ]
         if missing:
             self._prepare(settings)
         for arm, repetition in missing:
             print(f"arm {arm.name}, repetition {repetition}", flush=True)
-            self._keep(self._file(arm.name, repetition), settings, self._arm(arm, repetition))
+            self._write_results(self._file(arm.name, repetition), settings, self._run_arm(arm, repetition))
             dp_alignment_page.write(self.out)
         dp_alignment_page.write(self.out)
 
     def _file(self, name: str, repetition: int = 0) -> Path:
-        return self.kept / f"{name}-{repetition}.json"
+        return self.results / f"{name}-{repetition}.json"
 
-    def _keep(self, file: Path, settings: dict, numbers: dict[str, Any]) -> None:
-        self.kept.mkdir(parents=True, exist_ok=True)
+    def _write_results(self, file: Path, settings: dict, numbers: dict[str, Any]) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
         write_json(file, {"settings": settings, "date": datetime.date.today().isoformat()} | numbers)
 
     def _prepare(self, settings: dict) -> None:
-        """The plans, the reference with what it is worth, the data, and the learning rates."""
-        at = self.settings
-        about = self.kept / "study.json"
-        if not _is_kept(about, settings):
-            found = plans(at.sizes.units, at.steps, at.epsilons, at.delta)
-            self._keep(about, settings, {"plans": found, "machine": report.machine()})
-        write_questions(self.root, at.sizes)
-        self._run("warm_start", self._warm_start())
+        """Write the plans, the data, the reference and its metrics, and the learning rates."""
+        sizes = self.settings.sizes
+        study = self.results / "study.json"
+        if not _is_current(study, settings):
+            rows = plans(sizes.units, self.settings.steps, self.settings.epsilons, self.settings.delta)
+            self._write_results(study, settings, {"plans": rows, "machine": report.machine()})
+        write_questions(self.root, sizes)
+        self._train("warm_start", self._warm_start())
         if not (self.root / "private.pairs.jsonl").exists():
-            write_pairs(self.root, self.reference, at.sizes)
-        if not _is_kept(self.kept / "reference.json", settings):
-            found = measure(self.reference, None, self.root, at.sizes)
-            sampled = np.mean([row["sampled"] for row in read(self.root / "private.pairs.jsonl")])
-            self._keep(self.kept / "reference.json", settings, found | {"right_answers_sampled": float(sampled)})
-        if not _is_kept(self.kept / "rates.json", settings):
-            self._keep(self.kept / "rates.json", settings, {method: self._tuned(method) for method in METHODS})
+            write_pairs(self.root, self.reference, sizes)
+        if not _is_current(self.results / "reference.json", settings):
+            metrics = measure(self.reference, None, self.root, sizes)
+            metrics["right_answers_sampled"] = float(
+                np.mean([row["sampled"] for row in read_rows(self.root / "private.pairs.jsonl")])
+            )
+            self._write_results(self.results / "reference.json", settings, metrics)
+        if not _is_current(self.results / "rates.json", settings):
+            self._write_results(
+                self.results / "rates.json", settings, {method: self._tune(method) for method in METHODS}
+            )
 
     def _warm_start(self) -> Job:
         return commands.Sft(
             model=str(fetch.smollm2()), data=str(self.root / "demonstrations.jsonl"), epochs=2, batch_size=4,
-            optimizer=Optimizer(learning_rate=5e-5, schedule="cosine"), **self._shared("warm_start"),
+            optimizer=Optimizer(learning_rate=5e-5, schedule="cosine"), **self._shared_options("warm_start"),
         )  # fmt: skip
 
-    def _shared(self, name: str) -> dict[str, Any]:
+    def _shared_options(self, name: str) -> dict[str, Any]:
         return {
             "output_dir": self.root / name,
             "precision": Precision(),
             "save_every": 1 if name != "warm_start" else 100,
-            # What is measured is measured apart; this only shows that the run is alive.
+            # A minimal evaluation for monitoring; results come from `measure`.
             "evaluation": Evaluation(
                 data=str(self.root / "held_out.jsonl"), prompts=1, samples_per_prompt=1, prompts_in_flight=1,
                 max_tokens=16, times=0, greedy=False,
@@ -204,80 +216,79 @@ class Study:
     def job(
         self, name: str, method: str, data: str, units: int, rate: float, privacy: Privacy, seed: int = 0
     ) -> Job:  # fmt: skip
-        """A run that tunes adapters on all units at every step."""
-        at = self.settings
-        kind, loss = {
+        """A full-batch run that tunes LoRA adapters."""
+        command, loss = {
             "dpo": (commands.Dpo, PairLoss()),
-            # As in experiments.bfcl; at beta 0.5 the optimum lies 2 nats between a right and a wrong answer.
+            # As in experiments.bfcl; at beta 0.5 the optimal log-ratios of the two answers differ by 2 nats.
             "shiq": (commands.Shiq, RewardLoss(beta=0.5, position_weight="inv_position")),
         }[method]
-        return kind(
-            model=str(self.reference), data=str(self.root / f"{data}.{KINDS[method]}.jsonl"),
-            epochs=at.steps, batch_size=units, seed=seed, loss=loss, privacy=privacy,
-            # A private run clips one unit after the other and needs no slices.
+        return command(
+            model=str(self.reference), data=str(self.root / f"{data}.{FILE_KINDS[method]}.jsonl"),
+            epochs=self.settings.steps, batch_size=units, seed=seed, loss=loss, privacy=privacy,
+            # Private runs already process one unit at a time.
             microbatches=1 if privacy.enabled else max(units // 4, 1),
             optimizer=Optimizer(learning_rate=rate, schedule="constant", warmup=0.0),
-            lora=Adapters(rank=at.rank, targets=at.targets), **self._shared(name),
+            lora=Adapters(rank=self.settings.rank, targets=self.settings.targets), **self._shared_options(name),
         )  # fmt: skip
 
-    def privacy(self, kind: str | float) -> Privacy:
-        """The options of an arm's privacy."""
+    def privacy(self, level: str | float) -> Privacy:
+        """Privacy options of an arm."""
         shared = {"delta": self.settings.delta, "unit": "user", "method": "scan"}
-        if kind == "open":
+        if level == "open":
             return Privacy()
-        if kind == "clipped":
-            # Nothing is private here, so that the units' norms may be seen.
+        if level == "clipped":
+            # The arm is not private, so logging unit norms is allowed.
             return ClippedOnly(noise_multiplier=1.0, log_private=True, **shared)
-        return Privacy(epsilon=float(kind), **shared)
+        return Privacy(epsilon=float(level), **shared)
 
-    def _run(self, name: str, job: Job) -> None:
+    def _train(self, name: str, job: Job) -> None:
         run = RunDirectory(self.root / name)
         if not run.summary.exists():
             run_job(dataclasses.replace(job, resume=run.config.exists()))
 
-    def _arm(self, arm: Arm, repetition: int) -> dict[str, Any]:
+    def _run_arm(self, arm: Arm, repetition: int) -> dict[str, Any]:
         name, privacy = f"{arm.name}-{repetition}", self.privacy(arm.privacy)
-        rate = read_json(self.kept / "rates.json")[arm.method]["rate"]
+        rate = read_json(self.results / "rates.json")[arm.method]["rate"]
         seed = 0 if privacy.enabled else repetition
-        self._run(name, self.job(name, arm.method, "private", self.settings.sizes.units, rate, privacy, seed))
+        self._train(name, self.job(name, arm.method, "private", self.settings.sizes.units, rate, privacy, seed))
         run = RunDirectory(self.root / name)
-        found = measure(run.export, self.reference, self.root, self.settings.sizes)
-        updates = MetricsLog(run.metrics).rows("update")
-        logged = ("grad_norm", "loss", "epsilon", "private/norm")
-        # Without noise epsilon is infinite, which JSON does not know.
-        learning = {key: [row[key] for row in updates if math.isfinite(row.get(key, math.inf))] for key in logged}
+        metrics = measure(run.export, self.reference, self.root, self.settings.sizes)
+        rows = MetricsLog(run.metrics).rows("update")
+        keys = ("grad_norm", "loss", "epsilon", "private/norm")
+        # Without noise epsilon is infinite, which JSON cannot represent.
+        updates = {key: [row[key] for row in rows if math.isfinite(row.get(key, math.inf))] for key in keys}
         accounts = read_json(run.privacy) if run.privacy.exists() else None
-        return found | {
+        return metrics | {
             "method": arm.method,
             "privacy": arm.privacy,
             "repetition": repetition,
             "learning_rate": rate,
             "parameters": adapter_parameters(self.reference, self.settings),
             "seconds": round(read_json(run.summary)["seconds"]),
-            "updates": {key: values for key, values in learning.items() if values},
+            "updates": {key: values for key, values in updates.items() if values},
             "accounts": accounts and {key: value for key, value in finite(accounts).items() if key != "secret"},
         }
 
-    def _tuned(self, method: str) -> dict[str, Any]:
-        """The rate with the least loss on public questions, after learning from others of them without privacy."""
+    def _tune(self, method: str) -> dict[str, Any]:
+        """Choose the learning rate by the loss on public questions after non-private training on other public ones."""
         sizes, losses = self.settings.sizes, {}
-        pairs = read(self.root / "tuning.pairs.jsonl")
+        pairs = read_rows(self.root / "tuning.pairs.jsonl")
         write_pair_files(self.root, "tuning_learned", pairs[: sizes.tuning_learned])
         write_pair_files(self.root, "tuning_measured", pairs[sizes.tuning_learned :])
         for rate in self.settings.rates[method]:
             name = f"tuning-{method}-{rate:g}"
             job = self.job(name, method, "tuning_learned", sizes.tuning_learned, rate, Privacy())
-            self._run(name, job)
-            losses[f"{rate:g}"] = loss_of(
+            self._train(name, job)
+            losses[f"{rate:g}"] = mean_loss(
                 job.loss.build(), method, self.root / name / "export", self.reference,
-                self.root / f"tuning_measured.{KINDS[method]}.jsonl", self.root / "tuning_measured" / name,
+                self.root / f"tuning_measured.{FILE_KINDS[method]}.jsonl", self.root / "tuning_measured" / name,
             )  # fmt: skip
             print(f"{method} at {rate:g}: loss {losses[f'{rate:g}']:.4f} on public questions", flush=True)
         return {"rate": float(min(losses, key=losses.get)), "losses": losses}
 
 
 def adapter_parameters(reference: Path, settings: Settings) -> int:
-    """How many numbers the adapters have, and the noise coordinates."""
+    """Number of adapter parameters, which is also the dimension of the noise."""
     model, params = load_hf(str(reference))
     lora = Adapters(rank=settings.rank, targets=settings.targets).build()
     params = dataclasses.replace(model, lora=lora).with_adapters(params, jax.random.key(0))
@@ -285,13 +296,13 @@ def adapter_parameters(reference: Path, settings: Settings) -> int:
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: what is infinite becomes None."""
+    """Replace infinite values by None, because JSON has no infinity."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
 
 
-def _is_kept(file: Path, settings: dict) -> bool:
+def _is_current(file: Path, settings: dict) -> bool:
     return file.exists() and read_json(file)["settings"] == settings
 
 

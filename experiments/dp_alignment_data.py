@@ -1,4 +1,4 @@
-"""The data of `experiments.dp_alignment`: parts of the questions, and a right and a wrong answer to each."""
+"""Data of `experiments.dp_alignment`: question splits, and a correct and an incorrect answer to each question."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from shiq_jax.runs.run_directory import write_jsonl
 from shiq_jax.tasks import bfcl, fetch, rewards
 from shiq_jax.training.evaluation import Evaluator
 
-# Characters of a question with its function; a padded row is as long as the longest.
-LONGEST = 800
+# Maximum characters of a prompt, which limits the length of the padded rows.
+MAX_CHARACTERS = 800
 
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many questions for what.
+    """Numbers of questions in each split, and sampling limits.
 
     Attributes:
-        units: of the private data, each a question with a right and a wrong answer.
-        demonstrations: public, of the warm start.
-        tuning: public, with a right and a wrong answer each, to choose learning rates on.
-        tuning_learned: how many of them are learned from; the others are measured on.
-        held_out: to measure on.
-        samples: answers of the reference to each question, out of which pairs are made.
-        max_tokens: longest answer.
+        units: private questions, each with a correct and an incorrect answer.
+        demonstrations: public questions for the warm start.
+        tuning: public questions with both answers, for choosing learning rates.
+        tuning_learned: how many of the tuning questions are trained on; the others are evaluated.
+        held_out: evaluation questions.
+        samples: answers sampled from the reference per question.
+        max_tokens: maximum answer length.
     """
 
     units: int
@@ -48,86 +48,89 @@ class Sizes:
 
 
 def write_questions(root: Path, sizes: Sizes) -> None:
-    """Questions of every part, as files: none is in two of them, and held-out ones share no function with others."""
+    """Write disjoint question splits; held-out questions share no function with the others."""
     rows = bfcl.load(fetch.bfcl(), ("simple_python",))
-    sides = bfcl.split_held_out(rows, seed=0, held_out=0.25)
-    training, held_out = ([row for row in side if _length(row) <= LONGEST] for side in sides)
-    # Not every question is answered wrong once, so that more are asked than are needed.
-    shown, tried = sizes.demonstrations, sizes.demonstrations + sizes.tuning * 3 // 2
+    splits = bfcl.split_held_out(rows, seed=0, held_out=0.25)
+    training, held_out = ([row for row in split if _num_characters(row) <= MAX_CHARACTERS] for split in splits)
+    # Some questions never get an incorrect answer, so 1.5 times as many are prepared.
+    tuning_start = sizes.demonstrations
+    private_start = tuning_start + sizes.tuning * 3 // 2
     parts = {
-        "demonstrations": [row | {"completion": row["target"]} for row in training[:shown]],
-        "tuning": training[shown:tried],
-        "private": training[tried : tried + sizes.units * 3 // 2],
+        "demonstrations": [row | {"completion": row["target"]} for row in training[:tuning_start]],
+        "tuning": training[tuning_start:private_start],
+        "private": training[private_start : private_start + sizes.units * 3 // 2],
         "held_out": held_out[: sizes.held_out],
     }
     root.mkdir(parents=True, exist_ok=True)
-    for name, chosen in parts.items():
-        write_jsonl(root / f"{name}.jsonl", chosen)
+    for name, part in parts.items():
+        write_jsonl(root / f"{name}.jsonl", part)
 
 
 def write_pairs(root: Path, reference: Path, sizes: Sizes) -> None:
-    """Of every part but the demonstrations the pairs (`NAME.pairs.jsonl`) and their answers (`NAME.answers.jsonl`).
+    """Write `NAME.pairs.jsonl` and `NAME.answers.jsonl` for every split except the demonstrations.
 
-    The wrong answer is the first wrong one of the reference's samples, the right one its first right one, or an
-    accepted answer where it has none. Each row names its question as its user, so that a question can be protected
-    as a whole.
+    The answers are the first correct and the first incorrect sample of the reference; an accepted answer replaces a
+    missing correct one. The `user_id` of a row is its question, so that the whole question is the unit of privacy.
 
     Raises:
-        UserError: fewer questions than wanted are answered wrong.
+        UserError: too few questions have an incorrect answer.
     """
-    wanted = {"tuning": sizes.tuning, "private": sizes.units, "held_out": None}
-    questions = {name: read(root / f"{name}.jsonl") for name in wanted}
-    answers = _sampled(reference, [row for rows in questions.values() for row in rows], sizes)
+    counts = {"tuning": sizes.tuning, "private": sizes.units, "held_out": None}
+    questions = {name: read_rows(root / f"{name}.jsonl") for name in counts}
+    answers = _sample_answers(reference, [row for rows in questions.values() for row in rows], sizes)
     for name, rows in questions.items():
-        found = [pair for row in rows if (pair := pair_of(row, answers[row["id"]]))]
-        if wanted[name] is not None and len(found) < wanted[name]:
-            raise UserError(f"{len(found)} questions of the part {name} give a pair, of {wanted[name]}: ask for fewer")
-        write_pair_files(root, name, found[: wanted[name]])
+        pairs, count = [pair for row in rows if (pair := make_pair(row, answers[row["id"]]))], counts[name]
+        if count is not None and len(pairs) < count:
+            raise UserError(f"the {name} split has {len(pairs)} pairs, need {count}: request fewer")
+        write_pair_files(root, name, pairs[:count])
 
 
 def write_pair_files(root: Path, name: str, pairs: Sequence[Row]) -> None:
-    """The same answers as DPO reads them and as ShiQ does."""
-    write_jsonl(root / f"{name}.answers.jsonl", [answer for pair in pairs for answer in answers_of(pair)])
+    """Write the same answers as preference pairs for DPO and as scored answers for ShiQ."""
+    write_jsonl(root / f"{name}.answers.jsonl", [answer for pair in pairs for answer in answer_rows(pair)])
     write_jsonl(root / f"{name}.pairs.jsonl", pairs)
 
 
-def pair_of(row: Row, answers: Sequence[tuple[str, float]]) -> dict[str, Any] | None:
-    """Prompt, chosen and rejected out of a question and its scored answers; None where nothing is wrong."""
-    right = [text for text, reward in answers if reward >= 1]
-    wrong = [text for text, reward in answers if reward < 1 and text.strip()]
-    if not wrong:
+def make_pair(row: Row, answers: Sequence[tuple[str, float]]) -> dict[str, Any] | None:
+    """A preference pair from a question and its scored answers; None without an incorrect answer."""
+    correct = [text for text, reward in answers if reward >= 1]
+    incorrect = [text for text, reward in answers if reward < 1 and text.strip()]
+    if not incorrect:
         return None
-    chosen = right[0] if right else row["target"]
     return {
-        "prompt": row["prompt"], "chosen": chosen, "rejected": wrong[0], "user_id": row["id"], "sampled": bool(right),
-    }  # fmt: skip
+        "prompt": row["prompt"],
+        "chosen": correct[0] if correct else row["target"],
+        "rejected": incorrect[0],
+        "user_id": row["id"],
+        "sampled": bool(correct),
+    }
 
 
-def answers_of(pair: Row) -> list[dict[str, Any]]:
-    """The two answers with their rewards, less the mean of the two: a baseline that knows of no other question."""
+def answer_rows(pair: Row) -> list[dict[str, Any]]:
+    """The two answers of a pair with rewards relative to their mean, so that no other question is used."""
     shared = {"prompt": pair["prompt"], "user_id": pair["user_id"], "group_id": pair["user_id"]}
-    scored = {"chosen": 0.5, "rejected": -0.5}
-    return [shared | {"completion": pair[name], "reward": reward} for name, reward in scored.items()]
+    reward_by_answer = {"chosen": 0.5, "rejected": -0.5}
+    return [shared | {"completion": pair[name], "reward": reward} for name, reward in reward_by_answer.items()]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _length(row: Row) -> int:
+def _num_characters(row: Row) -> int:
     return sum(len(message["content"]) for message in row["prompt"])
 
 
-def _sampled(reference: Path, rows: Sequence[Row], sizes: Sizes) -> dict[str, list[tuple[str, float]]]:
-    """Answers of the reference with their rewards, by question."""
+def _sample_answers(reference: Path, rows: Sequence[Row], sizes: Sizes) -> dict[str, list[tuple[str, float]]]:
+    """Sampled answers of the reference with their rewards, by question id."""
     model, params = load_hf(str(reference))
     tokenizer = load_tokenizer(str(reference))
     evaluator = Evaluator(
         model, tokenizer, stop_tokens(tokenizer, reference), rows, rewards.resolve("bfcl"), sizes.max_tokens,
         sizes.samples, prompts_in_flight=32,
     )  # fmt: skip
-    shown = evaluator.generations(evaluator(params, None, jax.random.key(0)))
-    texts = [(row["completion"], row["reward"]) for row in shown]
+    samples = evaluator.generations(evaluator(params, None, jax.random.key(0)))
+    answers = [(sample["completion"], sample["reward"]) for sample in samples]
     ends = sizes.samples * (1 + np.arange(len(rows)))
-    return {row["id"]: texts[end - sizes.samples : end] for row, end in zip(rows, ends, strict=True)}
+    return {row["id"]: answers[end - sizes.samples : end] for row, end in zip(rows, ends, strict=True)}

@@ -1,4 +1,4 @@
-"""What a private plan costs: noise against signal, by the probability of sampling, for the same number of gradients."""
+"""Noise of private training by sampling probability, for a fixed number of per-unit gradients."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from shiq_jax.privacy import Mechanism
 
-# Probabilities with which a unit is in a batch.
+# Sampling probabilities of a unit per step.
 SHARES = (1.0, 0.5, 0.25, 0.125)
 
 
 def plan(units: int, gradients: int, share: float, epsilon: float, delta: float) -> dict[str, Any]:
-    """One plan: `gradients` unit gradients in expectation, in batches of `share` of the units.
+    """Calibrate one plan with `gradients` expected per-unit gradients in total and sampling probability `share`.
 
     Returns:
-        its numbers as JSON values; `noise` is the standard deviation, per coordinate, of the noise in the mean of all
-        steps' gradients, when a unit's gradient has norm 1 at most: what a signal is to be compared with.
+        JSON values of the plan. `noise` is the standard deviation per coordinate of the noise in the average gradient
+        over all steps, with clip norm 1.
     """
     batch = share * units
     steps = round(gradients / batch)
@@ -35,5 +35,5 @@ def plan(units: int, gradients: int, share: float, epsilon: float, delta: float)
 
 
 def plans(units: int, steps: int, epsilons: tuple[float, ...], delta: float) -> list[dict[str, Any]]:
-    """All plans with as many gradients as `steps` full batches."""
+    """All combinations of epsilon and sampling probability, with the gradient count of `steps` full batches."""
     return [plan(units, units * steps, share, epsilon, delta) for epsilon in epsilons for share in SHARES]

@@ -1,11 +1,11 @@
-"""Public, then private pre-training at small scale (arXiv 2402.18752): `python -m experiments.dp_pretraining`.
+"""Public-to-private pretraining at small scale (arXiv 2402.18752): `python -m experiments.dp_pretraining`.
 
-A small decoder learns source code byte by byte: that of the standard library is public, that of installed packages
-private, and other files of those packages are what it is measured on. Whatever was stopped goes on, and what has been
-measured is kept in docs/results/dp_pretraining.json.
+A small byte-level decoder is trained on source code. The standard library is public data, installed packages are
+private data, and held-out files of those packages measure the loss. Finished measurements are stored in
+docs/results/dp_pretraining.json and not repeated.
 
-    python -m experiments.dp_pretraining            everything
-    python -m experiments.dp_pretraining --quick    a few steps, most of the time compiling: tries the script
+    python -m experiments.dp_pretraining            full experiment
+    python -m experiments.dp_pretraining --quick    test the script with a few steps
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tyro
 
 from experiments import dp_pretraining_page, source_code
 from experiments.dp_pretraining_membership import Attacks
-from experiments.dp_pretraining_noise import LARGE, ImportContext, curve
+from experiments.dp_pretraining_noise import LARGE_RUN, AccountingRun, curve
 from experiments.dp_pretraining_steps import single_steps
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
@@ -62,7 +62,18 @@ CONFIG = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much of everything: units of a step, steps, private units, held-out ones, steps between two measurements."""
+    """Sizes of the experiment.
+
+    Attributes:
+        batch: expected units per step.
+        steps: steps per arm.
+        private: private units.
+        held_out: held-out sequences.
+        every: steps between measurements.
+        tried: steps per trial of a learning rate.
+        probes: probe vectors of the trace estimate.
+        seeds: seeds of the arms.
+    """
 
     batch: int = 128
     steps: int = 200
@@ -79,20 +90,25 @@ QUICK = Scale(batch=16, steps=12, private=2000, held_out=32, every=4, tried=2, p
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One training configuration.
 
-    share: of the steps that are public, or of all data where nothing is private. epsilon: of the private steps, None
-    for none, infinite for clipping without noise. plain: what steps without privacy learn from. reset: what the
-    change-over forgets. few: of the private data as few as are held out, again and again, in `LONGER` times the steps.
+    Attributes:
+        public_share: fraction of the steps that are public; 1 if no step is private.
+        epsilon: epsilon of the private steps; None without private steps, infinity for clipping without noise.
+        nonprivate: data of the non-private steps.
+        reset: optimizer state that is reset at the switch to private data.
+        clip: clip rule of the private steps.
+        monitored: record the loss-improvement diagnostics.
+        few_units: train on only `held_out` private units, for `FEW_UNITS_FACTOR` times as many steps.
     """
 
-    share: float
+    public_share: float
     epsilon: float | None = None
-    plain: Literal["public", "private", "everything"] = "public"
+    nonprivate: Literal["public", "private", "everything"] = "public"
     reset: Reset = "momentum"
     clip: ClipRule = AutoS()
     monitored: bool = False
-    few: bool = False
+    few_units: bool = False
 
     @property
     def private(self) -> bool:
@@ -101,7 +117,7 @@ class Arm:
 
 
 ARMS = {
-    "fully public": Arm(1.0, plain="everything"),
+    "fully public": Arm(1.0, nonprivate="everything"),
     "only public": Arm(1.0),
     "clipped, no noise": Arm(0.0, math.inf),
 }
@@ -111,131 +127,141 @@ for _epsilon in EPSILONS:
     ARMS[f"mixed 1%, {_at}"] = Arm(0.01, _epsilon)
     ARMS[f"mixed 10%, {_at}"] = Arm(0.1, _epsilon, monitored=_epsilon == 8)
 RESETS = {f"mixed 10%, epsilon 8, reset {name}": Arm(0.1, 8.0, reset=name) for name in ("none", "squares", "count")}
-# Each at epsilon 8 from scratch, with one seed.
+# Clip rules at epsilon 8 from scratch, with one seed; keys of the JSON results.
 RULES = {
-    f"{type(rule).__name__}, R = {rule.clip_norm:g}": Arm(0.0, 8.0, clip=rule)
-    for rule in (AutoV(), FlatClip(0.1), FlatClip(1.0), FlatClip(10.0), DropAbove(1.0), DropAbove(10.0))
-}
-ATTACKED = {
+    f"{name}, R = {rule.clip_norm:g}": Arm(0.0, 8.0, clip=rule)
+    for name, rule in (
+        ("AutoV", AutoV()), ("Abadi", FlatClip(0.1)), ("Abadi", FlatClip(1.0)), ("Abadi", FlatClip(10.0)),
+        ("Global", DropAbove(1.0)), ("Global", DropAbove(10.0)),
+    )
+}  # fmt: skip
+ATTACK_ARMS = {
     "only public": ARMS["only public"],
     "fully private, epsilon 2": Arm(0.0, 2.0),
     "fully private, epsilon 8": Arm(0.0, 8.0),
-    "not private": Arm(1.0, plain="private"),
-    "few units, fully private, epsilon 8": Arm(0.0, 8.0, few=True),
-    "few units, not private": Arm(1.0, plain="private", few=True),
+    "not private": Arm(1.0, nonprivate="private"),
+    "few units, fully private, epsilon 8": Arm(0.0, 8.0, few_units=True),
+    "few units, not private": Arm(1.0, nonprivate="private", few_units=True),
 }
-# By how much the steps on few units are more than all others, and the sequences in an attack than what is held out.
-LONGER, SEQUENCES = 3, 8
-# Where single steps are measured: in which arm, and after which part of its steps; in the second the public ones are
-# over then. Their batches are parts of that of the experiment.
-POINTS = {"fully private, epsilon 8": 0.5, "mixed 10%, epsilon 8": 0.1}
-BATCHES = (1 / 32, 1 / 8, 1 / 2, 2, 8)
+# Factor on the steps of the few-units arms, and on `held_out` for the number of sequences in an attack.
+FEW_UNITS_FACTOR, ATTACK_FACTOR = 3, 8
+# Arms in which single steps are measured, and the fraction of the steps before it; 0.1 is the end of the public phase.
+SINGLE_STEP_POINTS = {"fully private, epsilon 8": 0.5, "mixed 10%, epsilon 8": 0.1}
+# Batch sizes of the single steps, relative to that of the experiment.
+SINGLE_STEP_BATCHES = (1 / 32, 1 / 8, 1 / 2, 2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """Scale and output file."""
 
     quick: bool = False
-    """A few steps; the numbers go to runs/dp_pretraining."""
+    """Test the script with a few steps; writes to runs/dp_pretraining."""
     json: Path = Path("docs/results/dp_pretraining.json")
-    """Where the numbers are kept; the page and the figures go beside it."""
+    """Results file; the page and the figures are written to the same directory."""
 
 
 @display()
 def main(options: Options) -> None:
-    """Run what is missing, keep its numbers, draw the page."""
+    """Run the missing measurements, store the results, and write the page."""
     scale = QUICK if options.quick else Scale()
     path = Path("runs/dp_pretraining/quick.json") if options.quick else options.json
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.exists() and not options.quick else {}
+    results = json.loads(path.read_text()) if path.exists() and not options.quick else {}
     settings = json.loads(json.dumps(dataclasses.asdict(scale)))
-    if found.get("settings") != settings:
-        found = {"settings": settings, "arms": {}}
+    if results.get("settings") != settings:
+        results = {"settings": settings, "arms": {}}
     experiment = Experiment(scale)
 
-    def keep() -> None:
-        found.update(device=report.machine(), parameters=experiment.parameters)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    def save() -> None:
+        results.update(device=report.machine(), parameters=experiment.parameters)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
-    if "rates" not in found:
-        found["rates"] = experiment.tuned()
-        keep()
+    if "rates" not in results:
+        results["rates"] = experiment.tune_rates()
+        save()
     for seed in scale.seeds:
         for name, arm in (ARMS | RESETS).items():
-            place = found["arms"].setdefault(name, {})
-            if str(seed) not in place:
-                place[str(seed)] = experiment.run(name, arm, seed, found["rates"])
-                keep()
-    seed, rates = scale.seeds[0], found["rates"]
-    attacks = Attacks(experiment, rates, ARMS["only public"], SEQUENCES)
-    parts: dict[str, dict[str, Callable[[], Any]]] = {
-        "noise": {name: partial(curve, reading, EPSILONS) for name, reading in readings(scale).items()},
-        "attacks": {name: partial(attacks.measure, name, arm, seed) for name, arm in ATTACKED.items()},
+            by_seed = results["arms"].setdefault(name, {})
+            if str(seed) not in by_seed:
+                by_seed[str(seed)] = experiment.run(name, arm, seed, results["rates"])
+                save()
+    seed, rates = scale.seeds[0], results["rates"]
+    attacks = Attacks(experiment, rates, ARMS["only public"], ATTACK_FACTOR)
+    sections: dict[str, dict[str, Callable[[], Any]]] = {
+        "noise": {name: partial(curve, run, EPSILONS) for name, run in accounting_runs(scale).items()},
+        "attacks": {name: partial(attacks.measure, name, arm, seed) for name, arm in ATTACK_ARMS.items()},
         "rules": {name: partial(experiment.run, name, arm, seed, rates) for name, arm in RULES.items()},
         "single_steps": {
-            name: partial(single_steps, experiment, name, ARMS[name], rates, at, BATCHES, B2)
-            for name, at in POINTS.items()
+            name: partial(single_steps, experiment, name, ARMS[name], rates, fraction, SINGLE_STEP_BATCHES, B2)
+            for name, fraction in SINGLE_STEP_POINTS.items()
         },
     }
-    for part, each in parts.items():
-        place = found.setdefault(part, {})
-        for name, measure in each.items():
-            if name not in place:
-                place[name] = measure()
-                keep()
-    dp_pretraining_page.write(found, path.with_suffix(".md"))
+    for section, measurements in sections.items():
+        stored = results.setdefault(section, {})
+        for name, measure in measurements.items():
+            if name not in stored:
+                stored[name] = measure()
+                save()
+    dp_pretraining_page.write(results, path.with_suffix(".md"))
 
 
-def readings(scale: Scale) -> dict[str, ImportContext]:
-    """What noise is asked for, by batch: the experiment's own data, in sixteen steps at least, and many more."""
-    read = scale.batch * scale.steps
-    batches = tuple(2**power for power in range(scale.batch.bit_length() - 4, (read // 16).bit_length()))
-    here = ImportContext(scale.private, read / scale.private, DELTA, batches)
-    return {"here": here} if scale == QUICK else {"here": here, "large": LARGE}
+def accounting_runs(scale: Scale) -> dict[str, AccountingRun]:
+    """Runs for the plot of noise by batch size: this experiment with at least 16 steps, and a large one."""
+    units_read = scale.batch * scale.steps
+    batches = tuple(2**power for power in range(scale.batch.bit_length() - 4, (units_read // 16).bit_length()))
+    small = AccountingRun(scale.private, units_read / scale.private, DELTA, batches)
+    return {"here": small} if scale == QUICK else {"here": small, "large": LARGE_RUN}
 
 
 class Plan(NamedTuple):
-    """All steps of an arm, the first private one, what makes them private, and what plain and private steps read."""
+    """Schedule and data of an arm.
+
+    Attributes:
+        steps: number of steps.
+        switch: index of the first private step.
+        mechanism: mechanism of the private steps; None without private steps.
+        nonprivate: sequences of the non-private steps.
+        private: sequences of the private steps.
+    """
 
     steps: int
-    first: int
+    switch: int
     mechanism: Mechanism | None
-    plain: np.ndarray
+    nonprivate: np.ndarray
     private: np.ndarray
 
 
 class Experiment:
-    """Data, model and compiled steps, which all arms share."""
+    """Data, model and compiled functions shared by all arms."""
 
     def __init__(self, scale: Scale):
         self.scale = scale
-        # As many public sequences as the public steps of the largest share read once.
-        self.pool = round(max(arm.share for arm in ARMS.values() if arm.private) * scale.steps) * scale.batch
+        # One pass of the public steps in the arm with the largest public share.
+        self.pool = round(max(arm.public_share for arm in ARMS.values() if arm.private) * scale.steps) * scale.batch
         self.text = source_code.load(self.pool, scale.private, scale.held_out)
         self.model = Model.from_config(CONFIG)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract_params()))
         self.losses = UnitLosses(self.model, OBJECTIVE, {}, {})
-        self._measure = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
-        self._each = jax.jit(lambda params, batch: self.losses(params, batch, None))
-        self._looked = jax.jit(self._look, static_argnames=("mechanism", "probes"))
+        self._mean_loss = jax.jit(lambda params, batch: jnp.mean(self.losses(params, batch, None)))
+        self._losses = jax.jit(lambda params, batch: self.losses(params, batch, None))
+        self._monitor_jit = jax.jit(self._monitor, static_argnames=("mechanism", "probes"))
 
-    def tuned(self) -> dict[str, Any]:
-        """Learning rates, chosen by public held-out loss: of plain steps, and of private ones that public data stand
-        in for."""
+    def tune_rates(self) -> dict[str, Any]:
+        """Choose the learning rates of non-private ("plain") and private steps by the held-out loss on public data."""
         tried: dict[str, dict[str, float]] = {"plain": {}, "private": {}}
-        stand_in = dataclasses.replace(self.mechanism(8.0, self.scale.tried), dataset_size=self.pool)
+        public_mechanism = dataclasses.replace(self.mechanism(8.0, self.scale.tried), dataset_size=self.pool)
         for rate in RATES:
-            for kind, mechanism in (("plain", None), ("private", stand_in)):
-                state, update = self._begin(0, rate, mechanism)
-                draw = self._draw(self.text.public, mechanism, 0)
+            for kind, mechanism in (("plain", None), ("private", public_mechanism)):
+                state, update = self._start(0, rate, mechanism)
+                batch = self._batches(self.text.public, mechanism, 0)
                 for step in range(self.scale.tried):
-                    state = update(state, draw(step), step)
+                    state = update(state, batch(step))
                 tried[kind][f"{rate:g}"] = self.held_out(state, self.text.public_held_out)
         return {kind: float(min(losses, key=losses.get)) for kind, losses in tried.items()} | {"tried": tried}
 
     def mechanism(self, epsilon: float, steps: int, clip: ClipRule = AutoS(), units: int | None = None) -> Mechanism:
-        """Of so many private steps on so many units, by default all."""
+        """The mechanism of `steps` private steps on `units` units (default: all private units)."""
         if epsilon == math.inf:
             return dataclasses.replace(self.mechanism(max(EPSILONS), steps, clip, units), noise_multiplier=0.0)
         return Mechanism.calibrated(
@@ -244,126 +270,123 @@ class Experiment:
         )  # fmt: skip
 
     def plan(self, arm: Arm) -> Plan:
-        """What an arm does when, and what it reads."""
-        steps = self.scale.steps * (LONGER if arm.few else 1)
-        first = sum(mixing_weight("switch", step, steps, arm.share) == 1 for step in range(steps))
+        """Schedule and data of an arm."""
+        steps = self.scale.steps * (FEW_UNITS_FACTOR if arm.few_units else 1)
+        switch = sum(mixing_weight("switch", step, steps, arm.public_share) == 1 for step in range(steps))
         public, private = self.text.public, self.text.private
-        if arm.few:
+        if arm.few_units:
             private = private[:: len(private) // self.scale.held_out][: self.scale.held_out]
-        plain = {"public": [public], "private": [private], "everything": [public, private]}[arm.plain]
-        mechanism = self.mechanism(arm.epsilon, steps - first, arm.clip, len(private)) if arm.private else None
-        return Plan(steps, first, mechanism, np.concatenate(plain), private)
+        nonprivate = {"public": [public], "private": [private], "everything": [public, private]}[arm.nonprivate]
+        mechanism = self.mechanism(arm.epsilon, steps - switch, arm.clip, len(private)) if arm.private else None
+        return Plan(steps, switch, mechanism, np.concatenate(nonprivate), private)
 
     def states(self, name: str, arm: Arm, plan: Plan, seed: int, rates: dict) -> Iterator[tuple[int, State]]:
-        """Train an arm: its state before every step and after the last; to go on takes the memory of the one before."""
-        steps, first, mechanism = plan.steps, plan.first, plan.mechanism
-        state, public = self._begin(seed, rates["plain"], None)
-        draw = self._draw(plan.plain, None, seed)
-        private = self._begin(seed, rates["private"], mechanism)[1] if mechanism else None
-        drawn = self._draw(plan.private, mechanism, seed) if mechanism else None
+        """Train an arm; yield the state before every step and after the last. Advancing donates the yielded state."""
+        steps, switch, mechanism = plan.steps, plan.switch, plan.mechanism
+        state, update = self._start(seed, rates["plain"], None)
+        batch = self._batches(plan.nonprivate, None, seed)
+        if mechanism:
+            private_update = self._start(seed, rates["private"], mechanism)[1]
+            private_batch = self._batches(plan.private, mechanism, seed)
         for step in track(range(steps), f"{name}, seed {seed}", steps, "steps"):
             yield step, state
-            if step < first:
-                state = public(state, draw(step), step)
+            if step < switch:
+                state = update(state, batch(step))
                 continue
-            if step == first:
+            if step == switch:
                 state = state._replace(opt_state=reset_optimizer(state.opt_state, arm.reset))
-            state = private(state, drawn(step), step)
+            state = private_update(state, private_batch(step))
         yield steps, state
 
     def run(self, name: str, arm: Arm, seed: int, rates: dict) -> dict[str, Any]:
-        """Train an arm: losses on held-out private data by step, the switch, noise, and what was monitored."""
-        scale, began = self.scale, time.monotonic()
+        """Train an arm; return held-out losses by step, the switch, the noise multiplier and the diagnostics."""
+        scale, start = self.scale, time.monotonic()
         plan = self.plan(arm)
-        mechanism, losses, seen = plan.mechanism, [], []
+        mechanism, losses, diagnostics = plan.mechanism, [], []
         for step, state in self.states(name, arm, plan, seed, rates):
             if step % scale.every == 0 or step == plan.steps:
                 losses.append([step, self.held_out(state, self.text.private_held_out)])
                 if arm.monitored and seed == scale.seeds[0] and step < plan.steps:
-                    seen.append([step, self.look(state, mechanism, seed)])
+                    diagnostics.append([step, self.monitor_step(state, mechanism, seed)])
         return {
-            "losses": losses, "switch": plan.first, "monitor": seen,
-            "seconds": round(time.monotonic() - began, 1),
+            "losses": losses, "switch": plan.switch, "monitored": diagnostics,
+            "seconds": round(time.monotonic() - start, 1),
             "noise_multiplier": mechanism and mechanism.noise_multiplier,
             # JSON has no infinity.
             "epsilon": mechanism.epsilon() if arm.private and arm.epsilon < math.inf else None,
         }  # fmt: skip
 
     def held_out(self, state: State, tokens: np.ndarray) -> float:
-        """Mean loss in nats per byte."""
+        """Mean loss of a state in nats per byte."""
         return self.loss(state.trainable, tokens)
 
     def loss(self, params: Any, tokens: np.ndarray) -> float:
-        """The same, of parameters."""
-        return float(self._measure(params, full_rows(tokens)))
+        """Mean loss of parameters in nats per byte."""
+        return float(self._mean_loss(params, full_rows(tokens)))
 
-    def each(self, params: Any, tokens: np.ndarray) -> np.ndarray:
-        """Losses of sequences, in nats per byte."""
+    def losses_per_sequence(self, params: Any, tokens: np.ndarray) -> np.ndarray:
+        """Loss of each sequence in nats per byte."""
         parts = np.array_split(tokens, max(len(tokens) // self.scale.held_out, 1))
-        return np.concatenate([self._each(params, full_rows(part)) for part in parts])
+        return np.concatenate([self._losses(params, full_rows(part)) for part in parts])
 
-    def look(
+    def monitor_step(
         self, state: State, mechanism: Mechanism, seed: int, units: int = 64, probes: int | None = None
     ) -> dict[str, float]:
-        """What a private step could gain here, of eight public batches alone, in the metric of Adam."""
+        """Loss-improvement diagnostics of a private step with Adam, estimated on eight public batches."""
         tokens = self.text.public[: 8 * units].reshape(8, -1, source_code.LENGTH)
         batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(full_rows, tokens))
-        found = self._looked(state, batches, jax.random.key(seed), mechanism, probes or self.scale.probes)
-        return {name: float(value) for name, value in found.items()}
+        metrics = self._monitor_jit(state, batches, jax.random.key(seed), mechanism, probes or self.scale.probes)
+        return {name: float(value) for name, value in metrics.items()}
 
-    def _look(self, state: State, batches, key, mechanism: Mechanism, probes: int):
-        about = dict(mechanism=mechanism, b2=B2, probes=probes)
-        return improvement_metrics(self.losses, state.trainable, state.opt_state, batches, key, **about)
+    def _monitor(self, state: State, batches, key, mechanism: Mechanism, probes: int):
+        kwargs = dict(mechanism=mechanism, b2=B2, probes=probes)
+        return improvement_metrics(self.losses, state.trainable, state.opt_state, batches, key, **kwargs)
 
-    def _begin(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
-        rule = optax.adamw(rate, b2=B2, weight_decay=0.0)
+    def _start(self, seed: int, rate: float, mechanism: Mechanism | None) -> tuple[State, Callable]:
+        """Initial state and update step; public and private steps share the step counter that keys the noise."""
+        optimizer = optax.adamw(rate, b2=B2, weight_decay=0.0)
         params = init_params(self.model, jax.random.key(seed))
-        state = init_state(self.model, params, rule)
-        # Of all methods the quickest for a model of this size.
-        update = make_update(self.model, OBJECTIVE, rule, privacy=mechanism, method="scan")
-        key = {} if mechanism is None else {"private_key": Secret.insecure(seed).noise}
+        state = init_state(self.model, params, optimizer)
+        # "scan" is the fastest method for a model of this size.
+        update = make_update(self.model, OBJECTIVE, optimizer, privacy=mechanism, method="scan")
+        kwargs = {} if mechanism is None else {"private_key": Secret.insecure(seed).noise}
+        return state, lambda state, batch: update(state, batch, **kwargs)[0]
 
-        def step(state: State, batch, number: int) -> State:
-            # The noise is a function of the step, which the public phase has counted as well.
-            return update(state, batch, **key)[0]
-
-        return state, step
-
-    def _draw(self, tokens: np.ndarray, mechanism: Mechanism | None, seed: int) -> Callable[[int], Any]:
-        """Batches by step: Poisson samples of a mechanism, or shuffled passes."""
+    def _batches(self, tokens: np.ndarray, mechanism: Mechanism | None, seed: int) -> Callable[[int], Any]:
+        """Batches by step: Poisson samples of a mechanism, or shuffled epochs."""
         if mechanism is not None:
-            sampling = Secret.insecure(seed).sampling
+            sampling_key = Secret.insecure(seed).sampling
 
             def sample(step: int):
-                chosen, real = mechanism.sample(sampling, step)
-                return full_rows(tokens[chosen])._replace(real=real[:, None])
+                indices, real = mechanism.sample(sampling_key, step)
+                return full_rows(tokens[indices])._replace(real=real[:, None])
 
             return sample
-        numbers = self.numbers(len(tokens), None, seed)
-        return lambda step: full_rows(tokens[numbers(step)])
+        indices = self.unit_indices(len(tokens), None, seed)
+        return lambda step: full_rows(tokens[indices(step)])
 
-    def numbers(self, count: int, mechanism: Mechanism | None, seed: int) -> Callable[[int], np.ndarray]:
-        """Which units are drawn, by step; of shuffled passes one step after the other."""
+    def unit_indices(self, count: int, mechanism: Mechanism | None, seed: int) -> Callable[[int], np.ndarray]:
+        """Unit indices by step; without a mechanism the function must be called for consecutive steps."""
         if mechanism is not None:
-            sampling = Secret.insecure(seed).sampling
+            sampling_key = Secret.insecure(seed).sampling
 
-            def sampled(step: int):
-                chosen, real = mechanism.sample(sampling, step)
-                return chosen[real]
+            def poisson(step: int):
+                indices, real = mechanism.sample(sampling_key, step)
+                return indices[real]
 
-            return sampled
-        order, size = self._passes(count, seed), self.scale.batch
-        stream: list[int] = []
+            return poisson
+        epochs, size = self._shuffled_epochs(count, seed), self.scale.batch
+        remaining: list[int] = []
 
         def shuffled(step: int):
-            while len(stream) < size:
-                stream.extend(next(order))
-            return np.array([stream.pop() for _ in range(size)])
+            while len(remaining) < size:
+                remaining.extend(next(epochs))
+            return np.array([remaining.pop() for _ in range(size)])
 
         return shuffled
 
     @staticmethod
-    def _passes(count: int, seed: int) -> Iterator[list[int]]:
+    def _shuffled_epochs(count: int, seed: int) -> Iterator[list[int]]:
         rng = np.random.default_rng(seed)
         while True:
             yield rng.permutation(count).tolist()

@@ -1,4 +1,4 @@
-"""How much noise the accountant asks for, by the batch, where the units that are read in all stay the same."""
+"""Calibrated noise multiplier by batch size, for a fixed number of units processed in total."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from shiq_jax.privacy import Mechanism
 
 
-class ImportContext(NamedTuple):
-    """What a run reads: so many private units, so many times each, at a delta and with batches of these sizes."""
+class AccountingRun(NamedTuple):
+    """Data sizes of a run: private units, epochs over them, delta, and the batch sizes to compare."""
 
     units: int
     passes: float
@@ -16,19 +16,19 @@ class ImportContext(NamedTuple):
     batches: tuple[int, ...]
 
 
-# A run as large as pre-training is, beside which the experiment's own is small.
-LARGE = ImportContext(1_000_000, 3, 1e-7, tuple(2**power for power in range(8, 17)))
+# Sizes of a large pretraining run, for comparison with the small experiment.
+LARGE_RUN = AccountingRun(1_000_000, 3, 1e-7, tuple(2**power for power in range(8, 17)))
 
 
-def multiplier(reading: ImportContext, epsilon: float, batch: int) -> float:
-    """sigma, the least noise multiplier with which all steps together are private."""
-    steps = round(reading.units * reading.passes / batch)
+def noise_multiplier(run: AccountingRun, epsilon: float, batch: int) -> float:
+    """The smallest noise multiplier with which the whole run satisfies epsilon and delta."""
+    steps = round(run.units * run.passes / batch)
     return Mechanism.calibrated(
-        epsilon=epsilon, delta=reading.delta, dataset_size=reading.units, expected_batch=batch, steps=steps
+        epsilon=epsilon, delta=run.delta, dataset_size=run.units, expected_batch=batch, steps=steps
     ).noise_multiplier
 
 
-def curve(reading: ImportContext, epsilons: tuple[float, ...]) -> dict:
-    """sigma by epsilon and by batch, and of what."""
-    sigma = {f"{epsilon:g}": {str(b): multiplier(reading, epsilon, b) for b in reading.batches} for epsilon in epsilons}
-    return {"units": reading.units, "passes": reading.passes, "delta": reading.delta, "sigma": sigma}
+def curve(run: AccountingRun, epsilons: tuple[float, ...]) -> dict:
+    """Noise multipliers by epsilon and batch size, as JSON values."""
+    sigma = {f"{epsilon:g}": {str(b): noise_multiplier(run, epsilon, b) for b in run.batches} for epsilon in epsilons}
+    return {"units": run.units, "passes": run.passes, "delta": run.delta, "sigma": sigma}

@@ -1,4 +1,4 @@
-"""What `experiments.dp_pretraining` measures besides its arms, as sections of its page and as figures."""
+"""Sections and figures of the `experiments.dp_pretraining` page besides its training arms."""
 
 from __future__ import annotations
 
@@ -10,118 +10,124 @@ import numpy as np
 
 from experiments.dp_pretraining_membership import Attack
 
-FOUND = {"here": "the experiment's own data", "large": "a large run"}
+RUN_NAMES = {"here": "this experiment", "large": "a large run"}
+# Clip rules whose keys in the JSON results differ from their class names.
+RULE_NAMES = {"Abadi": "FlatClip", "Global": "DropAbove"}
 
 
-def ratio(reading: Mapping[str, Any], epsilon: str) -> tuple[np.ndarray, np.ndarray]:
-    """Batches, and sigma^2 / B."""
-    sigma = reading["sigma"][epsilon]
+def variance_per_unit(run: Mapping[str, Any], epsilon: str) -> tuple[np.ndarray, np.ndarray]:
+    """Batch sizes B, and sigma^2 / B."""
+    sigma = run["sigma"][epsilon]
     batches = np.array([int(batch) for batch in sigma])
     return batches, np.array(list(sigma.values())) ** 2 / batches
 
 
-def noise(found: Mapping[str, Any]) -> str:
-    """How noise goes with the batch."""
-    if "noise" not in found:
+def noise(results: Mapping[str, Any]) -> str:
+    """Section on the noise multiplier by batch size."""
+    if "noise" not in results:
         return ""
-    said = []
-    for name, reading in found["noise"].items():
+    lines = []
+    for name, run in results["noise"].items():
         falls = []
-        for epsilon in reading["sigma"]:
-            batches, ratios = ratio(reading, epsilon)
-            falls.append(f"by {ratios[0] / ratios[-1]:.3g} at epsilon {epsilon}")
-        said.append(
-            f"- {FOUND[name].capitalize()} ({reading['units']:,} units, {reading['passes']:.3g} passes, delta "
-            f"{reading['delta']:g}): from a batch of {batches[0]:,} to one of {batches[-1]:,} sigma^2 / B falls "
-            f"{' and '.join(falls)}, where 1 / B falls by {batches[-1] / batches[0]:,.0f}."
+        for epsilon in run["sigma"]:
+            batches, values = variance_per_unit(run, epsilon)
+            falls.append(f"by {values[0] / values[-1]:.3g} at epsilon {epsilon}")
+        lines.append(
+            f"- {RUN_NAMES[name].capitalize()} ({run['units']:,} units, {run['passes']:.3g} epochs, delta "
+            f"{run['delta']:g}): from a batch of {batches[0]:,} to one of {batches[-1]:,} sigma^2 / B falls "
+            f"{' and '.join(falls)}; 1 / B falls by {batches[-1] / batches[0]:,.0f}."
         )
     return f"""
-## Noise by batch
+## Noise multiplier by batch size
 
-By the accountant alone. All steps together read as many units, so that larger batches are fewer steps; sigma grows with
-the batch, but slowly, so that sigma^2 / B falls, if less than the line 1 / B of a constant sigma.
+The number of units processed is fixed, so a larger batch means fewer steps. The calibrated noise multiplier sigma grows
+slowly with the batch size B, so sigma^2 / B falls, but less than 1 / B.
 
-![sigma^2 / B by batch](dp_pretraining_noise.png)
+![sigma^2 / B by batch size](dp_pretraining_noise.png)
 
-{chr(10).join(said)}
+{chr(10).join(lines)}
 """
 
 
-def rules(found: Mapping[str, Any]) -> str:
-    """What the clip rule does to the end of a fully private run."""
-    if not found.get("rules"):
+def rules(results: Mapping[str, Any]) -> str:
+    """Section on the clip rules."""
+    if not results.get("rules"):
         return ""
-    base = found["arms"]["fully private, epsilon 8"]
-    ends = {seed: run["losses"][-1][1] for seed, run in base.items()}
-    seed = next(iter(ends))
-    lines = ["| rule | held-out loss, nats per byte | against AutoS |", "|---|---|---|"]
-    lines.append(f"| AutoS, R = 1 | {ends[seed]:.3f} | |")
-    for name, run in found["rules"].items():
-        end = run["losses"][-1][1]
-        lines.append(f"| {name} | {end:.3f} | {end - ends[seed]:+.3f} |")
-    spread = max(ends.values()) - min(ends.values())
-    differ = [name for name, run in found["rules"].items() if abs(run["losses"][-1][1] - ends[seed]) > spread]
-    told = f"More than that from AutoS: {'; '.join(differ)}." if differ else "None is further than that from AutoS."
+    baseline = results["arms"]["fully private, epsilon 8"]
+    final_losses = {seed: run["losses"][-1][1] for seed, run in baseline.items()}
+    first = final_losses[next(iter(final_losses))]
+    spread = max(final_losses.values()) - min(final_losses.values())
+    lines = ["| rule | held-out loss, nats per byte | difference from AutoS |", "|---|---|---|"]
+    lines.append(f"| AutoS, R = 1 | {first:.3f} | |")
+    outside = []
+    for key, run in results["rules"].items():
+        rule, _, clip_norm = key.partition(",")
+        name, loss = f"{RULE_NAMES.get(rule, rule)},{clip_norm}", run["losses"][-1][1]
+        lines.append(f"| {name} | {loss:.3f} | {loss - first:+.3f} |")
+        if abs(loss - first) > spread:
+            outside.append(name)
+    conclusion = f"Larger differences: {'; '.join(outside)}." if outside else "No rule differs by more than that."
     return f"""
 ## Clip rules
 
-Fully private at epsilon 8, the first seed alone, at the learning rate that was chosen with AutoS. The noise is sigma R,
-and Adam does not see the scale of what it is given: R counts where gradients are shorter, or are dropped by Global for
-being longer. A uniform guess has {np.log(256):.3f}.
-
 {chr(10).join(lines)}
 
-The three seeds of AutoS lie within {spread:.3f}. {told}
+- All runs are fully private at epsilon 8, with the first seed and the learning rate chosen for AutoS.
+- The noise scales with the clip norm R, and Adam is invariant to the scale of the gradient. R therefore matters only
+  for gradients that are shorter than R, and for those longer than R, which DropAbove drops.
+- The three seeds of AutoS lie within {spread:.3f}. {conclusion}
+- A uniform prediction has loss {np.log(256):.3f}.
 """
 
 
-def attacks(found: Mapping[str, Any]) -> str:
-    """Whether members can be told."""
-    if not found.get("attacks"):
+def attacks(results: Mapping[str, Any]) -> str:
+    """Section on membership inference."""
+    if not results.get("attacks"):
         return ""
     lines = [
-        "| model | private units | steps | loss of members | of others | AUC of the loss | of the difference "
-        "| files held out |",
+        "| model | private units | steps | loss of members | loss of non-members | AUC, loss | AUC, difference "
+        "| AUC, held-out files |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, values in found["attacks"].items():
+    detected = []
+    for name, values in results["attacks"].items():
         units = "none" if name == "only public" else f"{values['units']:,}"
-        here, there, _ = values["mean_losses"]
-        ways = [Attack(**values[way]) for way in ("loss", "difference", "held_out")]
-        cells = [f"{way.auc:.3f} ± {way.error:.3f}" for way in ways]
+        members, nonmembers, _ = values["mean_losses"]
+        by_loss, by_difference, held_out = (Attack(**values[key]) for key in ("loss", "difference", "held_out"))
+        cells = [f"{attack.auc:.3f} ± {attack.error:.3f}" for attack in (by_loss, by_difference, held_out)]
         cells[1] = "" if name == "only public" else cells[1]
-        lines.append(f"| {name} | {units} | {values['steps']} | {here:.3f} | {there:.3f} | {' | '.join(cells)} |")
-    told = [
-        name
-        for name, values in found["attacks"].items()
-        if any(Attack(**values[way]).decided for way in ("loss", "difference"))
-    ]
-    said = f"Above chance by more than two errors, in one of the two: {'; '.join(told) or 'none'}."
-    shift = found["attacks"]["only public"]["held_out"]["auc"]
-    read = f"{found['settings']['batch'] * found['settings']['steps']:,}"
+        lines.append(
+            f"| {name} | {units} | {values['steps']} | {members:.3f} | {nonmembers:.3f} | {' | '.join(cells)} |"
+        )
+        if by_loss.significant or by_difference.significant:
+            detected.append(name)
+    shift = results["attacks"]["only public"]["held_out"]["auc"]
+    units_read = f"{results['settings']['batch'] * results['settings']['steps']:,}"
     return f"""
 ## Membership inference
 
-Whatever has a low loss is called a member; 0.5 is chance, errors are those of Hanley and McNeil, first seed. Members
-are private sequences that were drawn at least once, others are private ones of the same files that were not. The
-difference is that to the loss of the model without private data, which makes up for texts that are hard or easy for
-everyone. Against files that are held out, the last column, that model alone has {shift:.3f}: it tells files, so the
-column says little where it is near that. The plain model reads {read} private sequences once each; "few units" are a
-sample of them that is read again and again.
-
 {chr(10).join(lines)}
 
-{said}
+- More than two standard errors above chance by loss or difference: {"; ".join(detected) or "none"}.
+- The attack classifies sequences with a low loss as members; 0.5 is chance. Errors follow Hanley and McNeil (1982).
+- All models use the first seed.
+- Members are private sequences that were in a batch; non-members are private sequences of the same files that were not.
+- *Difference* subtracts the loss of the model without private data, which calibrates for the difficulty of a sequence.
+- *Held-out files* compares members with held-out files. The model without private data has {shift:.3f} there, so values
+  near it show a difference between the files, not membership.
+- The non-private model trains once on {units_read} private sequences. The "few units" arms train on a sample for many
+  epochs.
 """
 
 
-def steps(found: Mapping[str, Any]) -> str:
-    """What single steps gain, and what the formula said."""
-    points = stepped(found)
+def steps(results: Mapping[str, Any]) -> str:
+    """Section on the measured and predicted improvement of single steps."""
+    points = measured_points(results)
     if not points:
         return ""
     lines = [
-        "| state | B | draws | predicted, with noise | measured | predicted, without | measured | slow-down |",
+        "| state | B | draws | predicted, with noise | measured, with noise | predicted, without | measured, without "
+        "| slowdown |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, point in points.items():
@@ -136,66 +142,67 @@ def steps(found: Mapping[str, Any]) -> str:
                 f"{row['slowdown']:.3g} |"
             )
     return f"""
-## Single steps by batch
+## Single steps by batch size
 
-One step from a state on the way, with the noise multiplier of the arm and the learning rate that the analysis calls
-best for this batch, along the gradient in the metric of Adam; units are public, and so is the held-out loss. Means over
-draws of units and noise, nats per byte and per unit of the batch.
-
-![Improvement per unit](dp_pretraining_steps.png)
+Improvement of the held-out public loss by one preconditioned step, in nats per byte and per unit of the batch:
 
 {chr(10).join(lines)}
 
-{chr(10).join(f"- {sentence}" for sentence in agreement(found))}
+![Improvement per unit](dp_pretraining_steps.png)
+
+{chr(10).join(f"- {sentence}" for sentence in agreement(results))}
+- Each step starts from an intermediate state of the arm and uses its noise multiplier, the preconditioner of Adam, and
+  the predicted optimal learning rate for the batch size; units are public.
+- Values are means over draws of units and noise.
 """
 
 
-def stepped(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The points at which the analysis knows of a best step."""
-    return {name: point for name, point in found.get("single_steps", {}).items() if point["rows"]}
+def measured_points(results: Mapping[str, Any]) -> dict[str, Any]:
+    """States at which the quadratic model has an optimal step."""
+    return {name: point for name, point in results.get("single_steps", {}).items() if point["rows"]}
 
 
-def agreement(found: Mapping[str, Any]) -> list[str]:
-    """How far measured steps are from predicted ones, in sentences."""
-    said = [
-        f"{name}, step {point['step']}: the curvature along the gradient, or the trace, is below 0, and the analysis knows "
-        "of no best step; none was measured."
-        for name, point in found["single_steps"].items()
+def agreement(results: Mapping[str, Any]) -> list[str]:
+    """Sentences that compare measured with predicted improvements."""
+    sentences = [
+        f"{name}, step {point['step']}: not measured, because the curvature along the gradient or the trace is "
+        "negative and the quadratic model has no optimal step."
+        for name, point in results["single_steps"].items()
         if not point["rows"]
     ]
-    for name, point in stepped(found).items():
-        parts = []
-        for kind, word in (("private", "with noise"), ("plain", "without")):
-            each = [row[kind]["measured"] / row[kind]["predicted"] for row in point["rows"]]
-            parts.append(f"{min(each):.2f} to {max(each):.2f} times what was predicted {word}")
+    for name, point in measured_points(results).items():
+        ranges = []
+        for kind, condition in (("private", "with noise"), ("plain", "without")):
+            ratios = [row[kind]["measured"] / row[kind]["predicted"] for row in point["rows"]]
+            ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} times the prediction {condition}")
         best = max(point["rows"], key=lambda row: row["private"]["measured"] / row["batch"])
-        said.append(
-            f"{name}, step {point['step']}: steps gain {' and '.join(parts)}; per unit a batch of {best['batch']} "
-            f"gains most of those tried, and {point['said']['best_batch']:.2g} is what the analysis says."
+        sentences.append(
+            f"{name}, step {point['step']}: the improvement is {' and '.join(ranges)}; the best measured batch size "
+            f"per unit is {best['batch']}, the predicted one {point['said']['best_batch']:.2g}."
         )
-    return said
+    return sentences
 
 
-def draw_noise(found: Mapping[str, Any], path: Path) -> None:
-    """sigma^2 / B, and lines 1 / B through the first."""
+def draw_noise(results: Mapping[str, Any], path: Path) -> None:
+    """Plot sigma^2 / B, with a line proportional to 1 / B."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(found["noise"]), figsize=(4.5 * len(found["noise"]), 3.6), squeeze=False)
-    for axis, (name, reading) in zip(axes[0], found["noise"].items(), strict=True):
-        for number, epsilon in enumerate(reading["sigma"]):
-            batches, ratios = ratio(reading, epsilon)
-            axis.plot(batches, ratios, "o-", color=f"C{number}", markersize=3, label=f"epsilon {epsilon}")
-            line = ratios[0] * batches[0] / batches
+    figure, axes = plt.subplots(1, len(results["noise"]), figsize=(4.5 * len(results["noise"]), 3.6), squeeze=False)
+    for axis, (name, run) in zip(axes[0], results["noise"].items(), strict=True):
+        for number, epsilon in enumerate(run["sigma"]):
+            batches, values = variance_per_unit(run, epsilon)
+            axis.plot(batches, values, "o-", color=f"C{number}", markersize=3, label=f"epsilon {epsilon}")
+            line = values[0] * batches[0] / batches
             axis.plot(batches, line, ":", color=f"C{number}", linewidth=1, label="1 / B" if not number else None)
-        axis.set(xscale="log", yscale="log", title=FOUND[name], xlabel="batch B", ylabel="sigma$^2$ / B")
+        axis.set(xscale="log", yscale="log", title=RUN_NAMES[name], xlabel="batch size B", ylabel="sigma$^2$ / B")
         axis.set_xscale("log", base=2)
         axis.legend(frameon=False)
-    _finish(figure, axes[0], path)
+    _save(figure, axes[0], path)
 
 
-def draw_steps(found: Mapping[str, Any], path: Path) -> None:
-    """Improvement per unit by batch: lines are predictions, points are means of measured steps."""
+def draw_steps(results: Mapping[str, Any], path: Path) -> None:
+    """Plot the improvement per unit by batch size: predictions as lines, measurements as points."""
     plt = _pyplot()
-    points = stepped(found)
+    points = measured_points(results)
     figure, axes = plt.subplots(1, len(points), figsize=(4.8 * len(points), 3.8), squeeze=False)
     for axis, (name, point) in zip(axes[0], points.items(), strict=True):
         batches = np.array([row["batch"] for row in point["rows"]])
@@ -206,11 +213,11 @@ def draw_steps(found: Mapping[str, Any], path: Path) -> None:
             )
             axis.plot(batches, predicted, "--" if kind == "plain" else "-", color=color, label=f"predicted, {label}")
             axis.errorbar(batches, measured, 2 * error, fmt="o", color=color, markersize=4, label=f"measured, {label}")
-        axis.set(xscale="log", yscale="log", title=f"{name}, step {point['step']}", xlabel="batch B")
+        axis.set(xscale="log", yscale="log", title=f"{name}, step {point['step']}", xlabel="batch size B")
         axis.set_xscale("log", base=2)
         axis.set_ylabel("improvement per unit, nats per byte")
         axis.legend(frameon=False, fontsize=8)
-    _finish(figure, axes[0], path)
+    _save(figure, axes[0], path)
 
 
 def _pyplot():
@@ -222,7 +229,7 @@ def _pyplot():
     return plt
 
 
-def _finish(figure, axes, path: Path) -> None:
+def _save(figure, axes, path: Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

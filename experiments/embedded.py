@@ -1,6 +1,6 @@
-"""The figure of the embedded default: `python -m experiments.embedded` regenerates docs/results/embedded.png.
+"""Training curves of the embedded default job: `python -m experiments.embedded` draws docs/results/embedded.png.
 
-python -m experiments.embedded --quick    a few updates: tries the script, says nothing
+python -m experiments.embedded --quick    test the script with a few updates
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from shiq_jax.runs.run_directory import RunDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where the run is kept and where the figure goes."""
+    """Directories of the run and the figure."""
 
     runs: Path = Path("runs/embedded")
-    """Directory of the run of `train.py`; a finished one is read, a stopped one resumes."""
+    """Run directory; an interrupted run is resumed, a finished one is only read."""
     out: Path = Path("docs/results")
-    """Directory of the figure."""
+    """Output directory of the figure."""
     quick: bool = False
-    """A few updates, to try the script itself; run and figure go to `embedded-quick` beside the run."""
+    """Test the script with a few updates; writes only to runs/embedded-quick."""
 
 
 def main(options: Options) -> None:
-    """Run what is missing and draw it."""
+    """Train unless the run is finished, and draw the figure."""
     quick = options.runs.with_name("embedded-quick")
     run, out = (RunDirectory(quick / "run"), quick) if options.quick else (RunDirectory(options.runs), options.out)
     if not run.summary.exists():
         job = commands.toy_defaults(commands.Shiq())
-        job = small(job) if options.quick else job
+        job = quick_job(job) if options.quick else job
         run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
     draw(MetricsLog(run.metrics), out / "embedded.png")
 
 
-def small(job: Job) -> Job:
-    """The job with little of everything."""
+def quick_job(job: Job) -> Job:
+    """Reduce all sizes of the job."""
     return dataclasses.replace(
         job,
         epochs=1.0,
@@ -52,21 +52,22 @@ def small(job: Job) -> Job:
 
 
 def draw(log: MetricsLog, path: Path) -> None:
-    """Reward of fresh samples, KL to the reference, and the loss, over the updates."""
+    """Plot reward, KL to the reference and loss over the updates."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 2.7), layout="constrained")
-    points, updates = log.rows("evaluation"), log.rows("update")
-    steps = [point["step"] for point in points]
+    evaluations, updates = log.rows("evaluation"), log.rows("update")
+    steps = [row["step"] for row in evaluations]
     for panel, key, color in ((panels[0], "reward", "tab:green"), (panels[1], "kl", "tab:red")):
-        values, errors = ([point[name] for point in points] for name in (key, f"{key}_stderr"))
+        values, errors = ([row[name] for row in evaluations] for name in (key, f"{key}_stderr"))
         panel.plot(steps, values, marker="o", color=color, label="samples at temperature 1")
         low, high = ([value + sign * error for value, error in zip(values, errors)] for sign in (-1, 1))
         panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-    panels[0].plot(steps, [point["greedy_reward"] for point in points], ":", marker=".", color="0.4", label="greedy")
+    greedy = [row["greedy_reward"] for row in evaluations]
+    panels[0].plot(steps, greedy, ":", marker=".", color="0.4", label="greedy")
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
     panels[2].plot([update["step"] for update in updates], [update["loss"] for update in updates], linewidth=1)
     panels[0].set_ylim(0, 1)

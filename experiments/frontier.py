@@ -1,12 +1,11 @@
-"""How much reward for how much KL, method by method, from one buffer: `python -m experiments.frontier`.
+"""Reward-KL frontiers of offline methods trained on the same buffer: `python -m experiments.frontier`.
 
-The embedded task. Per seed a warm-started reference answers prompts, and every method learns from these same answers,
-at several strengths of its regularisation; along each run the policy is evaluated on held-out prompts. Strengths are
-not comparable between methods, distances are: what is reported is the reward at equal KL. Learning rates are chosen per
-method on a seed of their own.
+On the embedded task a warm-started reference answers the prompts, and every method trains on these answers at several
+values of beta. Policies are evaluated on held-out prompts during training and compared at equal KL, because beta is not
+comparable between methods. The learning rate of each method is chosen on a separate seed.
 
     python -m experiments.frontier            half an hour on two cores
-    python -m experiments.frontier --quick    minutes: tries the script, says nothing
+    python -m experiments.frontier --quick    test the script in minutes
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ from shiq_jax.training.reference import Reference
 from shiq_jax.training.state import init_state
 from shiq_jax.training.update import make_update
 
-# By the name on the page: the objective.
+# Objective by method name.
 METHODS = {"ShiQ": "shiq", "DPO": "dpo", "DRO": "dro", "CoPG": "copg", "REINFORCE": "reinforce", "best-of-K": "sft"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much of everything.
+    """Sizes of the experiment.
 
     Attributes:
-        prompts: that the reference answers.
-        samples: answers to each.
-        held_out: prompts to evaluate on.
-        betas: strengths of the regularisation; supervised training has none.
-        tuning_betas: those of them at which learning rates are chosen.
-        rates: learning rates to choose from.
-        updates: after which the policy is evaluated; the last number is the length of a run.
-        batch: prompts of an update, each with its answers, its best and worst, or its best.
+        prompts: training prompts.
+        samples: answers per training prompt.
+        held_out: evaluation prompts.
+        betas: regularization strengths; supervised training has none.
+        tuning_betas: betas for choosing the learning rate.
+        rates: candidate learning rates.
+        updates: update counts at which the policy is evaluated; the last one ends the run.
+        batch: prompts per update.
     """
 
     prompts: int
@@ -76,22 +75,22 @@ QUICK = Scale(32, 4, 16, (0.1, 1.0), (0.1,), (3e-4,), (1, 2), 16)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to run and where."""
+    """Seeds and directories."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One reference, buffer and set of runs each."""
+    """Seeds; each has its own reference and buffer."""
     tuning_seed: int = 100
-    """On which the learning rates are chosen."""
+    """Seed for choosing the learning rates."""
     quick: bool = False
-    """A few prompts, to try the script itself; the page goes beside the runs."""
+    """Test the script with a few prompts; writes only below the runs directory."""
     runs: Path = Path("runs/frontier")
-    """Where references and buffers are kept."""
+    """Directory of the references and buffers."""
     out: Path = Path("docs/results")
-    """Where the page goes."""
+    """Output directory of the page."""
 
 
 class Point(NamedTuple):
-    """A policy: how it was made, and what it is worth on held-out prompts."""
+    """A policy and its held-out metrics."""
 
     beta: float
     updates: int
@@ -100,48 +99,44 @@ class Point(NamedTuple):
 
 
 def main(options: Options) -> None:
-    """Run everything and write the page."""
+    """Run the experiment and write the page."""
     scale = QUICK if options.quick else FULL
     out = options.runs / "page" if options.quick else options.out
     out.mkdir(parents=True, exist_ok=True)
-    tuned = tuning(Lab(scale, options.tuning_seed, options.runs))
-    found = {}
+    tuned = tune(Experiment(scale, options.tuning_seed, options.runs))
+    seeds: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
-        lab = Lab(scale, seed, options.runs)
-        found[seed] = {"reference": lab.reference_reward}
+        experiment = Experiment(scale, seed, options.runs)
+        results = seeds[str(seed)] = {"reference": experiment.reference_reward}
         for method in METHODS:
             rate = tuned[method]["rate"]
-            found[seed][method] = [
-                point._asdict() for beta in lab.betas(method) for point in lab.run(method, beta, rate)
+            results[method] = [
+                point._asdict() for beta in experiment.betas(method) for point in experiment.run(method, beta, rate)
             ]
-            print(f"seed {seed}, {method}: best reward {max(point['reward'] for point in found[seed][method]):.3f}")
-    numbers = {
-        "scale": dataclasses.asdict(scale),
-        "tuning": tuned,
-        "seeds": {str(key): each for key, each in found.items()},
-    }
-    numbers |= {"matched": frontier_page.matched(numbers["seeds"])}
+            print(f"seed {seed}, {method}: best reward {max(point['reward'] for point in results[method]):.3f}")
+    numbers = {"scale": dataclasses.asdict(scale), "tuning": tuned, "seeds": seeds}
+    numbers["matched"] = frontier_page.rewards_at_equal_kl(seeds)
     write_json(out / "frontier.json", numbers)
     frontier_page.write(json.loads((out / "frontier.json").read_text()), out)
 
 
-def tuning(lab: Lab) -> dict[str, dict[str, Any]]:
-    """For every method the rate with the most reward, in the mean over a grid of distances; and all rates' means."""
-    found = {}
+def tune(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Choose the learning rate of each method by its mean frontier height over the KL grid."""
+    tuned = {}
     for method in METHODS:
         means = {}
-        for rate in lab.scale.rates:
-            betas = [beta for beta in lab.betas(method) if beta in (0.0, *lab.scale.tuning_betas)]
-            points = [point for beta in betas for point in lab.run(method, beta, rate)]
-            means[rate] = frontier_page.mean_height([point._asdict() for point in points], lab.reference_reward)
+        for rate in experiment.scale.rates:
+            betas = [beta for beta in experiment.betas(method) if beta in (0.0, *experiment.scale.tuning_betas)]
+            points = [point for beta in betas for point in experiment.run(method, beta, rate)]
+            means[rate] = frontier_page.mean_height([point._asdict() for point in points], experiment.reference_reward)
         best = max(means, key=means.get)
-        found[method] = {"rate": best, "heights": {f"{rate:g}": height for rate, height in means.items()}}
+        tuned[method] = {"rate": best, "heights": {f"{rate:g}": height for rate, height in means.items()}}
         print(f"{method}: learning rate {best:g}")
-    return found
+    return tuned
 
 
-class Lab:
-    """A seed's reference and buffer, and runs that begin from there."""
+class Experiment:
+    """Reference, buffer and training runs of one seed."""
 
     def __init__(self, scale: Scale, seed: int, runs: Path):
         self.scale, self.seed = scale, seed
@@ -156,7 +151,7 @@ class Lab:
             self.model, self.params = self.reference.open()
             run.log.close()
         self.statistics, self.buffer = buffer.statistics(identity), buffer
-        self.best = _best_of_each(buffer, directory.path / "best")
+        self.best_answers = _best_answers(buffer, directory.path / "best")
         self.evaluator = Evaluator(
             self.model,
             run.tokenizer,
@@ -167,41 +162,43 @@ class Lab:
             4,
             64,
         )
-        self.reference_reward = self._evaluate(self.params, 0, itself=True)[1]
+        self.reference_reward = self._evaluate(self.params, 0, is_reference=True)[1]
 
     def betas(self, method: str) -> tuple[float, ...]:
-        """The strengths to run a method at."""
+        """Values of beta for a method; (0,) if it has no beta."""
         return self.scale.betas if "beta" in OBJECTIVES[METHODS[method]].options else (0.0,)
 
     def run(self, method: str, beta: float, rate: float) -> list[Point]:
-        """The policies of one run."""
+        """Train one policy and evaluate it along the way."""
         name = METHODS[method]
-        batches, update, state = self._begin(name)
-        strength, points = np.float32(beta), []
+        batches, update, state = self._start(name)
+        points = []
         state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=np.float32(rate)))
         for item, _ in prefetch(batches, 0, self.scale.updates[-1]):
-            state, _ = update(state, item.batch, strength)
-            done = int(state.step)
-            if done in self.scale.updates:
-                weights = {part: leaf for part, leaf in state.params().items() if part != HEADS}
-                points.append(Point(beta, done, *self._evaluate(weights, done)))
+            state, _ = update(state, item.batch, np.float32(beta))
+            step = int(state.step)
+            if step in self.scale.updates:
+                params = {part: leaf for part, leaf in state.params().items() if part != HEADS}
+                points.append(Point(beta, step, *self._evaluate(params, step)))
         return points
 
-    def _begin(self, name: str):
+    def _start(self, name: str):
+        """Batches, update step and initial state of a run."""
         objective = OBJECTIVES[name]
-        source = self.best if name == "sft" else self.buffer
+        source = self.best_answers if name == "sft" else self.buffer
         references = {"reference": self.statistics} if "references" in objective.needs else {}
         batches = Batches(source, objective.unit, self.scale.batch, seed=self.seed, references=references)
         model, params = self.model, jax.tree.map(jax.numpy.copy, self.params)
         if objective.heads:
             model = ModelWithHeads.of(model, objective.heads)
             params = model.with_heads(params, jax.random.key(self.seed))
-        return batches, _update(model, name), init_state(model, params, _rule())
+        return batches, _update(model, name), init_state(model, params, _optimizer())
 
-    def _evaluate(self, params, step: int, itself: bool = False) -> tuple[float, float]:
+    def _evaluate(self, params, step: int, is_reference: bool = False) -> tuple[float, float]:
+        """KL to the reference and reward on held-out prompts."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        numbers = self.evaluator(params, None if itself else self.reference, key).metrics
-        return numbers["kl"], numbers["reward"]
+        metrics = self.evaluator(params, None if is_reference else self.reference, key).metrics
+        return metrics["kl"], metrics["reward"]
 
     def _job(self, directory: Path) -> commands.Shiq:
         job, warm_start = commands.toy_defaults(commands.Shiq()), {}
@@ -217,34 +214,34 @@ class Lab:
         )  # fmt: skip
 
 
-def _rule() -> optax.GradientTransformation:
-    """Adam at a rate that is part of the state, so that one program serves all rates."""
+def _optimizer() -> optax.GradientTransformation:
+    """Adam with the learning rate in its state, so that all rates share one compiled program."""
     return optax.chain(clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adam)(learning_rate=0.0, b2=0.95))
 
 
 @functools.cache
 def _update(model, name: str):
-    """An update at a strength that is an argument, so that one program serves all of them."""
+    """Update step with beta as an argument, so that all betas share one compiled program."""
 
     def update(state, batch, beta):
         objective = OBJECTIVES[name]
         if "beta" in objective.options:
             objective = objective.configure(beta=beta)
-        return make_update(model, objective, _rule(), donate=False)(state, batch)
+        return make_update(model, objective, _optimizer(), donate=False)(state, batch)
 
     return jax.jit(update)
 
 
-def _best_of_each(buffer: Buffer, path: Path) -> Buffer:
-    """A buffer of the best answer of each group, the first of equals."""
+def _best_answers(buffer: Buffer, path: Path) -> Buffer:
+    """A buffer of the first answer with maximal return of each group."""
     if path.exists():
         return Buffer.open(path)
-    chosen, returns = [], buffer.returns()
+    best, returns = [], buffer.returns()
     for _, members in itertools.groupby(range(len(buffer)), key=lambda number: buffer.group_ids()[number]):
-        chosen.append(max(members, key=lambda number: (returns[number], -number)))
-    best = Buffer.create(path)
-    best.append([buffer[number] for number in chosen])
-    return best
+        best.append(max(members, key=lambda number: (returns[number], -number)))
+    result = Buffer.create(path)
+    result.append([buffer[number] for number in best])
+    return result
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page and the figure of `experiments.frontier`, out of its numbers."""
+"""Page and figure of `experiments.frontier`, rendered from its JSON results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-# Distances at which methods are compared, in nats per answer.
-DISTANCES = (0.25, 0.5, 1.0, 2.0, 3.0)
-_COLORS = {
+# KL limits at which methods are compared, in nats per answer.
+KL_LIMITS = (0.25, 0.5, 1.0, 2.0, 3.0)
+COLORS = {
     "ShiQ": "tab:green", "DPO": "tab:orange", "DRO": "tab:blue", "CoPG": "tab:purple", "REINFORCE": "tab:red",
     "best-of-K": "0.4",
 }  # fmt: skip
@@ -17,71 +17,72 @@ _COLORS = {
 Points = Sequence[Mapping[str, float]]
 
 
-def matched(seeds: Mapping[str, Mapping]) -> dict[str, dict[str, list[float | None]]]:
-    """Reward by method and distance, a number per seed: of the policy that the *other* seeds choose.
+def rewards_at_equal_kl(seeds: Mapping[str, Mapping]) -> dict[str, dict[str, list[float | None]]]:
+    """Reward by method and KL limit, one number per seed.
 
-    They choose, among strengths and lengths of training, what is best in their mean at no more than that distance; so
-    nobody profits from the luck of an evaluation. None where no policy of a method stays within a distance.
+    Beta and the number of updates are chosen on the other seeds, by the best mean reward whose mean KL is within the
+    limit. This avoids selection on the evaluation noise of a seed. None if no policy of a method is within the limit.
     """
     methods = [name for name in next(iter(seeds.values())) if name != "reference"]
-    found: dict[str, dict[str, list[float | None]]] = {}
-    for method in methods:
-        found[method] = {}
-        for distance in DISTANCES:
-            rewards = [_chosen_by_others(seeds, seed, method, distance) for seed in seeds]
-            found[method][f"{distance:g}"] = rewards
-    return found
+    return {
+        method: {
+            f"{limit:g}": [_cross_validated_reward(seeds, seed, method, limit) for seed in seeds] for limit in KL_LIMITS
+        }
+        for method in methods
+    }
 
 
-def _chosen_by_others(seeds: Mapping[str, Mapping], seed: str, method: str, distance: float) -> float | None:
-    others = [each for name, each in seeds.items() if name != seed] or [seeds[seed]]
+def _cross_validated_reward(seeds: Mapping[str, Mapping], seed: str, method: str, limit: float) -> float | None:
+    other_seeds = [results for name, results in seeds.items() if name != seed] or [seeds[seed]]
     settings = [(point["beta"], point["updates"]) for point in seeds[seed][method]]
     means = {}
-    for place, setting in enumerate(settings):
-        kl, reward = (np.mean([each[method][place][name] for each in others]) for name in ("kl", "reward"))
-        if kl <= distance:
+    for index, setting in enumerate(settings):
+        kl, reward = (np.mean([results[method][index][name] for results in other_seeds]) for name in ("kl", "reward"))
+        if kl <= limit:
             means[setting] = reward
     if not means:
         return None
     return seeds[seed][method][settings.index(max(means, key=means.get))]["reward"]
 
 
-def envelope(points: Points, distances: Sequence[float], start: float) -> list[float]:
-    """The most reward of policies within each distance; `start`, the reference's, is there at distance 0."""
-    return [max([start, *(point["reward"] for point in points if point["kl"] <= distance)]) for distance in distances]
+def envelope(points: Points, limits: Sequence[float], start: float) -> list[float]:
+    """Highest reward of the policies within each KL limit; `start` is the reference's reward, at KL 0."""
+    return [max([start, *(point["reward"] for point in points if point["kl"] <= limit)]) for limit in limits]
 
 
 def mean_height(points: Points, start: float) -> float:
-    """Mean of the envelope over the distances that are compared."""
-    return float(np.mean(envelope(points, DISTANCES, start)))
+    """Mean of the envelope over `KL_LIMITS`."""
+    return float(np.mean(envelope(points, KL_LIMITS, start)))
 
 
-def verdict(numbers: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, dict[str, str]]:
-    """By distance and other method: whether ShiQ has "more" reward in every seed, "less" in every seed, or neither."""
-    found: dict[str, dict[str, str]] = {}
-    for distance, ours in numbers["ShiQ"].items():
-        found[distance] = {}
-        for method, theirs in numbers.items():
-            pairs = list(zip(ours, theirs[distance]))
+def compare_shiq(rewards: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, dict[str, str]]:
+    """By KL limit and method: whether ShiQ has "more" reward in every seed, "less" in every seed, or "unclear"."""
+    outcomes: dict[str, dict[str, str]] = {}
+    for limit, shiq in rewards["ShiQ"].items():
+        outcomes[limit] = {}
+        for method, by_limit in rewards.items():
+            pairs = list(zip(shiq, by_limit[limit]))
             if method == "ShiQ" or any(None in pair for pair in pairs):
                 continue
-            gains = [mine - their for mine, their in pairs]
-            word = "more" if min(gains) > 0 else "less" if max(gains) < 0 else "unclear"
-            found[distance][method] = word
-    return found
+            gains = [reward - baseline for reward, baseline in pairs]
+            outcomes[limit][method] = "more" if min(gains) > 0 else "less" if max(gains) < 0 else "unclear"
+    return outcomes
 
 
-def sentences(found: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The verdict in words, a sentence for each distance."""
+def sentences(outcomes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """One sentence per KL limit for the result of `compare_shiq`."""
+    templates = {
+        "more": "more reward than {}", "less": "less reward than {}", "unclear": "no consistent difference from {}",
+    }  # fmt: skip
     lines = []
-    for distance, words in found.items():
-        said = []
-        for word, text in (("more", "more than {}"), ("less", "less than {}"), ("unclear", "not to be told from {}")):
-            methods = [method for method, its in words.items() if its == word]
+    for limit, by_method in outcomes.items():
+        parts = []
+        for outcome, template in templates.items():
+            methods = [method for method, value in by_method.items() if value == outcome]
             if methods:
-                said.append(text.format(_list(methods)))
-        if said:
-            lines.append(f"Within {distance} nats ShiQ has {'; '.join(said)}.")
+                parts.append(template.format(_list(methods)))
+        if parts:
+            lines.append(f"Within {limit} nats ShiQ has {'; '.join(parts)}.")
     return lines
 
 
@@ -90,47 +91,47 @@ def _list(names: Sequence[str]) -> str:
 
 
 def write(numbers: Mapping, out: Path) -> None:
-    """`frontier.md` and `frontier.png`."""
+    """Write `frontier.md` and `frontier.png`."""
     draw(numbers, out / "frontier.png")
     (out / "frontier.md").write_text(render(numbers))
 
 
 def draw(numbers: Mapping, path: Path) -> None:
-    """All policies and every method's frontier, in the means over seeds; and what the table says."""
+    """Plot all policies with the frontier of each method, and the rewards of the table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     seeds = list(numbers["seeds"].values())
-    start = np.mean([each["reference"] for each in seeds])
+    start = np.mean([seed["reference"] for seed in seeds])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
     for method in numbers["matched"]:
         kl, reward = (
-            np.mean([[point[name] for point in each[method]] for each in seeds], axis=0) for name in ("kl", "reward")
+            np.mean([[point[name] for point in seed[method]] for seed in seeds], axis=0) for name in ("kl", "reward")
         )
-        left.scatter(kl, reward, s=10, alpha=0.45, color=_COLORS[method], linewidths=0)
+        left.scatter(kl, reward, s=10, alpha=0.45, color=COLORS[method], linewidths=0)
         points = [{"kl": x, "reward": y} for x, y in zip(kl, reward)]
-        within = np.unique([0.0, *kl[kl <= DISTANCES[-1] * 1.6]])
+        limits = np.unique([0.0, *kl[kl <= KL_LIMITS[-1] * 1.6]])
         left.step(
-            within, envelope(points, within, start), where="post", color=_COLORS[method], label=method, linewidth=1.6
+            limits, envelope(points, limits, start), where="post", color=COLORS[method], label=method, linewidth=1.6
         )
     left.plot(0, start, "k*", markersize=10, label="reference")
     left.set(
-        xlim=(-0.05, DISTANCES[-1] * 1.6), xlabel="KL to the reference, nats per answer", ylabel="reward",
-        title="policies (dots) and the best within a distance (lines)",
+        xlim=(-0.05, KL_LIMITS[-1] * 1.6), xlabel="KL to the reference, nats per answer", ylabel="reward",
+        title="policies (dots) and highest reward within a KL limit (lines)",
     )  # fmt: skip
     left.legend(frameon=False, fontsize=8, loc="lower right")
     methods = list(numbers["matched"])
-    for place, method in enumerate(methods):
-        offsets = np.arange(len(DISTANCES)) + (place - len(methods) / 2 + 0.5) * 0.13
-        for offset, rewards in zip(offsets, numbers["matched"][method].values()):
-            there = [reward for reward in rewards if reward is not None]
-            if there:
-                right.plot([offset] * len(there), there, ".", color=_COLORS[method], markersize=4, alpha=0.6)
-                right.plot(offset, np.mean(there), "_", color=_COLORS[method], markersize=9, markeredgewidth=2)
-    right.set_xticks(range(len(DISTANCES)), [f"{distance:g}" for distance in DISTANCES])
-    right.set(xlabel="at most so many nats", title="chosen by the other seeds: seeds (dots), mean (dash)")
+    for index, method in enumerate(methods):
+        positions = np.arange(len(KL_LIMITS)) + (index - len(methods) / 2 + 0.5) * 0.13
+        for x, rewards in zip(positions, numbers["matched"][method].values()):
+            measured = [reward for reward in rewards if reward is not None]
+            if measured:
+                right.plot([x] * len(measured), measured, ".", color=COLORS[method], markersize=4, alpha=0.6)
+                right.plot(x, np.mean(measured), "_", color=COLORS[method], markersize=9, markeredgewidth=2)
+    right.set_xticks(range(len(KL_LIMITS)), [f"{limit:g}" for limit in KL_LIMITS])
+    right.set(xlabel="KL limit, nats per answer", title="reward within a KL limit: seeds (dots), mean (dash)")
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -140,57 +141,60 @@ def draw(numbers: Mapping, path: Path) -> None:
 
 
 def render(numbers: Mapping) -> str:
-    """The page."""
+    """Render the Markdown page."""
     scale, seeds = numbers["scale"], numbers["seeds"]
-    head = "| method | rate | " + " | ".join(f"{distance:g}" for distance in DISTANCES) + " |"
+    head = "| method | learning rate | " + " | ".join(f"{limit:g}" for limit in KL_LIMITS) + " |"
     rows = []
-    for method, by_distance in numbers["matched"].items():
-        cells = [_cell(rewards) for rewards in by_distance.values()]
+    for method, by_limit in numbers["matched"].items():
+        cells = [_cell(rewards) for rewards in by_limit.values()]
         rows.append(f"| {method} | {numbers['tuning'][method]['rate']:g} | " + " | ".join(cells) + " |")
-    table = "\n".join([head, "|---" * (len(DISTANCES) + 2) + "|", *rows])
-    start = np.mean([each["reference"] for each in seeds.values()])
-    said = "\n".join(f"- {line}" for line in sentences(verdict(numbers["matched"])))
+    table = "\n".join([head, "|---" * (len(KL_LIMITS) + 2) + "|", *rows])
+    start = np.mean([seed["reference"] for seed in seeds.values()])
+    summary = "\n".join(f"- {line}" for line in sentences(compare_shiq(numbers["matched"])))
     betas = ", ".join(f"{beta:g}" for beta in scale["betas"])
-    return f"""# Reward against distance
+    return f"""# Reward at equal KL
 
-    python -m experiments.frontier
+A comparison is stated only if it holds in all {len(seeds)} seeds:
 
-On the embedded task (a tiny decoder learns to sort digits; its teacher wrote half of the answers backwards) a
-warm-started reference answers {scale["prompts"]} prompts {scale["samples"]} times. From these same answers, scored,
-every method learns for {scale["updates"][-1]} updates of {scale["batch"]} prompts: ShiQ, DRO (which learns a value) and
-REINFORCE (with the KL in its reward, and a prompt's other answers as baseline) on all answers, DPO and CoPG on the best
-and the worst of each prompt, supervised training on the best. Regularised methods run at beta {betas}; policies are
-evaluated after {", ".join(map(str, scale["updates"]))} updates on {scale["held_out"]} held-out prompts, four samples
-each; {len(seeds)} seeds. The learning rate of each method is the best of
-{", ".join(f"{rate:g}" for rate in scale["rates"])} on another seed{_at_the_end(numbers)}.
+{summary}
 
-![Reward against KL](frontier.png)
-
-*Left: every policy, and the most reward that each method has within a distance, in the mean over seeds. Right: reward
-at equal distance, where beta and the number of updates are chosen by the other seeds.*
-
-The reference has reward {start:.3f}. What each method has within so many nats, the mean over seeds (and the smallest
-and the largest):
+Held-out reward within a KL limit in nats per answer, mean over seeds (minimum, maximum); the reference has {start:.3f}:
 
 {table}
 
-{said}
+![Reward against KL](frontier.png)
 
-"More" and "less" hold in every seed; nothing else is claimed. It is a small task with one right answer per prompt, and
-what wins here need not win elsewhere: on [function calling](bfcl.md) supervised training gained most. All numbers:
-[frontier.json](frontier.json).
+*Left: all policies, and the highest reward of each method within a KL limit, averaged over seeds. Right: the rewards of
+the table.*
+
+    python -m experiments.frontier
+
+- The task is the embedded one: a tiny decoder learns to sort digits after a warm start on demonstrations of which half
+  are reversed.
+- The reference answers {scale["prompts"]} prompts {scale["samples"]} times; all methods train on these scored answers
+  for {scale["updates"][-1]} updates of {scale["batch"]} prompts.
+- ShiQ, DRO (with a learned value) and REINFORCE (with the KL in the reward and a leave-one-out baseline) train on all
+  answers, DPO and CoPG on the best and the worst of each prompt, supervised training (best-of-K) on the best.
+- Regularized methods run at beta {betas}.
+- Policies are evaluated after {", ".join(map(str, scale["updates"]))} updates on {scale["held_out"]} held-out prompts
+  with four samples each.
+- Beta and the number of updates in the table are chosen on the other seeds.
+- The learning rate of each method is the best of {", ".join(f"{rate:g}" for rate in scale["rates"])} on another seed.
+{_boundary_note(numbers)}- The task is small and has one correct answer per prompt; on [function calling](bfcl.md)
+  supervised training gained most.
+- [frontier.json](frontier.json) holds all numbers.
 """
 
 
-def _at_the_end(numbers: Mapping) -> str:
-    """Which methods might have done better at a rate that was not tried."""
+def _boundary_note(numbers: Mapping) -> str:
+    """A sentence that names the methods whose learning rate is at the boundary of the grid."""
     ends = (min(numbers["scale"]["rates"]), max(numbers["scale"]["rates"]))
     methods = [method for method, tuned in numbers["tuning"].items() if tuned["rate"] in ends]
-    return f"; for {_list(methods)} it lies at the end of what was tried" if methods else ""
+    return f"- The chosen rate is at the boundary of the grid for {_list(methods)}.\n" if methods else ""
 
 
 def _cell(rewards: Sequence[float | None]) -> str:
-    there = [reward for reward in rewards if reward is not None]
-    if len(there) < len(rewards):
+    measured = [reward for reward in rewards if reward is not None]
+    if len(measured) < len(rewards):
         return "-"
-    return f"{np.mean(there):.3f} ({min(there):.3f}, {max(there):.3f})"
+    return f"{np.mean(measured):.3f} ({min(measured):.3f}, {max(measured):.3f})"

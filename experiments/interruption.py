@@ -1,10 +1,10 @@
-"""Killing runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
+"""Kill and resume runs: `python -m experiments.interruption` regenerates docs/results/interruption.md.
 
-Three small jobs of `train.py` are run once to the end: one samples its buffer, one annotates given rows, and one
-samples and learns in three rounds. Then each is started again and again, killed with SIGKILL, resumed (and sometimes
-killed once more), and what it leaves is compared with the undisturbed run. Half of the kills come at random times, the
-other half from inside, before a random one of the operations by which the process changes its directory, so that they
-fall into the short moments in which files are written. `--quick` tries the script itself.
+Three small jobs of `train.py` first run to the end: one samples its buffer, one annotates existing rows, and one
+samples and trains in three rounds. Each job is then started many times, killed with SIGKILL, resumed (and sometimes
+killed again), and compared with the uninterrupted run. Half of the kills come at random times; the other half come
+before a random file operation in the run directory, to hit the short moments in which files are written. `--quick`
+tests the script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tyro
 from experiments.interruption_differences import differences
 
 ROOT = Path(__file__).resolve().parent.parent
-_CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+_AUDIT_EVENTS = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
 _COMMON = [
     "--mesh", "fsdp=1", "--evaluation.samples-per-prompt", "2", "--evaluation.max-tokens", "8",
@@ -45,40 +45,54 @@ _ROUNDS = [
     "--collection.samples-per-prompt", "4", "--collection.sampling.max-tokens", "8", "--evaluation.prompts", "4",
     "--optimizer.learning-rate", "1e-3", "--epochs", "2",
 ]  # fmt: skip
-# Moments at which each job is killed.
+# Number of kills by job.
 KILLS = {"sampled": 20, "data": 10, "rounds": 30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How many kills, and where everything goes."""
+    """Number of kills, and directories."""
 
     kills: int | None = None
-    """Moments at which each job is killed; by default 20, 10 and 30."""
+    """Kills per job; default: 20 (sampled), 10 (data) and 30 (rounds)."""
     seed: int = 0
-    """Of the moments."""
+    """Random seed of the kills."""
     jobs: tuple[str, ...] = tuple(KILLS)
-    """Which jobs."""
+    """Jobs to run."""
     runs: Path = Path("runs/interruption")
-    """Where the runs are kept; must be empty or missing."""
+    """Directory of the runs; must be empty or missing."""
     out: Path | None = None
-    """Directory of the page; default: docs/results, or beside the runs where `kills` is given or with `quick`."""
+    """Directory of the page; default: docs/results, or RUNS/page with `kills` or `quick`."""
     quick: bool = False
-    """Two kills of the first job."""
+    """Test the script with two kills of the first job."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A moment: so many seconds of processor time after config.json was made, or before the n-th change in a place."""
+    """When to kill: after CPU time, or before a file operation.
+
+    Attributes:
+        seconds: CPU time after config.json was written, if `folder` is None.
+        folder: folder name below which file operations count; "" for the whole run directory.
+        change: index of the operation, counted from 1.
+    """
 
     seconds: float = 0.0
-    place: str | None = None
+    folder: str | None = None
     change: int = 0
 
 
 @dataclasses.dataclass
 class Outcome:
-    """One kill: of which job, where it fell, how often the run was started in all, and what then differed."""
+    """Result of one kill.
+
+    Attributes:
+        job: name of the job.
+        kill: the first kill.
+        stages: stage of the run at each kill.
+        starts: number of times the run was started.
+        differences: differences from the uninterrupted run; empty if there are none.
+    """
 
     job: str
     kill: Kill
@@ -87,20 +101,20 @@ class Outcome:
     differences: list[str]
 
 
-# ---- watching and killing ----
+# ---- file operations and kills ----
 
 _watchers: list[tuple[str, Callable[[str], None]]] = []
 
 
 @contextlib.contextmanager
 def watching(directory: Path, change: Callable[[str], None]) -> Iterator[None]:
-    """Call `change` with the relative path of whatever Python is about to change in a directory.
+    """Call `change` with the relative path before each file operation of Python below a directory.
 
-    It sees files opened for writing, names made, changed and removed; not what native code writes by itself.
+    Covers opening for writing, creating, renaming and removing; writes by native code are not seen.
     """
     if not hasattr(watching, "installed"):
         watching.installed = True
-        sys.addaudithook(_audit)
+        sys.addaudithook(_audit_hook)
     watcher = (os.path.realpath(directory), change)
     _watchers.append(watcher)
     try:
@@ -109,14 +123,14 @@ def watching(directory: Path, change: Callable[[str], None]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def _audit(event: str, arguments: tuple) -> None:
+def _audit_hook(event: str, arguments: tuple) -> None:
     if not _watchers:
         return
     if event == "open":
         path, mode, flags = arguments
         if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-    elif event in _CHANGES:
+    elif event in _AUDIT_EVENTS:
         path = arguments[0]
     else:
         return
@@ -128,29 +142,37 @@ def _audit(event: str, arguments: tuple) -> None:
             change(os.path.relpath(path, directory))
 
 
-def _within(path: str, place: str) -> bool:
-    """Whether a changed path lies in a directory of this name, or anywhere for an empty one."""
-    return not place or place in Path(path).parts
+def _is_below(path: str, folder: str) -> bool:
+    """Whether a path has a parent folder of this name; always true for an empty name."""
+    return not folder or folder in Path(path).parts
 
 
-def child(directory: str, place: str, number: str, log: str, *arguments: str) -> None:
-    """Run `train.py` with arguments; SIGKILL comes before the n-th change in a place, and `log` gets all changes."""
-    seen = 0
+def child(directory: str, folder: str, number: str, log: str, *arguments: str) -> None:
+    """Run `train.py` and kill it before a file operation.
+
+    Args:
+        directory: the run directory.
+        folder: folder name below which operations count.
+        number: index of the operation; "" to run to the end.
+        log: file that lists the paths of all operations; "" for none.
+        *arguments: arguments of `train.py`.
+    """
+    count = 0
 
     def change(path: str) -> None:
-        nonlocal seen
+        nonlocal count
         if log:
             with open(log, "a") as file:
                 file.write(path + "\n")
-        if number and _within(path, place):
-            seen += 1
-            if seen == int(number):
+        if number and _is_below(path, folder):
+            count += 1
+            if count == int(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     import train
     from shiq_jax.replay import storage
 
-    # Small shards, so that the annotation of few records takes several.
+    # Small shards, so that a small buffer has several.
     storage.SHARD_ROWS = 8
     with watching(Path(directory), change):
         train.main(list(arguments))
@@ -160,7 +182,7 @@ def child(directory: str, place: str, number: str, log: str, *arguments: str) ->
 
 
 def prepare(root: Path) -> dict[str, list[str]]:
-    """The arguments of the jobs by name; what they read is made in `root`."""
+    """Create the inputs of the jobs in `root` and return the jobs' arguments by name."""
     from shiq_jax.runs.run_directory import write_jsonl
     from shiq_jax.tasks.sorting import sorting_rows
     from shiq_jax.tasks.tiny import tiny_directory
@@ -172,31 +194,38 @@ def prepare(root: Path) -> dict[str, list[str]]:
         for row in sorting_rows(32)
         for answer in (row["answer"], row["answer"][::-1])
     ]
-    # The first shard is the widest, so that the padding of the others is not what they need themselves.
+    # The first shard has the longest prompt, so that the padding of the others depends on it.
     rows[0] |= {"prompt": rows[0]["prompt"] * 8}
     write_jsonl(root / "scored.jsonl", rows)
     write_jsonl(root / "held_out.jsonl", sorting_rows(4, split="held_out"))
-    given = ["--data", str(root / "scored.jsonl"), "--evaluation.data", str(root / "held_out.jsonl")]
-    rate = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
+    data = ["--data", str(root / "scored.jsonl"), "--evaluation.data", str(root / "held_out.jsonl")]
+    training = ["--optimizer.learning-rate", "1e-3", "--epochs", "2", "--reward", "sorting"]
     return {
         "sampled": ["shiq", "--model", model, *_COMMON, *_SAMPLED],
         "rounds": ["shiq", "--model", model, *_COMMON, *_ROUNDS],
-        "data": ["shiq", "--model", model, *_COMMON, *given, *rate],
+        "data": ["shiq", "--model", model, *_COMMON, *data, *training],
     }
 
 
 def start(
     arguments: Sequence[str], run: Path, cache: Path, *, kill: Kill | None = None, log: Path | None = None
 ) -> tuple[int, float]:
-    """Run a job in its directory, or go on with it, and kill it at a moment.
+    """Start or resume a job in its directory and kill it.
+
+    Args:
+        arguments: arguments of `train.py`.
+        run: the run directory.
+        cache: directory of the compilation cache.
+        kill: when to kill the process; None to run to the end.
+        log: file that lists the paths of all file operations.
 
     Returns:
-        its exit status, and the seconds of processor time that it took after its run had a config.json.
+        The exit status, and the CPU seconds after config.json was written.
     """
-    inside = kill is not None and kill.place is not None
+    inside = kill is not None and kill.folder is not None
     resume = ["--resume"] if (run / "config.json").exists() else []
     code = "import sys; from experiments.interruption import child; child(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(run), kill.place if inside else "", str(kill.change) if inside else ""]
+    command = [sys.executable, "-c", code, str(run), kill.folder if inside else "", str(kill.change) if inside else ""]
     command += [str(log or ""), *arguments, "--output-dir", str(run), *resume]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -207,20 +236,20 @@ def start(
     }
     with open(run.with_name(run.name + ".log"), "ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        began, spent = None, 0.0
+        start_seconds, elapsed = None, 0.0
         while process.poll() is None:
-            used = _processor_seconds(process.pid)
-            if began is None and (run / "config.json").exists():
-                began = used
-            spent = used - began if began is not None else 0.0
-            if kill is not None and not inside and began is not None and spent >= kill.seconds:
+            seconds = _cpu_seconds(process.pid)
+            if start_seconds is None and (run / "config.json").exists():
+                start_seconds = seconds
+            elapsed = seconds - start_seconds if start_seconds is not None else 0.0
+            if kill is not None and not inside and start_seconds is not None and elapsed >= kill.seconds:
                 process.kill()
             time.sleep(0.005)
-    return process.returncode, spent
+    return process.returncode, elapsed
 
 
-def _processor_seconds(process: int) -> float:
-    """What Linux has counted for a process; unlike the clock's, its seconds do not grow with the load."""
+def _cpu_seconds(process: int) -> float:
+    """CPU time of a process, which does not depend on the load of the machine."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -228,32 +257,32 @@ def _processor_seconds(process: int) -> float:
 
 
 def stage(run: Path, shards: int) -> str:
-    """What a killed run was at, as its directory tells; `shards` are those of its whole buffer."""
+    """Infer the stage of a killed run from its directory; `shards` is the number of shards of the finished buffer."""
     from shiq_jax.runs.run_directory import RunDirectory
 
-    whole = RunDirectory(run)
-    if whole.summary.exists():
-        return "over"
-    here = whole.latest_round()
-    if here.policy.exists() or here.policy.with_name(f"{here.policy.name}.partial").exists():
+    directory = RunDirectory(run)
+    if directory.summary.exists():
+        return "finished"
+    latest = directory.latest_round()
+    if latest.policy.exists() or latest.policy.with_name(f"{latest.policy.name}.partial").exists():
         return "exporting"
-    if here.checkpoints.exists():
-        saving = any(not path.name.isdigit() for path in here.checkpoints.iterdir())
+    if latest.checkpoints.exists():
+        saving = any(not path.name.isdigit() for path in latest.checkpoints.iterdir())
         return "checkpointing" if saving else "updating"
-    if (here.buffer / "manifest.json").exists():
-        manifest = json.loads((here.buffer / "manifest.json").read_text())
-        listed = {shard["file"] for shard in manifest["shards"]}
-        covered = [entry for made in manifest["statistics"].values() for entry in made["shards"].values()]
-        found = {path.relative_to(here.buffer).as_posix() for path in here.buffer.rglob("*.arrow*")}
-        named = listed | {entry.get("file") for entry in covered}
-        if found - named or (here.buffer / "manifest.json.tmp").exists():
+    if (latest.buffer / "manifest.json").exists():
+        manifest = json.loads((latest.buffer / "manifest.json").read_text())
+        record_files = {shard["file"] for shard in manifest["shards"]}
+        annotated = [entry for stats in manifest["statistics"].values() for entry in stats["shards"].values()]
+        files = {path.relative_to(latest.buffer).as_posix() for path in latest.buffer.rglob("*.arrow*")}
+        listed = record_files | {entry.get("file") for entry in annotated}
+        if files - listed or (latest.buffer / "manifest.json.tmp").exists():
             return "writing the buffer"
-        if len(listed) < shards:
-            return "reading data" if json.loads(whole.config.read_text())["data"] else "sampling"
-        return "evaluating" if len(covered) == shards else "annotating"
-    if here.buffer.exists():
+        if len(record_files) < shards:
+            return "reading data" if json.loads(directory.config.read_text())["data"] else "sampling"
+        return "evaluating" if len(annotated) == shards else "annotating"
+    if latest.buffer.exists():
         return "writing the buffer"
-    if whole.warm_start.exists() and not whole.reference.exists():
+    if directory.warm_start.exists() and not directory.reference.exists():
         return "warm start"
     return "setting up"
 
@@ -262,50 +291,50 @@ def stage(run: Path, shards: int) -> str:
 
 
 def main(options: Options) -> None:
-    """Kill, resume, compare, and write the page."""
+    """Kill and resume the jobs, compare them with uninterrupted runs, and write the page."""
     if options.quick:
         options = dataclasses.replace(options, kills=2, jobs=options.jobs[:1])
-    random, root = np.random.default_rng(options.seed), options.runs.absolute()
+    rng, root = np.random.default_rng(options.seed), options.runs.absolute()
     jobs = {name: arguments for name, arguments in prepare(root).items() if name in options.jobs}
-    moments, lengths, outcomes = {}, {}, []
+    kills_by_job, durations, outcomes = {}, {}, []
     for name, arguments in jobs.items():
         whole, log = root / name, root / f"{name}.changes"
-        # Twice, because the first time compiles what later ones find in the cache.
+        # The first run fills the compilation cache; the second measures the duration of later runs.
         first, _ = start(arguments, root / f"{name}-first", root / "cache")
-        second, lengths[name] = start(arguments, whole, root / "cache", log=log)
+        second, durations[name] = start(arguments, whole, root / "cache", log=log)
         if first or second:
-            raise SystemExit(f"an undisturbed run failed: see {whole}*.log")
-        count = KILLS[name] if options.kills is None else options.kills
-        moments[name] = [_moment(random, index, lengths[name], log.read_text().split()) for index in range(count)]
-    for name, kills in moments.items():
+            raise SystemExit(f"an uninterrupted run failed: see {whole}*.log")
+        count, changes = KILLS[name] if options.kills is None else options.kills, log.read_text().split()
+        kills_by_job[name] = [_random_kill(rng, index, durations[name], changes) for index in range(count)]
+    for name, kills in kills_by_job.items():
         for index, kill in enumerate(kills):
-            outcomes.append(_try(jobs[name], name, kill, root, index, lengths[name], random))
+            outcomes.append(_kill_and_resume(jobs[name], name, kill, root, index, durations[name], rng))
             print(_row(outcomes[-1]), flush=True)
     out = options.out or (ROOT / "docs" / "results" if options.kills is None else root / "page")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "interruption.md").write_text(render(outcomes, lengths, options))
+    (out / "interruption.md").write_text(render(outcomes, durations, options))
     if any(outcome.differences for outcome in outcomes):
-        raise SystemExit("some runs differ: see the page")
+        raise SystemExit(f"some resumed runs differ from the uninterrupted run: see {out / 'interruption.md'}")
 
 
-def _moment(random, index: int, length: float, changes: list[str]) -> Kill:
+def _random_kill(rng, index: int, duration: float, changes: list[str]) -> Kill:
     if index % 2 == 0:
-        return Kill(seconds=float(random.uniform(0, length)))
-    place = ("buffer", "checkpoints", "")[index // 2 % 3]
-    behind = [path for path in changes if _within(path, place) and path != "config.json"]
-    return Kill(place=place, change=int(random.integers(1, len(behind) + 1)))
+        return Kill(seconds=float(rng.uniform(0, duration)))
+    folder = ("buffer", "checkpoints", "")[index // 2 % 3]
+    candidates = [path for path in changes if _is_below(path, folder) and path != "config.json"]
+    return Kill(folder=folder, change=int(rng.integers(1, len(candidates) + 1)))
 
 
-def _try(arguments, name: str, kill: Kill, root: Path, index: int, length: float, random) -> Outcome:
+def _kill_and_resume(arguments, name: str, kill: Kill, root: Path, index: int, duration: float, rng) -> Outcome:
     from shiq_jax.runs.run_directory import RunDirectory
 
     run, whole = root / f"{name}-{index:02d}", root / name
     buffer = RunDirectory(whole).latest_round().buffer
     shards = len(json.loads((buffer / "manifest.json").read_text())["shards"])
-    again = [Kill(seconds=float(random.uniform(0, length)))] if random.random() < 0.3 else []
+    second_kill = [Kill(seconds=float(rng.uniform(0, duration)))] if rng.random() < 0.3 else []
     stages = []
-    for starts, each in enumerate([kill, *again, None], 1):
-        status, _ = start(arguments, run, root / "cache", kill=each)
+    for starts, next_kill in enumerate([kill, *second_kill, None], 1):
+        status, _ = start(arguments, run, root / "cache", kill=next_kill)
         if status == 0:
             break
         if status != -signal.SIGKILL:
@@ -316,37 +345,41 @@ def _try(arguments, name: str, kill: Kill, root: Path, index: int, length: float
 
 def _row(outcome: Outcome) -> str:
     kill = outcome.kill
-    when = f"{kill.seconds:.2f} s" if kill.place is None else f"before change {kill.change} in {kill.place or 'all'}"
+    when = f"{kill.seconds:.2f} s" if kill.folder is None else f"before change {kill.change} in {kill.folder or 'all'}"
     equal = "yes" if not outcome.differences else "**no**: " + "; ".join(outcome.differences)
-    return f"| {outcome.job} | {when} | {', then '.join(outcome.stages) or 'over'} | {outcome.starts} | {equal} |"
+    return f"| {outcome.job} | {when} | {', then '.join(outcome.stages) or 'finished'} | {outcome.starts} | {equal} |"
 
 
-def render(outcomes: Sequence[Outcome], lengths: dict[str, float], options: Options) -> str:
-    """The page."""
+def render(outcomes: Sequence[Outcome], durations: dict[str, float], options: Options) -> str:
+    """Render the Markdown page."""
     import jax
 
     equal = sum(not outcome.differences for outcome in outcomes)
-    fell = sorted({stage for outcome in outcomes for stage in outcome.stages} - {"over"})
-    seconds = ", ".join(f"`{name}` {length:.1f} s" for name, length in lengths.items())
+    stages = sorted({stage for outcome in outcomes for stage in outcome.stages} - {"finished"})
+    seconds = ", ".join(f"`{name}` {duration:.1f} s" for name, duration in durations.items())
     rows = "\n".join(map(_row, outcomes))
-    return f"""# Killed runs
+    machine = f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {platform.python_version()}"
+    return f"""# Killed and resumed runs
 
-Of {len(outcomes)} runs that were killed with SIGKILL and resumed with `--resume`, {equal} ended as the undisturbed run
-did: the same files, with the same bytes in the exported weights, the reference, the buffer and its statistics and the
-samples, the same arrays in the same checkpoints, and the same log but for its clocks.
+Of {len(outcomes)} runs killed with SIGKILL and resumed with `--resume`, {equal} ended in the same state as the
+uninterrupted run. Exported weights, reference, buffer, statistics and samples are identical byte for byte, checkpoints
+have the same arrays, and the log differs only in times.
 
-`sampled` makes a warm start, samples, scores, updates, evaluates and exports; `data` annotates given rows instead of
-sampling; `rounds` samples, scores and learns three times, each time from the policy before. From its `config.json` on
-each takes {seconds} of processor time, of which the moments given in seconds are random parts. Every other kill comes from inside, just before an operation by which Python
-changes the run's directory: in the buffer, among the checkpoints, or anywhere. Some resumed runs were killed again.
-"Over" is a run that was killed after its summary was written. The kills fell into: {", ".join(fell)}.
-
-| job | killed | while | starts | equal |
+| job | killed | stage | starts | equal |
 |---|---|---|---|---|
 {rows}
 
-Seed {options.seed}, {os.cpu_count()} CPU cores, jax {jax.__version__}, Python {platform.python_version()},
-{datetime.date.today()}. This page is written by `python -m experiments.interruption`.
+    python -m experiments.interruption
+
+- `sampled` runs a warm start, samples, scores, trains, evaluates and exports; `data` annotates existing rows instead of
+  sampling; `rounds` samples, scores and trains three times, each time from the previous policy.
+- Half of the kills come at a random CPU time after `config.json` was written; the uninterrupted runs take {seconds}.
+- The other half come just before a file operation of Python in the buffer, in the checkpoints, or anywhere in the run
+  directory.
+- Some resumed runs were killed again; their stages are listed in order.
+- "Finished" means that the kill came after the summary was written.
+- The kills hit these stages: {", ".join(stages)}.
+- Seed {options.seed}; {machine}; {datetime.date.today()}.
 """
 
 

@@ -1,4 +1,4 @@
-"""Text that every machine has: source code of the standard library, and of packages that are installed, as bytes."""
+"""Byte sequences of Python source code: the standard library (public) and installed packages (private)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from shiq_jax.errors import UserError
 
-# What the project itself needs, so that it is there.
+# Dependencies of this project, which are always installed.
 PACKAGES = ("jax", "flax", "optax", "chex", "numpy", "pyarrow", "datasets", "transformers", "matplotlib", "rich")
 LENGTH = 64
-# One file in so many is held out.
+# One file in 20 is held out.
 HELD_OUT = 20
 
 
 class Text(NamedTuple):
-    """Sequences of `LENGTH` bytes, none twice; what is held out is of other files. All are uint8[sequences, LENGTH]."""
+    """Distinct sequences, uint8[sequences, LENGTH]; held-out sequences come from held-out files."""
 
     public: np.ndarray
     private: np.ndarray
@@ -30,50 +30,59 @@ class Text(NamedTuple):
 
 
 def load(public: int, private: int, held_out: int, seed: int = 0) -> Text:
-    """So many sequences of each, drawn once and for all.
+    """Draw random sequences without replacement.
+
+    Args:
+        public: number of public sequences.
+        private: number of private sequences.
+        held_out: number of held-out sequences of each kind.
+        seed: random seed.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the installed source code has too few sequences.
     """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    own = list(_files(library, skip=("site-packages", "test", "tests", "idlelib", "lib2to3")))
-    others = [file for name in PACKAGES for file in _files(_home(name), skip=("tests", "testing"))]
-    known: set[bytes] = set()
-    pools = [
-        _sequences(files, kept, known) for files, kept in ((own, False), (own, True), (others, True), (others, False))
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    stdlib_files = list(_python_files(stdlib, skip=("site-packages", "test", "tests", "idlelib", "lib2to3")))
+    package_files = [
+        file for name in PACKAGES for file in _python_files(_package_root(name), skip=("tests", "testing"))
     ]
-    rng, found = np.random.default_rng(seed), []
-    for pool, wanted in zip(pools, (public, held_out, held_out, private), strict=True):
-        if len(pool) < wanted:
-            raise UserError(
-                f"there are {len(pool)} sequences of source code here, and {wanted} are needed: ask for fewer"
-            )
-        found.append(pool[np.sort(rng.choice(len(pool), wanted, replace=False))])
-    return Text(public=found[0], private=found[3], public_held_out=found[1], private_held_out=found[2])
+    seen: set[bytes] = set()
+    pools = [
+        _sequences(files, is_held_out, seen)
+        for files, is_held_out in (
+            (stdlib_files, False), (stdlib_files, True), (package_files, True), (package_files, False)
+        )
+    ]  # fmt: skip
+    rng, parts = np.random.default_rng(seed), []
+    for pool, count in zip(pools, (public, held_out, held_out, private), strict=True):
+        if len(pool) < count:
+            raise UserError(f"found {len(pool)} sequences of source code, need {count}: request fewer")
+        parts.append(pool[np.sort(rng.choice(len(pool), count, replace=False))])
+    return Text(public=parts[0], private=parts[3], public_held_out=parts[1], private_held_out=parts[2])
 
 
-def _files(home: Path, skip: Sequence[str]) -> Iterator[Path]:
-    return (file for file in sorted(home.rglob("*.py")) if not set(file.relative_to(home).parts) & set(skip))
+def _python_files(root: Path, skip: Sequence[str]) -> Iterator[Path]:
+    return (file for file in sorted(root.rglob("*.py")) if not set(file.relative_to(root).parts) & set(skip))
 
 
-def _home(package: str) -> Path:
+def _package_root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {package} is not installed: pip install -e . brings it")
+        raise UserError(f"package {package} is not installed: run pip install -e .")
     return Path(spec.submodule_search_locations[0])
 
 
-def _sequences(files, held_out: bool, known: set[bytes]) -> np.ndarray:
-    """The sequences of the files that are held out, or of the others, without those that are `known`, which grows."""
-    found = []
+def _sequences(files, held_out: bool, seen: set[bytes]) -> np.ndarray:
+    """Sequences of the held-out files, or of the rest, that are not in `seen`; adds them to `seen`."""
+    sequences = []
     for file in files:
-        # By what is in it, so that copies of a file are on one side.
+        # Split by the content hash, so that copies of a file are on the same side.
         content = file.read_bytes()
         if (int.from_bytes(hashlib.sha256(content).digest()[:4]) % HELD_OUT == 0) != held_out:
             continue
         for start in range(0, len(content) - LENGTH + 1, LENGTH):
             piece = content[start : start + LENGTH]
-            if piece not in known:
-                known.add(piece)
-                found.append(np.frombuffer(piece, np.uint8))
-    return np.stack(found) if found else np.zeros((0, LENGTH), np.uint8)
+            if piece not in seen:
+                seen.add(piece)
+                sequences.append(np.frombuffer(piece, np.uint8))
+    return np.stack(sequences) if sequences else np.zeros((0, LENGTH), np.uint8)

@@ -1,7 +1,6 @@
-"""ShiQ and its relatives where the truth is known: `python -m experiments.synthetic` writes docs/results/synthetic.md.
+"""Objectives on problems with exact optima: `python -m experiments.synthetic` writes docs/results/synthetic.md.
 
-Bandits, token trees and a conversation with random replies, small enough for exact optima by dynamic programming. Every
-panel answers one question; tests assert what the page says of it.
+The problems are a bandit, token trees, and a conversation with random replies; dynamic programming gives their optima.
 """
 
 from __future__ import annotations
@@ -41,27 +40,27 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How much of everything, and where it goes."""
+    """Number of seeds and output directory."""
 
     out: Path = Path("docs/results")
-    """Where the page, the figure and the numbers go."""
+    """Output directory of the page, the figure and the results."""
     seeds: int = 5
-    """Random trees of each kind."""
+    """Random problems per experiment."""
     quick: bool = False
-    """Two seeds and short runs, to try the script; the page goes to runs/synthetic."""
+    """Test the script with two seeds and short runs; writes to runs/synthetic."""
 
 
 def main(options: Options) -> None:
-    """Compute everything and write the page."""
+    """Run all experiments and write the page."""
     seeds = range(2 if options.quick else options.seeds)
     with jax.enable_x64(True):
         numbers = {
             "bandit": bandit(steps=500 if options.quick else 20_000),
-            "rewards": rewards(seeds),
-            "replies": replies(seeds, steps=500 if options.quick else 8000),
+            "rewards": value_errors(seeds),
+            "replies": random_replies(seeds, steps=500 if options.quick else 8000),
             "coverage": coverage(seeds, steps=300 if options.quick else 3000),
-            "length": length(seeds, longest=5 if options.quick else 7, steps=1000 if options.quick else 4000),
-            "calibration": calibration(seeds),
+            "length": steps_by_length(seeds, longest=5 if options.quick else 7, steps=1000 if options.quick else 4000),
+            "calibration": drift_without_rewards(seeds),
         }
     out = Path("runs/synthetic") if options.quick else options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -69,19 +68,19 @@ def main(options: Options) -> None:
     synthetic_page.write(numbers, out)
 
 
-# --- one action
+# --- bandit
 
 
 def bandit(steps: int = 20_000) -> dict[str, dict[str, float]]:
-    """What each objective converges to on a bandit of five arms, under a behaviour policy that is far from optimal."""
+    """Policy that each objective converges to on a five-armed bandit with off-policy data."""
     r, reference = np.array([1, 0.5, 0, -0.5, -1]), np.array([0.0, 1, 2, 1, 0])
-    behaviour, beta = np.array([0.4, 0.3, 0.15, 0.1, 0.05]), 0.5
+    behavior, beta = np.array([0.4, 0.3, 0.15, 0.1, 0.05]), 0.5
     best = softmax(reference + r / beta)
     log_reference = np.log(softmax(reference))
     first, second = (index.ravel() for index in np.meshgrid(range(5), range(5), indexing="ij"))
-    unlike = first != second
-    first, second = first[unlike], second[unlike]
-    pairs = behaviour[first] * behaviour[second]
+    distinct = first != second
+    first, second = first[distinct], second[distinct]
+    pairs = behavior[first] * behavior[second]
     wins = r[first] > r[second]
 
     def logratios(logits):
@@ -90,24 +89,24 @@ def bandit(steps: int = 20_000) -> dict[str, dict[str, float]]:
     def residual(logits, value):
         def arm(a):
             statistics = (token_stats_from_logits(x[None], a[None]) for x in (logits, jnp.asarray(reference)))
-            given = {"beta": beta, "value": value}
-            return bellman_residuals(*statistics, jnp.asarray(r)[a][None], np.ones(1, bool), **given)[0]
+            kwargs = {"beta": beta, "value": value}
+            return bellman_residuals(*statistics, jnp.asarray(r)[a][None], np.ones(1, bool), **kwargs)[0]
 
-        return jnp.sum(behaviour * jax.vmap(arm)(jnp.arange(5)) ** 2)
+        return jnp.sum(behavior * jax.vmap(arm)(jnp.arange(5)) ** 2)
 
-    def on_pairs(loss, weights, *more):
+    def on_pairs(loss, weights, *args):
         def total(logits):
-            lr = logratios(logits)
-            return jnp.sum(weights * loss(lr[first], lr[second], *more, beta=beta))
+            logratio = logratios(logits)
+            return jnp.sum(weights * loss(logratio[first], logratio[second], *args, beta=beta))
 
         return total
 
     def group_mean(logits):
-        return jnp.sum(behaviour * (logratios(logits) - (r - behaviour @ r) / beta) ** 2)
+        return jnp.sum(behavior * (logratios(logits) - (r - behavior @ r) / beta) ** 2)
 
     def policy_gradient(logits):
-        gain = jax.lax.stop_gradient(r - beta * logratios(logits))
-        return -jnp.sum(behaviour * gain * jax.nn.log_softmax(logits))
+        regularized_reward = jax.lax.stop_gradient(r - beta * logratios(logits))
+        return -jnp.sum(behavior * regularized_reward * jax.nn.log_softmax(logits))
 
     hard = np.where(wins, 2 * pairs, 0)
     objectives: dict[str, Callable] = {
@@ -121,114 +120,110 @@ def bandit(steps: int = 20_000) -> dict[str, dict[str, float]]:
         "mean reward as value": group_mean,
         "policy gradient, no weights": policy_gradient,
     }
-    found = {}
+    results = {}
     for name, objective in objectives.items():
-        logits, _ = _descend(objective, jnp.asarray(reference), _adam(steps), steps)
+        logits, _ = _minimize(objective, jnp.asarray(reference), _adam(steps), steps)
         policy = softmax(np.asarray(logits))
         kl = float(np.sum(policy * (np.log(np.maximum(policy, 1e-300)) - log_reference)))
-        found[name] = {
+        results[name] = {
             "error": float(np.abs(policy - best).max()),
             "kl": kl,
             "worth": float(policy @ r) - beta * kl,
             "value": beta * float(jax.nn.logsumexp(logits) - jax.nn.logsumexp(reference)),
         }
     kl = float(np.sum(best * (np.log(best) - log_reference)))
-    found["optimum"] = {
-        "error": 0.0,
-        "kl": kl,
-        "worth": float(best @ r) - beta * kl,
-        "value": float(best @ r) - beta * kl,
-    }
-    return found
+    optimum = float(best @ r) - beta * kl
+    results["optimum"] = {"error": 0.0, "kl": kl, "worth": optimum, "value": optimum}
+    return results
 
 
-# --- trees of tokens
+# --- token trees
 
 
 @partial(jax.jit, static_argnames=("horizon", "value", "gradient"))
-def _tree_loss(logits, reference, states, tokens, gains, mask, weights, **options):
+def _tree_loss(logits, reference, states, tokens, rewards, mask, weights, **options):
     statistics = (token_stats_from_logits(x[states], tokens) for x in (logits, reference))
 
-    def one(policy, reference, gains, mask):
-        found = bellman_residuals(policy, reference, gains, mask, beta=BETA, **options)
-        return squared_residuals(found, mask)
+    def trajectory_loss(policy, reference, rewards, mask):
+        return squared_residuals(bellman_residuals(policy, reference, rewards, mask, beta=BETA, **options), mask)
 
-    return jnp.sum(weights * jax.vmap(one)(*statistics, gains, mask))
+    return jnp.sum(weights * jax.vmap(trajectory_loss)(*statistics, rewards, mask))
 
 
 def tree_loss(tree: Tree, weights: np.ndarray, **options) -> Callable:
-    """The loss of logits [S, V] over trajectories with these weights."""
+    """Weighted loss over all trajectories of a tree as a function of logits [S, V]."""
     data = (tree.logits, tree.states, tree.tokens, tree.along(tree.rewards), tree.mask, weights)
-    return lambda logits: _tree_loss(logits, *(jnp.asarray(each) for each in data), **options)
+    return lambda logits: _tree_loss(logits, *map(jnp.asarray, data), **options)
 
 
-def rewards(seeds: Sequence[int], steps: int = 300) -> dict:
-    """Distance of the first state's value, and of the policy, from the optimum along plain gradient descent."""
-    found = {}
+def value_errors(seeds: Sequence[int], steps: int = 300) -> dict:
+    """Error of the root value, and KL from the optimal policy, along gradient descent."""
+    results = {}
     for kind in ("sparse", "dense"):
-        found[kind] = {name: [] for name in VARIANTS}
+        results[kind] = {name: [] for name in VARIANTS}
         for seed in seeds:
             tree = make_tree(10 + seed, sparse=kind == "sparse")
             _, v, best = tree.solve(BETA, 1.0)
             weights = np.full(len(tree.states), 1 / len(tree.states))
             for name, options in VARIANTS.items():
                 loss = tree_loss(tree, weights, **options)
-                _, path = _descend(loss, jnp.asarray(tree.logits), optax.sgd(0.5), steps, watch=lambda logits: logits)
+                _, path = _minimize(loss, jnp.asarray(tree.logits), optax.sgd(0.5), steps, record=lambda logits: logits)
                 shift = _lse(tree.logits)[0] if options.get("value") != "lse" else 0.0
                 value = np.abs(BETA * (_lse(path[:, 0]) - shift) - v[0])
                 kl = np.sum(best * (np.log(best) - _log_softmax(path)), axis=-1).mean(axis=-1)
-                at = _logarithmic(steps)
-                found[kind][name].append({"value": value[at].tolist(), "kl": kl[at].tolist()})
-        found["steps"] = [1 + step for step in at]
-    return found
+                indices = _log_spaced(steps)
+                results[kind][name].append({"value": value[indices].tolist(), "kl": kl[indices].tolist()})
+        results["steps"] = [1 + step for step in indices]
+    return results
 
 
 def coverage(seeds: Sequence[int], steps: int = 3000, sizes: Sequence[int] = (5, 20, 80, 320, 1280)) -> dict:
-    """Worth that the optimum has more, when only so many trajectories of the reference were seen."""
-    found = {"sizes": list(sizes)} | {name: [] for name in VARIANTS}
+    """Regret of the policy by the number of reference trajectories in the data."""
+    results = {"sizes": list(sizes)} | {name: [] for name in VARIANTS}
     for seed in seeds:
         tree = make_tree(20 + seed)
         _, v, _ = tree.solve(BETA, 1.0)
-        chance = np.exp(tree.along(np.log(softmax(tree.logits))).sum(axis=1))
-        chance = chance / chance.sum()
-        counts = np.random.default_rng(seed).multinomial(sizes[-1], chance)
-        order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(chance)), counts))
+        probabilities = np.exp(tree.along(np.log(softmax(tree.logits))).sum(axis=1))
+        probabilities = probabilities / probabilities.sum()
+        counts = np.random.default_rng(seed).multinomial(sizes[-1], probabilities)
+        samples = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(probabilities)), counts))
         for name, options in VARIANTS.items():
             losses = [
-                tree_loss(tree, np.bincount(order[:size], minlength=len(chance)) / size, **options) for size in sizes
+                tree_loss(tree, np.bincount(samples[:size], minlength=len(probabilities)) / size, **options)
+                for size in sizes
             ]
-            # Adam treats every number on its own, so the runs can share a descent.
-            logits, _ = _descend(
+            # Adam is elementwise, so the runs can share one optimization.
+            logits, _ = _minimize(
                 lambda logits, losses=losses: sum(loss(each) for loss, each in zip(losses, logits)),
                 jnp.stack([tree.logits] * len(sizes)), _adam(steps), steps,
             )  # fmt: skip
-            found[name].append([v[0] - tree.worth(softmax(each), BETA) for each in np.asarray(logits)])
-    return found
+            results[name].append([v[0] - tree.expected_return(softmax(each), BETA) for each in np.asarray(logits)])
+    return results
 
 
-def length(seeds: Sequence[int], longest: int = 7, steps: int = 4000) -> dict:
-    """Steps of descent until the first state's value stays within a tenth of the optimum, with sparse rewards.
+def steps_by_length(seeds: Sequence[int], longest: int = 7, steps: int = 4000) -> dict:
+    """Gradient steps until the root value stays within 10% of the optimum, by trajectory length, with sparse rewards.
 
-    The rate falls with the square of the longest trajectory, as the curvature of the multi-step loss grows with it.
+    The learning rate falls with the square of the length, because the curvature of the multi-step loss grows with it.
     """
     lengths = list(range(2, longest + 1))
-    found = {"lengths": lengths, "most": steps} | {name: [] for name in ("multi-step", "one-step")}
+    results = {"lengths": lengths, "most": steps} | {name: [] for name in ("multi-step", "one-step")}
     for name in ("multi-step", "one-step"):
         for seed in seeds:
             needed = []
-            for most in lengths:
-                tree = make_tree(30 + seed, sparse=True, steps=most, vocabulary=3)
+            for length in lengths:
+                tree = make_tree(30 + seed, sparse=True, steps=length, vocabulary=3)
                 _, v, _ = tree.solve(BETA, 1.0)
-                # Data of a policy that takes all tokens alike.
+                # Trajectories of the uniform policy.
                 weights = np.prod(np.where(tree.mask, 1 / 3, 1), axis=1)
                 loss, start = tree_loss(tree, weights, **VARIANTS[name]), jnp.asarray(tree.logits)
-                first = jax.nn.logsumexp(start[0])
-                watch = lambda logits, first=first: BETA * (jax.nn.logsumexp(logits[0]) - first)  # noqa: E731
-                _, path = _descend(loss, start, optax.sgd(4.5 / most**2), steps, watch=watch)
+                shift = jax.nn.logsumexp(start[0])
+                record = lambda logits, shift=shift: BETA * (jax.nn.logsumexp(logits[0]) - shift)  # noqa: E731
+                _, path = _minimize(loss, start, optax.sgd(4.5 / length**2), steps, record=record)
                 outside = np.flatnonzero(np.abs(path - v[0]) > 0.1 * abs(v[0]))
                 needed.append(int(outside[-1]) + 2 if len(outside) else 1)
-            found[name].append(needed)
-    return found
+            results[name].append(needed)
+    return results
 
 
 # --- a conversation: an action, a random reply, an action
@@ -241,96 +236,100 @@ REPLIES = {
 }  # fmt: skip
 
 
-def replies(seeds: Sequence[int], steps: int = 8000) -> dict:
-    """What is lost against the optimum where a user answers at random, by horizon and gradient; losses are exact."""
-    found = {name: [] for name in REPLIES}
+def random_replies(seeds: Sequence[int], steps: int = 8000) -> dict:
+    """Regret with random user replies, by horizon and gradient; the expected losses are exact."""
+    results = {name: [] for name in REPLIES}
     for seed in seeds:
-        draw, beta = np.random.default_rng(40 + seed), 0.5
-        first, second = draw.normal(size=3), draw.normal(size=(3, 2, 3))
-        small, large = 0.3 * draw.normal(size=3), 2 * draw.normal(size=(3, 2, 3))
-        reply = draw.dirichlet(np.ones(2), size=3)
+        rng, beta = np.random.default_rng(40 + seed), 0.5
+        first, second = rng.normal(size=3), rng.normal(size=(3, 2, 3))
+        first_reward, second_reward = 0.3 * rng.normal(size=3), 2 * rng.normal(size=(3, 2, 3))
+        reply = rng.dirichlet(np.ones(2), size=3)
         a, o, b = (index.ravel() for index in np.meshgrid(range(3), range(2), range(3), indexing="ij"))
-        chance = reply[a, o] / 9
-        gains = jnp.asarray(np.stack([small[a], large[a, o, b]], axis=1))
-        v2 = beta * np.log(np.sum(softmax(second) * np.exp(large / beta), axis=-1))
-        v1 = beta * np.log(np.sum(softmax(first) * np.exp((small + np.sum(reply * v2, axis=1)) / beta)))
+        probabilities = reply[a, o] / 9
+        rewards = jnp.asarray(np.stack([first_reward[a], second_reward[a, o, b]], axis=1))
+        v2 = beta * np.log(np.sum(softmax(second) * np.exp(second_reward / beta), axis=-1))
+        v1 = beta * np.log(np.sum(softmax(first) * np.exp((first_reward + np.sum(reply * v2, axis=1)) / beta)))
 
         def rows(tables, a=a, o=o):
             return jnp.stack([tables[0][np.zeros_like(a)], tables[1][a, o]], axis=1)
 
-        def loss(tables, options, chance=chance, a=a, b=b, rows=rows, reference=(first, second), gains=gains):
+        def loss(
+            tables, options, probabilities=probabilities, a=a, b=b, rows=rows, reference=(first, second),
+            rewards=rewards,
+        ):  # fmt: skip
             tokens = np.stack([a, b], axis=1)
             tables = (tables[0][None], tables[1])
             statistics = [
                 token_stats_from_logits(rows(x), tokens) for x in (tables, (reference[0][None], reference[1]))
             ]
 
-            def one(policy, reference, gains):
-                return jnp.sum(
-                    bellman_residuals(policy, reference, gains, jnp.ones(2, bool), beta=beta, **options) ** 2
-                )
+            def episode_loss(policy, reference, rewards):
+                residuals = bellman_residuals(policy, reference, rewards, jnp.ones(2, bool), beta=beta, **options)
+                return jnp.sum(residuals**2)
 
-            return jnp.sum(chance * jax.vmap(one)(*statistics, gains))
+            return jnp.sum(probabilities * jax.vmap(episode_loss)(*statistics, rewards))
 
-        def worth(tables, reference=(first, second), small=small, large=large, reply=reply):
+        def expected_return(tables, reference=(first, second), rewards=(first_reward, second_reward), reply=reply):
             p1, p2 = (softmax(np.asarray(table)) for table in tables)
             log1, log2 = (np.log(softmax(table)) for table in reference)
-            late = np.sum(p2 * (large - beta * (np.log(p2) - log2)), axis=-1)
-            return np.sum(p1 * (small - beta * (np.log(p1) - log1) + np.sum(reply * late, axis=1)))
+            second_return = np.sum(p2 * (rewards[1] - beta * (np.log(p2) - log2)), axis=-1)
+            return np.sum(p1 * (rewards[0] - beta * (np.log(p1) - log1) + np.sum(reply * second_return, axis=1)))
 
         for name, options in REPLIES.items():
             start = (jnp.asarray(first), jnp.asarray(second))
-            tables, _ = _descend(partial(loss, options=options), start, _adam(steps), steps)
-            found[name].append(float(v1 - worth(tables)))
-    return found
+            tables, _ = _minimize(partial(loss, options=options), start, _adam(steps), steps)
+            results[name].append(float(v1 - expected_return(tables)))
+    return results
 
 
-# --- nothing to learn
+# --- zero rewards
 
 
-def calibration(seeds: Sequence[int], steps: int = 200) -> dict:
-    """KL from the reference while training on rewards that are all zero, with logits linear in a few features."""
-    found = {name: [] for name in ("shift", "no shift")}
+def drift_without_rewards(seeds: Sequence[int], steps: int = 200) -> dict:
+    """KL from the reference while training on zero rewards with logits that are linear in shared features."""
+    results = {name: [] for name in ("shift", "no shift")}
     for seed in seeds:
         tree = make_tree(50 + seed)
-        draw = np.random.default_rng(seed)
-        # Fewer features than states: the states share what they learn, as those of a language model do.
-        features = jnp.asarray(draw.normal(size=(len(tree.prefixes), 5)))
-        matrix = jnp.asarray(draw.normal(size=(5, tree.logits.shape[1])))
-        quiet = dataclasses.replace(tree, logits=np.asarray(features @ matrix), rewards=np.zeros_like(tree.rewards))
+        rng = np.random.default_rng(seed)
+        # With fewer features than states, the states share parameters as in a language model.
+        features = jnp.asarray(rng.normal(size=(len(tree.prefixes), 5)))
+        matrix = jnp.asarray(rng.normal(size=(5, tree.logits.shape[1])))
+        zero_reward_tree = dataclasses.replace(
+            tree, logits=np.asarray(features @ matrix), rewards=np.zeros_like(tree.rewards)
+        )
         weights = np.full(len(tree.states), 1 / len(tree.states))
         for name, value in (("shift", "lse_shift"), ("no shift", "lse")):
-            loss = tree_loss(quiet, weights, horizon="multi", value=value)
-            _, path = _descend(
-                lambda w, loss=loss: loss(features @ w), matrix, optax.sgd(1e-2), steps, watch=lambda w: features @ w
+            loss = tree_loss(zero_reward_tree, weights, horizon="multi", value=value)
+            _, path = _minimize(
+                lambda w, loss=loss: loss(features @ w), matrix, optax.sgd(1e-2), steps, record=lambda w: features @ w
             )
-            ours = _log_softmax(path)
-            kl = np.sum(np.exp(ours) * (ours - _log_softmax(quiet.logits)), axis=-1).mean(axis=-1)
-            found[name].append(kl[_logarithmic(steps)].tolist())
-    return found | {"steps": [1 + step for step in _logarithmic(steps)]}
+            logp = _log_softmax(path)
+            kl = np.sum(np.exp(logp) * (logp - _log_softmax(zero_reward_tree.logits)), axis=-1).mean(axis=-1)
+            results[name].append(kl[_log_spaced(steps)].tolist())
+    return results | {"steps": [1 + step for step in _log_spaced(steps)]}
 
 
-# --- descent
+# --- optimization
 
 
 def _adam(steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
 
-def _descend(
-    loss: Callable, start, optimizer: optax.GradientTransformation, steps: int, watch: Callable = lambda point: None
+def _minimize(
+    loss: Callable, start, optimizer: optax.GradientTransformation, steps: int, record: Callable = lambda params: None
 ):
-    """Where descent ends, and what `watch` makes of every point on the way, [steps, ...]."""
+    """Minimize a loss; return the final parameters and `record(params)` after every step, [steps, ...]."""
 
     def step(carry, _):
-        point, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(point), state, point)
-        point = optax.apply_updates(point, updates)
-        return (point, state), watch(point)
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), record(params)
 
-    run = jax.jit(lambda point: jax.lax.scan(step, (point, optimizer.init(point)), None, steps))
-    (point, _), path = run(start)
-    return point, None if path is None else np.asarray(path)
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, steps))
+    (params, _), path = run(start)
+    return params, None if path is None else np.asarray(path)
 
 
 def _lse(logits: np.ndarray) -> np.ndarray:
@@ -341,8 +340,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(logits) - _lse(logits)[..., None]
 
 
-def _logarithmic(steps: int) -> list[int]:
-    """About twenty step numbers, spread evenly in their logarithm."""
+def _log_spaced(steps: int) -> list[int]:
+    """About twenty step indices, evenly spaced in logarithm."""
     return sorted({int(round(x)) - 1 for x in np.geomspace(1, steps, 20)})
 
 

@@ -1,4 +1,4 @@
-"""The page and the figure of `experiments.synthetic`, out of its numbers."""
+"""Page and figure of `experiments.synthetic`, rendered from its JSON results."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-_COLORS = {
+COLORS = {
     "multi-step": "tab:green", "one-step": "tab:orange", "trajectory": "tab:blue", "multi-step, no shift": "tab:red",
     "shift": "tab:green", "no shift": "tab:red",
 }  # fmt: skip
 
 
 def write(numbers: dict, out: Path) -> None:
-    """`synthetic.md` and `synthetic.png`."""
+    """Write `synthetic.md` and `synthetic.png`."""
     draw(numbers, out / "synthetic.png")
     (out / "synthetic.md").write_text(render(numbers))
 
 
 def draw(numbers: dict, path: Path) -> None:
-    """Six panels; lines are medians over seeds, bands reach from the smallest to the largest."""
+    """Draw the six panels with medians and ranges over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,15 +30,15 @@ def draw(numbers: dict, path: Path) -> None:
 
     def band(panel, x, runs, name):
         runs = np.array(runs)
-        panel.plot(x, np.median(runs, axis=0), color=_COLORS[name], label=name, linewidth=1.6)
-        panel.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=_COLORS[name], alpha=0.12, linewidth=0)
+        panel.plot(x, np.median(runs, axis=0), color=COLORS[name], label=name, linewidth=1.6)
+        panel.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=COLORS[name], alpha=0.12, linewidth=0)
 
     for panel, kind in zip(panels[0], ("sparse", "dense")):
         for name, runs in numbers["rewards"][kind].items():
             band(panel, steps, [run["value"] for run in runs], name)
         panel.set(xscale="log", yscale="log", xlabel="gradient steps")
-        panel.set_title(f"A. error of the first state's value, {kind} rewards", fontsize=9)
-    panels[0, 1].set_title("B. the same, dense rewards", fontsize=9)
+    panels[0, 0].set_title("A. error of the root value, sparse rewards", fontsize=9)
+    panels[0, 1].set_title("B. error of the root value, dense rewards", fontsize=9)
     panels[0, 0].legend(frameon=False, fontsize=8)
 
     bars = panels[0, 2]
@@ -46,24 +46,24 @@ def draw(numbers: dict, path: Path) -> None:
     bars.barh(
         range(len(means)), list(means.values()), color=["tab:green" if "semi" in n else "tab:gray" for n in means]
     )
-    for place, runs in enumerate(numbers["replies"].values()):
-        bars.plot(runs, np.full(len(runs), place), "|", color="black", markersize=5)
+    for position, runs in enumerate(numbers["replies"].values()):
+        bars.plot(runs, np.full(len(runs), position), "|", color="black", markersize=5)
     bars.set_yticks(range(len(means)), list(means), fontsize=8)
     bars.invert_yaxis()
-    bars.set_title("C. loss of worth where replies are random", fontsize=9)
+    bars.set_title("C. regret with random replies", fontsize=9)
 
     for name, runs in numbers["coverage"].items():
         if name != "sizes":
             band(panels[1, 0], numbers["coverage"]["sizes"], runs, name)
-    panels[1, 0].set(xscale="log", xlabel="trajectories of the reference that were seen")
+    panels[1, 0].set(xscale="log", xlabel="reference trajectories in the data")
     panels[1, 0].set(yscale="log", ylim=(1e-4, None))
-    panels[1, 0].set_title("D. loss of worth with so much data", fontsize=9)
+    panels[1, 0].set_title("D. regret by amount of data", fontsize=9)
 
     for name, runs in numbers["length"].items():
-        if name in _COLORS:
+        if name in COLORS:
             band(panels[1, 1], numbers["length"]["lengths"], runs, name)
-    panels[1, 1].set(yscale="log", xlabel="actions of the longest trajectory")
-    panels[1, 1].set_title("E. steps until the value is right to a tenth", fontsize=9)
+    panels[1, 1].set(yscale="log", xlabel="maximum trajectory length")
+    panels[1, 1].set_title("E. gradient steps until the root value is within 10%", fontsize=9)
 
     for name in ("shift", "no shift"):
         band(panels[1, 2], numbers["calibration"]["steps"], np.maximum(numbers["calibration"][name], 1e-18), name)
@@ -79,10 +79,10 @@ def draw(numbers: dict, path: Path) -> None:
 
 
 def render(numbers: dict) -> str:
-    """The page."""
-    arms = "\n".join(
-        f"| {name} | {each['error']:.3f} | {each['kl']:.3f} | {each['worth']:.3f} | {each['value']:.3f} |"
-        for name, each in numbers["bandit"].items()
+    """Render the Markdown page."""
+    objectives = "\n".join(
+        f"| {name} | {row['error']:.3f} | {row['kl']:.3f} | {row['worth']:.3f} | {row['value']:.3f} |"
+        for name, row in numbers["bandit"].items()
     )
     seeds = len(numbers["replies"]["multi, semi"])
     steps = numbers["rewards"]["steps"]
@@ -92,43 +92,53 @@ def render(numbers: dict) -> str:
         for one, multi in zip(numbers["rewards"][kind]["one-step"], numbers["rewards"][kind]["multi-step"])
     ]
     low, high = min(ratios), max(ratios)
-    return f"""# Where the truth is known
+    return f"""# Problems with exact optima
 
-    python -m experiments.synthetic
+The multi-step residual of ShiQ learns the root value {low:.0f} to {high:.0f} times more accurately than the one-step
+residual in the same number of steps, and its log-sum-exp shift keeps the policy at the reference if all rewards are
+zero. On off-policy bandit data ShiQ, CoPG and DPO with soft labels find the optimum; hard labels and unweighted policy
+gradients do not.
 
-computes everything on this page in some minutes: problems small enough for their optimum to be known exactly (backward
-recursion in float64), rewards and references drawn at random, {seeds} seeds. Lines are medians, bands reach from the
-smallest to the largest seed. `tests/experiments/test_synthetic.py` asserts what is said here. All numbers:
-[synthetic.json](synthetic.json).
+## Bandit
+
+| objective | largest error of the policy | KL to the reference | reward - beta KL | value of the state |
+|---|---|---|---|---|
+{objectives}
+
+- The bandit has five arms (rewards 1, 1/2, 0, -1/2, -1) and beta 1/2; the behavior policy (.4, .3, .15, .1, .05) is far
+  from optimal.
+- Each objective is optimized by 20,000 steps of Adam from the reference on the exact expected loss.
+- ShiQ, ShiQ without the shift, CoPG, and DPO with labels of the true preference probability find the optimum under any
+  behavior policy.
+- Hard labels discard the size of the reward difference; the mean reward as value and the policy gradient without
+  importance weights ignore the behavior policy.
+- DPO with hard labels does not converge: its KL grows for as long as it trains.
+
+## Sequences
 
 ![Six panels](synthetic.png)
 
-- **A, B. Several steps carry a reward to the beginning; one step passes it on one action at a time.** Trees of 4 tokens
-  and at most 3 actions, plain gradient descent on all trajectories. After {steps[-1]} steps the multi-step residual's
-  error of the first state's value is {low:.0f} to {high:.0f} times smaller than the one-step residual's, with rewards
-  at the end only and with rewards everywhere. Without the shift it is as fast: the shift is not about speed.
-- **C. Where replies are random, differentiate what is known.** Two actions with a random reply between. With the
-  semi-gradient (`--loss.gradient semi`) the optimum is found; the full gradient of a squared residual is biased, and
-  what it finds is worth less.
-- **D. What was never seen is not learnt.** Trained to the end on so many trajectories that the reference sampled, the
-  distance to the optimum's worth falls with their number. With few of them the unshifted loss does the most harm.
-- **E. Several steps are sooner right at every length.** Final rewards, longer and longer trees of 3 tokens, plain
-  descent with the same rate for both, {numbers["length"]["most"]:,} steps at most. Their advantage grows with the
-  length up to four actions only; beyond that both often need more steps than were made.
-- **F. The shift is what keeps a model in place when there is nothing to learn.** All rewards zero, logits linear in a
-  few features that states share, plain descent: with the shift nothing moves beyond rounding (which Adam, blind to
-  scale, can blow up to steps of its usual size); without it the policy leaves the reference.
+*Medians and ranges over {seeds} seeds.*
 
-## One action
+- **A, B. Multi-step residuals propagate rewards faster than one-step residuals.** Gradient descent on all trajectories
+  of trees with 4 tokens and at most 3 actions. After {steps[-1]} steps the error of the root value is {low:.0f} to
+  {high:.0f} times smaller with the multi-step residual, for sparse and dense rewards. The shift does not change the
+  speed.
+- **C. With random replies only the semi-gradient is exact.** Two actions with a random reply in between. The
+  semi-gradient (`--loss.gradient semi`) finds the optimum; the full gradient of the squared residual is biased.
+- **D. Regret falls with the number of trajectories.** Training to convergence on trajectories sampled from the
+  reference. With few trajectories the loss without the shift has the highest regret.
+- **E. Multi-step residuals need fewer steps at every length.** Sparse rewards, trees of 3 tokens, the same learning
+  rate for both, at most {numbers["length"]["most"]:,} steps. The advantage grows up to four actions; for longer
+  trajectories both often reach the step limit.
+- **F. With zero rewards the shift keeps the policy at the reference.** Gradient descent with logits that are linear in
+  features shared by the states. With the shift the policy moves only by rounding errors, which Adam may amplify because
+  it normalizes gradients; without the shift it leaves the reference.
 
-A bandit of five arms (rewards 1, 1/2, 0, -1/2, -1), beta 1/2, data of a behaviour policy (.4, .3, .15, .1, .05) that is
-far from the optimum; 20,000 steps of Adam from the reference on the exact loss.
+## Reproduction
 
-| objective | largest error of the policy | KL to the reference | worth: reward less beta KL | value of the state |
-|---|---|---|---|---|
-{arms}
+    python -m experiments.synthetic
 
-ShiQ, its form without the shift, CoPG, and DPO on labels of the right probability find the optimum whatever the
-behaviour; what only says which of two is better (hard labels) or ignores who sampled (mean reward as value, policy
-gradient without weights) does not. DPO on hard labels never stops: its KL grows as long as it is trained.
+- The optima are computed by backward recursion in float64; rewards and references are random.
+- The command takes a few minutes; [synthetic.json](synthetic.json) holds all numbers.
 """

@@ -238,9 +238,7 @@ def test_every_loss_accepts_its_default_options():
     from shiq_jax.runs.loss_options import PAIR_LOSSES, REWARD_LOSSES, PairLoss, RewardLoss
 
     assert len(PAIR_LOSSES) > 15 and all(PairLoss(name=name).build().unit == "pair" for name in PAIR_LOSSES)
-    assert len(REWARD_LOSSES) > 5 and all(
-        "rewards" in RewardLoss(name=name).build().needs for name in REWARD_LOSSES
-    )
+    assert len(REWARD_LOSSES) > 5 and all("rewards" in RewardLoss(name=name).build().needs for name in REWARD_LOSSES)
 
 
 @pytest.mark.parametrize(

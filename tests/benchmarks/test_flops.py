@@ -1,4 +1,4 @@
-"""Operations are counted as they run, and what a step needs is what the whole forward and backward pass executes."""
+"""FLOP counts of traced programs and of training steps."""
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,19 @@ from shiq_jax.replay import Record, pack, plan
 from shiq_jax.training.examples import summed_loss
 
 
-def test_products_in_loops_count_as_often_as_they_run():
+def test_executed_flops_count_loop_iterations_and_batched_products():
     left, right = jnp.ones((3, 5)), jnp.ones((5, 7))
 
     def looped(x):
         return jax.lax.scan(lambda carry, _: (carry + jax.jit(jnp.matmul)(x, right).sum(), None), 0.0, length=4)
 
-    assert flops.executed(looped, left) == 4 * 2 * 3 * 5 * 7
+    assert flops.executed_flops(looped, left) == 4 * 2 * 3 * 5 * 7
     batched = lambda x: jnp.einsum("abc,acd->abd", x, jnp.ones((2, 5, 7)))  # noqa: E731
-    assert flops.executed(batched, jnp.ones((2, 3, 5))) == 2 * 2 * 3 * 5 * 7
+    assert flops.executed_flops(batched, jnp.ones((2, 3, 5))) == 2 * 2 * 3 * 5 * 7
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_needed_is_what_a_full_row_executes(tied):
+def test_needed_flops_match_those_of_a_full_row(tied):
     config = DecoderConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
         tie_word_embeddings=tied,
@@ -36,18 +36,18 @@ def test_what_is_needed_is_what_a_full_row_executes(tied):
     batch = pack([((0,),)], [record], plan([record], [((0,),)])).batch
     params = model.abstract_params()
     gradient = jax.value_and_grad(lambda params: summed_loss(model, OBJECTIVES["sft"], params, batch).value)
-    executed = flops.executed(gradient, params)
-    # The executed attention is that of all pairs of places, half of which no token sees, and its scores are made
-    # once more on the way back.
+    executed = flops.executed_flops(gradient, params)
+    # The program computes the scores of all pairs, although causal attention needs half of them, and recomputes them
+    # in the backward pass.
     square = length * length
-    most = flops.needed(config, length, batch.predictors.shape[1], square * 7 / 6)
-    least = flops.needed(config, length, length - 1, square / 2)
-    assert least < executed <= most
+    upper = flops.needed_flops(config, length, batch.predictors.shape[1], square * 7 / 6)
+    lower = flops.needed_flops(config, length, length - 1, square / 2)
+    assert lower < executed <= upper
     attention = 12.0 * 3 * 32 * square
-    assert most - least < 1.2 * attention
+    assert upper - lower < 1.2 * attention
 
 
-def test_what_a_policy_keeps_is_not_computed_again():
+def test_remat_policies_recompute_only_what_they_do_not_save():
     config = DecoderConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4)
     record = Record(tokens=np.arange(64), action_mask=np.arange(64) >= 1, rewards=np.zeros(63), group="a")
     batch = pack([((0,),)], [record], plan([record], [((0,),)])).batch
@@ -55,9 +55,9 @@ def test_what_a_policy_keeps_is_not_computed_again():
     def executed(remat):
         model = Model.from_config(config, remat=remat)
         value = lambda params: summed_loss(model, OBJECTIVES["sft"], params, batch).value  # noqa: E731
-        return flops.executed(jax.value_and_grad(value), model.abstract_params())
+        return flops.executed_flops(jax.value_and_grad(value), model.abstract_params())
 
     layer = 2 * 64 * (4 * 32 * 32 + 3 * 32 * 48)
     assert executed("dots") == executed("none")
-    # What the last product of a layer gives is its result, which no gradient of the layer asks for.
+    # The last product of a layer is not recomputed, because no gradient of the layer needs its output.
     assert executed("full") - executed("none") >= 3 * (layer - 2 * 64 * 32 * 48)

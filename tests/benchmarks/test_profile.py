@@ -1,6 +1,6 @@
-"""Time is counted once, for the most important thing that ran."""
+"""Classification of HLO instructions, and the time of concurrent events."""
 
-from benchmarks.profile import Ran, by_moment, kinds_of
+from benchmarks.profile import Event, classify_instructions, time_by_kind
 
 PROGRAM = """
 %body.1 (x: f32[2]) -> f32[2] {
@@ -16,18 +16,18 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 """
 
 
-def test_instructions_are_told_apart():
-    kinds = kinds_of(PROGRAM)
-    assert kinds["fused.1"] == "product with a weight matrix" and kinds["fused.2"] == "product within attention"
-    assert kinds["add.3"] == "other" and kinds["mul.4"] == "norms and optimiser"
+def test_classifies_instructions():
+    kinds = classify_instructions(PROGRAM)
+    assert kinds["fused.1"] == "matmul: weights" and kinds["fused.2"] == "matmul: attention"
+    assert kinds["add.3"] == "other" and kinds["mul.4"] == "norms and optimizer"
 
 
-def test_every_moment_counts_once():
-    found = by_moment([
-        Ran(0, 10, "other"), Ran(4, 6, "product with a weight matrix"), Ran(5, 8, "product within attention"),
-        Ran(9, 12, "other"), Ran(20, 30, "norms and optimiser"), Ran(25, 26, "other"),
+def test_concurrent_events_count_once():
+    totals = time_by_kind([
+        Event(0, 10, "other"), Event(4, 6, "matmul: weights"), Event(5, 8, "matmul: attention"),
+        Event(9, 12, "other"), Event(20, 30, "norms and optimizer"), Event(25, 26, "other"),
     ])  # fmt: skip
-    assert found == {
-        "product with a weight matrix": 2, "product within attention": 2, "other, on one core": 7,
-        "other, on both cores": 1, "nothing": 8, "norms and optimiser": 10,
+    assert totals == {
+        "matmul: weights": 2, "matmul: attention": 2, "other, on one core": 7, "other, on both cores": 1, "idle": 8,
+        "norms and optimizer": 10,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows know whether their goal is met, and survive a file."""
+"""Benchmark rows: goals, JSON files, Markdown tables and quick runs."""
 
 import json
 
@@ -9,52 +9,52 @@ from benchmarks.rows import Row
 
 ROWS = [
     Row("ratio", 2.0, "x", 1.5),
-    Row("smaller", 0.7, "x", 0.65, at_most=True, note="too much"),
-    Row("not_there", None, "x", 5.0),
-    Row("free", 3.0, "tokens/s"),
+    Row("upper_bound", 0.7, "x", 0.65, at_most=True, note="too much"),
+    Row("unmeasured", None, "x", 5.0),
+    Row("no_goal", 3.0, "tokens/s"),
 ]
 
 
-def test_a_goal_is_a_bound_from_below_or_from_above():
+def test_goal_is_a_lower_or_an_upper_bound():
     assert [row.met for row in ROWS] == [True, False, None, None]
     assert Row("memory", 0.65, "x", 0.65, at_most=True).met and Row("ratio", 1.5, "x", 1.5).met
 
 
-def test_rows_come_back_from_their_file(tmp_path):
+def test_json_round_trip(tmp_path):
     rows.write_json(path := tmp_path / "deep" / "rows.json", ROWS, details={"a": 1})
-    written = json.loads(path.read_text())
-    assert [entry["met"] for entry in written["rows"]] == [True, False, None, None]
-    assert written["device"] and written["details"] == {"a": 1}
-    assert rows.read(tmp_path / "none.json") == {}
-    assert list(rows.read(path).values()) == ROWS
+    content = json.loads(path.read_text())
+    assert [entry["met"] for entry in content["rows"]] == [True, False, None, None]
+    assert content["device"] and content["details"] == {"a": 1}
+    assert rows.read_json(tmp_path / "missing.json") == {}
+    assert list(rows.read_json(path).values()) == ROWS
 
 
-def test_the_table_of_a_page_is_replaced_and_nothing_else(tmp_path):
+def test_replace_table_keeps_the_rest_of_the_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n<!-- table -->\nold\n<!-- end of table -->\n\nwhy\n")
     for _ in range(2):
         rows.replace_table(page, rows.markdown(ROWS))
     text = page.read_text()
     assert text.startswith("# Title\n\n<!-- table -->\n| row") and text.endswith("<!-- end of table -->\n\nwhy\n")
-    assert "old" not in text and text.count("`not_there` | not measured yet | at least 5") == 1
+    assert "old" not in text and text.count("`unmeasured` | not measured yet | at least 5") == 1
 
 
-def test_a_quick_command_writes_its_rows_but_not_into_the_results(tmp_path, monkeypatch, capsys):
-    measured = []
+def test_quick_run_writes_rows_but_not_to_docs_results(tmp_path, monkeypatch, capsys):
+    calls = []
     monkeypatch.setattr(rows.jax.config, "update", lambda *_: None)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
 
     def measure(quick):
-        measured.append(quick)
+        calls.append(quick)
         return ROWS, {"a": 1}
 
     path = tmp_path / "rows.json"
     monkeypatch.setattr("sys.argv", ["benchmark", "--quick", "--json", str(path)])
-    rows.command("title", None, measure)
-    assert measured == [True] and list(rows.read(path).values()) == ROWS and "title" in capsys.readouterr().out
+    rows.run_benchmark("title", None, measure)
+    assert calls == [True] and list(rows.read_json(path).values()) == ROWS and "title" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["benchmark", "--quick", "--json", str(rows.RESULTS / "deep" / "rows.json")])
     with pytest.raises(SystemExit, match="quick numbers are not results"):
-        rows.command("title", None, measure)
-    assert measured == [True] and not (rows.RESULTS / "deep").exists()
+        rows.run_benchmark("title", None, measure)
+    assert calls == [True] and not (rows.RESULTS / "deep").exists()
     rows.prepare(False, rows.RESULTS / "rows.json")
     rows.prepare(True, None)

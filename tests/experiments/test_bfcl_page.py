@@ -1,4 +1,4 @@
-"""Policies are ranked by their numbers, and as many tokens are counted as are read."""
+"""Ranking on the bfcl page, disjoint question splits, and token counts per epoch."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import bfcl_page
-from experiments.bfcl import ARMS, SCALES, Seed, _tokens
+from experiments.bfcl import ARMS, SCALES, Seed, tokens_per_epoch
 from shiq_jax.replay import Buffer, Record
 from shiq_jax.training.batches import Batches
 
@@ -15,17 +15,17 @@ QUESTIONS = 200
 
 @pytest.fixture
 def results(tmp_path):
-    """Numbers of three seeds, out of the accuracy of each policy."""
+    """write(accuracy by policy): results of three seeds with these accuracies."""
 
     def write(accuracy: dict[str, float]) -> bfcl_page.Results:
         rng = np.random.default_rng(0)
         for seed in range(3):
-            luck = rng.random((QUESTIONS, 2))
+            draws = rng.random((QUESTIONS, 2))
             arms = {
                 name: {
                     "questions": [f"q{number}" for number in range(QUESTIONS)],
-                    "sampled": (luck < accuracy[name]).astype(float).tolist(),
-                    "greedy": (luck[:, 0] < accuracy[name]).astype(float).tolist(),
+                    "sampled": (draws < accuracy[name]).astype(float).tolist(),
+                    "greedy": (draws[:, 0] < accuracy[name]).astype(float).tolist(),
                     "logratio": np.full((QUESTIONS, 2), 0.0 if name == "reference" else 0.7).tolist(),
                     "length": np.full((QUESTIONS, 2), 20.0).tolist(),
                     "seconds": 60,
@@ -36,7 +36,7 @@ def results(tmp_path):
                 "updates": 3, "epochs": 1.0, "batch_size": 2, "loss": {"beta": 0.1}, "learning_rate": 1e-5,
                 "tokens": 1000, "seconds": 60, "losses": [1.0, 0.5, 0.2],
             }  # fmt: skip
-            kept = {
+            content = {
                 "seed": seed,
                 "settings": {
                     "categories": ["simple_python"], "demonstrations": 1, "prompts": 2, "samples": 8, "measured": 2,
@@ -48,42 +48,42 @@ def results(tmp_path):
                 "jobs": {name: job for name in ("warm_start", *ARMS[1:])},
             }  # fmt: skip
             (tmp_path / "bfcl").mkdir(exist_ok=True)
-            (tmp_path / "bfcl" / f"small-{seed}.json").write_text(json.dumps(kept))
-        return bfcl_page.kept(tmp_path, "small")
+            (tmp_path / "bfcl" / f"small-{seed}.json").write_text(json.dumps(content))
+        return bfcl_page.load(tmp_path, "small")
 
     return write
 
 
 @pytest.mark.slow
-def test_a_clear_winner_is_told_with_those_it_beats(results, tmp_path):
-    found = results({"reference": 0.3, "more_sft": 0.31, "best_of_k": 0.31, "dpo": 0.31, "shiq": 0.6})
+def test_ranking_of_a_clear_winner(results, tmp_path):
+    loaded = results({"reference": 0.3, "more_sft": 0.31, "best_of_k": 0.31, "dpo": 0.31, "shiq": 0.6})
     for name in ("sampled", "greedy"):
-        best, beaten, level = bfcl_page.ranking(found, name)
-        assert best == "shiq" and set(beaten) == set(ARMS) - {"shiq"} and not level
-        assert found.difference("shiq", "dpo", name).low > 0
+        best, beaten, tied = bfcl_page.ranking(loaded, name)
+        assert best == "shiq" and set(beaten) == set(ARMS) - {"shiq"} and not tied
+        assert loaded.difference("shiq", "dpo", name).low > 0
     bfcl_page.write(tmp_path, "small")
     assert (tmp_path / "bfcl.md").exists() and (tmp_path / "bfcl.png").stat().st_size > 10_000
 
 
-def test_a_loss_is_told_as_plainly(results):
-    found = results({"reference": 0.5, "more_sft": 0.5, "best_of_k": 0.7, "dpo": 0.7, "shiq": 0.2})
-    best, beaten, level = bfcl_page.ranking(found, "sampled")
-    assert best == "best_of_k" and level == ["dpo"] and "shiq" in beaten
-    assert found.difference("shiq", "reference", "sampled").high < 0
+def test_ranking_reports_ties_and_losses(results):
+    loaded = results({"reference": 0.5, "more_sft": 0.5, "best_of_k": 0.7, "dpo": 0.7, "shiq": 0.2})
+    best, beaten, tied = bfcl_page.ranking(loaded, "sampled")
+    assert best == "best_of_k" and tied == ["dpo"] and "shiq" in beaten
+    assert loaded.difference("shiq", "reference", "sampled").high < 0
 
 
-def test_equal_policies_are_not_ranked(results):
-    found = results(dict.fromkeys(ARMS, 0.4))
+def test_equal_policies_beat_no_other(results):
+    loaded = results(dict.fromkeys(ARMS, 0.4))
     for name in ("sampled", "greedy"):
-        assert bfcl_page.ranking(found, name)[1] == []
+        assert bfcl_page.ranking(loaded, name)[1] == []
 
 
 @pytest.mark.slow
-def test_no_question_is_both_learned_from_and_measured(tmp_path):
+def test_question_splits_are_disjoint(tmp_path):
     held_out = set()
     for seed in (0, 1):
         root = tmp_path / str(seed)
-        Seed(SCALES["small"], seed, root, root / "kept.json")._write_questions()
+        Seed(SCALES["small"], seed, root, root / "results.json").write_questions()
         parts = {
             name: [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
             for name in ("held_out", "demonstrations", "prompts")
@@ -99,7 +99,7 @@ def test_no_question_is_both_learned_from_and_measured(tmp_path):
     assert len(held_out) == 1
 
 
-def test_tokens_of_a_pass_are_those_that_the_updates_read(tmp_path):
+def test_tokens_per_epoch_match_the_batches(tmp_path):
     rng = np.random.default_rng(5)
     buffer = Buffer.create(tmp_path / "buffer")
     for group in range(6):
@@ -116,4 +116,4 @@ def test_tokens_of_a_pass_are_those_that_the_updates_read(tmp_path):
         )
     for unit in ("trajectory", "pair"):
         batches = Batches(buffer, unit, 2, seed=0)
-        assert _tokens(tmp_path / "buffer", unit) == sum(batches(step).tokens for step in range(3))
+        assert tokens_per_epoch(tmp_path / "buffer", unit) == sum(batches(step).tokens for step in range(3))

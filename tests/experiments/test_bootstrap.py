@@ -1,4 +1,4 @@
-"""Intervals of the paired bootstrap: what they must be for constants, pairs, and numbers of known spread."""
+"""Bootstrap intervals for constant, paired and random values."""
 
 import numpy as np
 import pytest
@@ -6,38 +6,37 @@ import pytest
 from experiments.bootstrap import interval
 
 
-def test_constants_have_no_spread():
+def test_constant_values_have_a_zero_width_interval():
     assert interval(np.full((3, 50), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
 
 
-def test_pairing_removes_what_both_share():
+def test_pairing_removes_shared_variation():
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(3, 200)) * 10
     low, high = interval(shared + 1 - shared)[1:]
     assert low == pytest.approx(1) and high == pytest.approx(1)
 
 
-def test_one_seed_is_the_ordinary_bootstrap_of_the_mean():
+def test_one_seed_matches_the_normal_interval():
     values = np.random.default_rng(1).normal(size=(1, 400))
-    found = interval(values)
+    result = interval(values)
     error = values.std() / 20
-    assert found.mean == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
-    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+    assert result.mean == pytest.approx(values.mean())
+    assert result.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert result.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
 
 
-def test_seeds_that_differ_widen_it():
+def test_variation_between_seeds_widens_the_interval():
     rng = np.random.default_rng(2)
     noise = rng.normal(size=(3, 300))
-    apart = noise + np.array([[-1.0], [0.0], [1.0]])
-    together = noise - noise.mean(axis=1, keepdims=True)
-    assert np.diff(interval(apart)[1:]) > 5 * np.diff(interval(together)[1:])
+    different = noise + np.array([[-1.0], [0.0], [1.0]])
+    equal = noise - noise.mean(axis=1, keepdims=True)
+    assert np.diff(interval(different)[1:]) > 5 * np.diff(interval(equal)[1:])
 
 
-def test_questions_and_seeds_are_drawn_independently():
-    """Of effects of both, the variance is that of either mean, added."""
+def test_variances_of_seeds_and_questions_add():
     rng = np.random.default_rng(3)
-    seeds, questions = rng.normal(size=(20, 1)), rng.normal(size=(1, 500)) * 3
-    found = interval(seeds + questions)
-    error = np.sqrt(seeds.var() / 20 + questions.var() / 500)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    seed_effects, question_effects = rng.normal(size=(20, 1)), rng.normal(size=(1, 500)) * 3
+    result = interval(seed_effects + question_effects)
+    error = np.sqrt(seed_effects.var() / 20 + question_effects.var() / 500)
+    assert result.high - result.low == pytest.approx(2 * 1.96 * error, rel=0.05)

@@ -1,4 +1,4 @@
-"""Every page of docs/results that is drawn from kept numbers is what its command makes of them."""
+"""Results pages match the pages rendered from the committed JSON files."""
 
 import json
 from pathlib import Path
@@ -11,29 +11,29 @@ from experiments import bfcl_page, dp_alignment_page, dp_pretraining_page, front
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
-def kept(name):
+def read(name):
     return json.loads((RESULTS / name).read_text())
 
 
 PAGES = {
-    "bfcl.md": lambda: bfcl_page.render(bfcl_page.kept(RESULTS, "small"), "small", "bfcl"),
+    "bfcl.md": lambda: bfcl_page.render(bfcl_page.load(RESULTS, "small"), "small", "bfcl"),
     "dp_alignment.md": lambda: dp_alignment_page.render(dp_alignment_page.Results(RESULTS)),
-    "dp_pretraining.md": lambda: dp_pretraining_page.text(kept("dp_pretraining.json")),
-    "frontier.md": lambda: frontier_page.render(kept("frontier.json")),
-    "synthetic.md": lambda: synthetic_page.render(kept("synthetic.json")),
+    "dp_pretraining.md": lambda: dp_pretraining_page.render(read("dp_pretraining.json")),
+    "frontier.md": lambda: frontier_page.render(read("frontier.json")),
+    "synthetic.md": lambda: synthetic_page.render(read("synthetic.json")),
 }
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_that_of_its_kept_numbers(name):
-    # One assertion on a flag: a difference of two pages would be printed at length.
+def test_page_matches_its_results(name):
+    # A boolean avoids a long diff of two pages in the failure message.
     same = PAGES[name]() == (RESULTS / name).read_text()
-    assert same, f"{name} is not what its numbers give: draw it again"
+    assert same, f"{name} does not match its results: render it again"
 
 
-def test_tables_of_benchmarks_are_those_of_their_rows():
-    details = kept("privacy.json")["details"]
+def test_benchmark_tables_match_their_rows():
+    details = read("privacy.json")["details"]
     page = (RESULTS / "privacy.md").read_text()
-    assert rows.markdown(privacy.table(details)) in page and privacy.every_setting(details) in page
-    found = rows.read(RESULTS / "throughput.json")
-    assert rows.markdown(list(found.values())) in (RESULTS / "throughput.md").read_text()
+    assert rows.markdown(privacy.table(details)) in page and privacy.settings_table(details) in page
+    committed = rows.read_json(RESULTS / "throughput.json")
+    assert rows.markdown(list(committed.values())) in (RESULTS / "throughput.md").read_text()

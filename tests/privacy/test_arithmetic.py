@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from benchmarks.flops import executed
+from benchmarks.flops import executed_flops
 from shiq_jax.models import DecoderConfig, Model, init_params
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, count_groups
@@ -35,7 +35,7 @@ def relative_flops(method: str, remat: str) -> float:
     traced = jax.make_jaxpr(total)(params)
     # Remove dead code, as the compiler does.
     jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    flops = executed(lambda *leaves: jax.core.eval_jaxpr(jaxpr, traced.consts, *leaves), *jax.tree.leaves(params))
+    flops = executed_flops(lambda *leaves: jax.core.eval_jaxpr(jaxpr, traced.consts, *leaves), *jax.tree.leaves(params))
     weights_per_layer = 4 * 16 * 16 + 3 * 16 * 480
     return flops / (2 * ROWS * LENGTH * weights_per_layer * CONFIG.num_layers)
 

@@ -55,7 +55,9 @@ def max_contribution(losses, params, batch, method) -> float:
 def test_missing_cross_term_of_a_tied_table(pairs, monkeypatch):
     assert max_contribution(*pairs, "ghost") < SLACK
     monkeypatch.setattr(
-        ghost_vocabulary._Head, "token_gradients", lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1]))
+        ghost_vocabulary._Head,
+        "token_gradients",
+        lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1])),
     )
     assert max_contribution(*pairs, "ghost") > 1.01
     assert max_contribution(*pairs, "vmap") < SLACK
