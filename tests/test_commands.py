@@ -119,12 +119,11 @@ def test_inspect_summarizes_a_buffer(finished, capsys):
 
 
 def test_documented_python_examples_run_on_a_buffer(finished):
-    text = (ROOT / "docs" / "training.md").read_text()
     full_training, lora_training = (
-        re.search(r"```python\n(.*?)```", text.split(f"## {heading}\n")[1], re.DOTALL)[1]
+        re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[1]
         .replace("runs/shiq", str(finished))
         .replace("batch_size=8", "batch_size=4")
-        for heading in ("From Python", "LoRA")
+        for page in ("python.md", "lora.md")
     )
     scope: dict = {}
     exec(full_training, scope)

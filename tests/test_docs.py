@@ -14,8 +14,8 @@ PAGES = ["ARCHITECTURE.md", "README.md", *(str(page.relative_to(ROOT)) for page 
 
 def test_mkdocs_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     page = (tmp_path / "site" / "api" / "objectives" / "index.html").read_text()
     assert "shiq_loss" in page and "Soft Bellman residuals" in page
 
@@ -38,12 +38,12 @@ def _exists(name: str) -> bool:
     parts = name.split(".")
     for size in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:size]))
+            obj = importlib.import_module(".".join(parts[:size]))
         except ModuleNotFoundError:
             continue
         for part in parts[size:]:
-            if not hasattr(found, part):
+            if not hasattr(obj, part):
                 return False
-            found = getattr(found, part)
+            obj = getattr(obj, part)
         return True
     return False

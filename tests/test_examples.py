@@ -17,7 +17,7 @@ def test_example_improves_its_metric(name):
     assert after > (-0.75 if name == "plain_jax" else 0.8)
 
 
-@pytest.mark.parametrize(("page", "name"), [("privacy.md", "private_loop"), ("training.md", "own_loop")])
+@pytest.mark.parametrize(("page", "name"), [("privacy.md", "private_loop"), ("own-loop.md", "own_loop")])
 def test_documented_code_matches_the_example(page, name):
     text = (EXAMPLES.parent / page).read_text()
     shown = re.search(rf"examples/{name}\.py.*?```python\n(.*?)```", text, re.DOTALL)[1]

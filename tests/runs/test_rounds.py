@@ -227,7 +227,7 @@ def test_recipe_with_two_references(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_documented_recipe_runs(tiny, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text().split("## Write a recipe\n")[1]
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
     scope: dict = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
     run = train_with_recipe(scope["ExpertIteration"], tiny, tmp_path / "run")
