@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -30,6 +31,9 @@ def attention(
     """
     if engine not in ENGINES:
         raise ValueError(f"attention engine {engine!r} is unknown; the engines are {', '.join(ENGINES)}")
+    chex.assert_rank((q, k, v), 4)
+    chex.assert_equal_shape((k, v))
+    chex.assert_is_divisible(q.shape[2], k.shape[2])
     return ENGINES[engine](q, k, v, mask, scale, mesh)
 
 

@@ -96,3 +96,6 @@ __all__ = [
     "vargrad_loss",
     "wpo_weight",
 ]
+
+# Name until version 0.1.
+View = ExampleView

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,6 +22,8 @@ def gather_actions(
     values: Float[Array, "rows A"], gather: Int[Array, "rows slots K T"]
 ) -> Float[Array, "rows slots K T"]:
     """Row-local gather of per-action values; padding (-1) gives 0."""
+    chex.assert_rank((values, gather), (2, 4))
+    chex.assert_equal_shape_prefix((values, gather), 1)
     flat = gather.reshape(gather.shape[0], -1)
     taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1).reshape(gather.shape)
     return jnp.where(gather >= 0, taken, 0)
