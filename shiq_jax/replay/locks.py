@@ -1,4 +1,4 @@
-"""Exclusive file locks that the kernel releases when the process ends, however it ends."""
+"""Exclusive file locks, which the kernel releases even if the process is killed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PackGroup = tuple[Members, ...]
 
 
 class PackGroups(list[PackGroup]):
-    """A list of pack groups; `left_out` is the number of groups that give none."""
+    """A list of pack groups; `left_out` counts the groups that have none."""
 
     def __init__(self, pack_groups: Iterable[PackGroup] = (), left_out: int = 0):
         super().__init__(pack_groups)
@@ -68,7 +68,7 @@ def pack_groups(
 def trajectory_groups(
     groups: Iterable[Members], records, lengths: Sequence[int], row_length: int | None, max_size: int | None = None
 ) -> Iterator[PackGroup]:
-    """Yield the pack groups of trajectories; groups that exceed `row_length` or `max_size` give several.
+    """Yield the pack groups of trajectories; groups that exceed `row_length` or `max_size` are split.
 
     Args:
         groups: record numbers of each group.

@@ -17,7 +17,7 @@ from shiq_jax.sharding import hosts
 
 TEMPORARY = ".tmp"
 
-# An interrupted annotation resumes at a shard, so a shard must take a large model at most minutes.
+# Annotation resumes at shard boundaries, so a shard should take a large model minutes at most.
 SHARD_ROWS = 4096
 SHARD_BYTES = 64 << 20
 

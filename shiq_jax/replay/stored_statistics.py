@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Identity(dict):
-    """What computed a set of statistics: weights fingerprint, dtype, attention engine and so on, as JSON values.
+    """Model and settings that computed a set of statistics: weights fingerprint, dtype, attention engine, ...
 
     Example: `Identity(weights="ab12", dtype="float32")`. Identities with equal digests are the same.
     """

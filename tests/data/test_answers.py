@@ -211,10 +211,10 @@ def test_parquet_gives_the_same_records_as_jsonl(tmp_path):
         ([SCORED | {"scores": [1]}], "line 1: field 'scores' has 1 entries for 2 answers"),
         ([SCORED | {"scores": [1, math.inf]}], "line 1: field 'scores' contains inf: expected finite numbers"),
         ([SCORED | {"responses": ["a", {"response": "b"}]}], "line 1: field 'responses' mixes text with objects"),
-        ([SCORED | {"responses": [{"score": 1}, {"response": "b"}]}], "line 1: field 'responses', answer 1 has no text"),
+        ([SCORED | {"responses": [{"score": 1}, {"text": "b"}]}], "line 1: field 'responses', answer 1 has no text"),
         ([{name: SCORED[name] for name in ("responses", "scores")}], "line 1: field 'prompt' is missing"),
         ([{name: SCORED[name] for name in ("prompt", "responses")}], "line 1: the row has no scores: .*--reward"),
-        ([SCORED, {"prompt": "p", "completions": [{"text": "a", "overall_score": 1}]}], "line 2: .*'scores', .*--score"),
+        ([SCORED, {"prompt": "p", "completions": [{"text": "a", "score": 1}]}], "line 2: .*'scores', .*--score"),
         ([SCORED, {"prompt": "p", "completion": "a", "reward": 1}], "line 2: .*one scale"),
     ],
 )  # fmt: skip
