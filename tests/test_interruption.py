@@ -163,8 +163,8 @@ def at_update(stage, step):
 STOPS = {
     "sampled": [
         (CheckFinite, "on_update", at_update("warm start", 2), "stopped at warm start 2 of 3"),
-        (sampling, "collect", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
-        (evaluation, "collect", lambda *_, **__: True, "stopped while evaluating"),
+        (sampling, "collect_records", lambda *_, first, **__: first == 0, "stopped after 8 of 16 samples"),
+        (evaluation, "collect_records", lambda *_, **__: True, "stopped while evaluating"),
         (CheckFinite, "on_update", at_update("update", 1), "stopped at update 2 of 6"),
         (CheckFinite, "on_update", at_update("update", 3), "stopped at update 3 of 6"),
         (reference, "record_statistics", lambda *_, **__: True, "stopped at update 3 of 6"),
