@@ -78,7 +78,7 @@ def test_unknown_total(clock, capsys):
 
 def test_note_is_evaluated_after_the_item(clock, capsys):
     latest = {}
-    for item in track(range(3), "update", 3, "updates", note=lambda: f"loss {latest['loss']}"):
+    for item in track(range(3), "update", 3, "updates", postfix=lambda: f"loss {latest['loss']}"):
         latest["loss"] = item / 2
         clock.now += 1
     assert capsys.readouterr().err.endswith(", loss 1.0\n")

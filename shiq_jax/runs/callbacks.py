@@ -46,9 +46,9 @@ class LogUpdates(Callback):
         """Write the line; a metric with one value per unit is reduced to its median."""
         metrics = {name: np.nanmedian(value) if np.ndim(value) else value for name, value in update.metrics.items()}
         timing = {"seconds": round(update.seconds, 4), "compiled": update.compiled}
-        if update.item.tokens is not None:
-            timing |= {"tokens": update.item.tokens, "waited": round(update.waited, 4)}
-            timing |= {"fill": round(update.item.fill, 4)}
+        if update.batch.tokens is not None:
+            timing |= {"tokens": update.batch.tokens, "waited": round(update.wait_seconds, 4)}
+            timing |= {"fill": round(update.batch.fill, 4)}
         metrics |= self.extra_metrics(update.step)
         metrics["learning_rate"] = float(self.learning_rate(update.step - 1))
         self.latest = metrics | timing | dict(self.tags)
@@ -178,7 +178,7 @@ class ShowProgress(Callback):
 
     def on_update(self, update: UpdateResult) -> None:
         """Advance by one update."""
-        self.advance(update.item.tokens or 0)
+        self.advance(update.batch.tokens or 0)
 
     def note(self) -> str:
         """The newest metrics as text."""

@@ -82,7 +82,7 @@ def _fetch(name: str, package: str, size: str, build: Callable[[Path, Path], Non
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            locked = stack.enter_context(exclusive_lock(lock, create=True, waiting=lambda: _log_waiting(name)))
+            locked = stack.enter_context(exclusive_lock(lock, create=True, on_wait=lambda: _log_waiting(name)))
             stack.callback(lock.unlink, missing_ok=True)
             if target.is_dir():
                 return target

@@ -77,8 +77,8 @@ def build_examples(model, objective: Objective, params: Params, targets: Params,
     with jax.named_scope("statistics"):
         predicting = _at_actions(hidden, batch)
         policy = None
-        if objective.policy:
-            policy = model.token_stats(params, predicting, batch.targets, extra=objective.statistics)
+        if objective.trains_policy:
+            policy = model.token_stats(params, predicting, batch.targets, extra=objective.extra_stats)
         values = None
         if objective.heads:
             # The losses of the heads must not change the policy.

@@ -31,21 +31,21 @@ class UnitLosses:
     objective: Objective
     frozen: Params
     targets: Params
-    before: Params | None = None
+    grad_sum: Params | None = None
 
     def __call__(self, trainable: Params, batch: Batch, tracker: NormTracker | None = None) -> Float[Array, " rows"]:
         model = self.model
-        if self.before is not None:
-            model, trainable = accumulate_into(model, trainable, self.before)
+        if self.grad_sum is not None:
+            model, trainable = accumulate_into(model, trainable, self.grad_sum)
         if tracker is not None:
             model = model.tracking(tracker, batch.tokens)
         examples = build_examples(model, self.objective, merge(trainable, self.frozen), self.targets, batch)
         out = example_losses(self.objective, examples, batch.real)
         return jnp.sum(out.value, axis=1) / jnp.maximum(jnp.sum(out.weight, axis=1), 1)
 
-    def adding_to(self, before: Params) -> UnitLosses:
-        """The same losses with gradients that are accumulated onto `before`."""
-        return dataclasses.replace(self, before=before)
+    def adding_to(self, grad_sum: Params) -> UnitLosses:
+        """The same losses with gradients that are accumulated onto `grad_sum`."""
+        return dataclasses.replace(self, grad_sum=grad_sum)
 
 
 def check_private(objective: Objective, name: str = "this objective") -> None:
@@ -67,7 +67,7 @@ def private_gradient(
         slices: the batch, leading axis the microbatches.
         mechanism: clip rule and noise.
         root: root key of the run.
-        method: of clipping, see `shiq_jax.privacy.clipped_sum`.
+        method: clipping method, see `shiq_jax.privacy.clipped_sum`.
 
     Returns:
         the private gradient; and `norm` and `loss` of every unit, which are not private, NaN for padding.
@@ -84,8 +84,8 @@ def private_gradient(
     def add(total, microbatch):
         real = jnp.any(microbatch.real, axis=1)
         total, norms, values = clipped_sum(
-            losses, state.trainable, microbatch, clip=mechanism.clip, mask=real, onto=total, margin=rounding,
-            method=method, lanes=data_parallel_size(model.mesh),
+            losses, state.trainable, microbatch, clip=mechanism.clip, mask=real, accumulator=total, margin=rounding,
+            method=method, shards=data_parallel_size(model.mesh),
         )  # fmt: skip
         return total, {"norm": jnp.where(real, norms, jnp.nan), "loss": jnp.where(real, values, jnp.nan)}
 

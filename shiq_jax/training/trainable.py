@@ -40,6 +40,6 @@ def add_adapters_and_heads(
 
 def trainable_filter(model, objective: Objective) -> Callable[[Path], bool]:
     """Filter of the trainable parameters, for `init_state(trainable=...)`."""
-    if not objective.policy:
+    if not objective.trains_policy:
         return lambda path: path[0] == HEADS
     return lambda path: model.lora is None or path[0] == HEADS or is_adapter(path)

@@ -49,7 +49,7 @@ def make_update(
             times the private gradient.
         microbatches: number of equal slices of the rows, processed sequentially; must divide the rows.
         donate: donate the state's buffers.
-        method: of clipping, see `shiq_jax.privacy.clipped_sum`.
+        method: clipping method, see `shiq_jax.privacy.clipped_sum`.
         return_unit_metrics: also return per-unit losses and gradient norms, which the privacy accounting does not
             cover.
 

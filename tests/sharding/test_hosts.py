@@ -54,10 +54,10 @@ def test_offloaded_copy_survives_donation(arrays):
 
 
 def test_gather_in_one_process(arrays):
-    gathered = hosts.gather(arrays | {"numpy": np.arange(2), "scalar": 3})
+    gathered = hosts.gather(arrays | {"numpy": np.arange(2), "python": 3})
     assert all(type(gathered[name]) is np.ndarray and bitwise_equal(gathered[name], arrays[name]) for name in ARRAYS)
     assert bitwise_equal(gathered["nested"][0], arrays["nested"][0]) and gathered["nested"][1] is None
-    assert bitwise_equal(gathered["numpy"], np.arange(2)) and gathered["scalar"] == 3
+    assert bitwise_equal(gathered["numpy"], np.arange(2)) and gathered["python"] == 3
 
 
 def test_single_process_does_not_wait():

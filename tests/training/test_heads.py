@@ -56,7 +56,7 @@ def setup(model, host_params, records, references, get_mesh, tmp_path_factory):
         )
         state = init_state(
             headed, params, OPTIMIZER, targets=lambda _: {HEADS: targets} if targets else {},
-            trainable=None if objective.policy else lambda path: path[0] == HEADS,
+            trainable=None if objective.trains_policy else lambda path: path[0] == HEADS,
         )  # fmt: skip
         return headed, jax.device_get(params), jax.device_get(targets), state, batch
 

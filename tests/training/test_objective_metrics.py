@@ -20,7 +20,7 @@ def test_objective_reads_references_by_name(model_on_mesh, records, make_buffer)
     first, previous = (
         [tuple(rng.normal(size=(2, len(record.rewards))).astype(np.float32)) for record in records] for _ in range(2)
     )
-    objective = Objective(difference_loss, frozenset({"references"}), "trajectory", policy=False)
+    objective = Objective(difference_loss, frozenset({"references"}), "trajectory", trains_policy=False)
     model, params = model_on_mesh()
     references = {"reference": first, "previous": previous}
     metrics = objective_metrics(model, params, objective, make_buffer(records), references)
