@@ -55,7 +55,9 @@ def longest_contribution(losses, params, batch, method) -> float:
 def test_the_cross_term_of_a_tied_table_is_missed(pairs, monkeypatch):
     assert longest_contribution(*pairs, "ghost") < SLACK
     monkeypatch.setattr(
-        ghost_vocabulary._Head, "token_gradients", lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1]))
+        ghost_vocabulary._Head,
+        "token_gradients",
+        lambda self, tokens: jnp.zeros((*tokens.shape, self.hidden.shape[-1])),
     )
     assert longest_contribution(*pairs, "ghost") > 1.01
     assert longest_contribution(*pairs, "vmap") < SLACK
