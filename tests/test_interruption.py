@@ -159,8 +159,8 @@ def at_update(stage, step):
 STOPS = {
     "sampled": [
         (CheckFinite, "on_update", at_update("warm start", 2), "warm start 2 of 3", None),
-        (sampling, "collect", lambda *_, first, **__: first == 0, "8 of 16 samples", None),
-        (evaluation, "collect", lambda *_, **__: True, "evaluating", None),
+        (sampling, "collect_records", lambda *_, first, **__: first == 0, "8 of 16 samples", None),
+        (evaluation, "collect_records", lambda *_, **__: True, "evaluating", None),
         (CheckFinite, "on_update", at_update("update", 1), "update 2 of 6", 2),
         (CheckFinite, "on_update", at_update("update", 3), "update 3 of 6", 3),
         (reference, "record_statistics", lambda *_, **__: True, "update 3 of 6", 3),

@@ -115,7 +115,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
             "another loss for a private run"
         )
     per_layer = job.privacy.groupwise or job.privacy.method in ("ghost", "bk", "group")
-    if per_layer and (objective.heads or objective.statistics):
+    if per_layer and (objective.heads or objective.extra_stats):
         raise UserError(
             f"the loss {job.loss.name} needs heads or token statistics beyond logp and lse, which ghost, bk and group "
             "do not support: omit --privacy.method and --privacy.groupwise, or choose another loss"
