@@ -47,7 +47,7 @@ def measure(policy: Path, reference: Path | None, root: Path, sizes: Sizes) -> d
     logratios = np.zeros(len(result.records)) if result.logratios is None else result.logratios
     file = root / "held_out.pairs.jsonl"
     pairs = _import_buffer(
-        root / "held_out_pairs", lambda reading: formats.preferences(file, tokenizer, reading), model
+        root / "held_out_pairs", lambda context: formats.preferences(file, tokenizer, context), model
     )
     sums = [float(np.sum(logp)) for logp, _ in record_statistics(model, params, [pairs[n] for n in range(len(pairs))])]
     return {
@@ -74,7 +74,7 @@ def mean_loss(objective: Objective, method: str, policy: Path, reference: Path, 
     """
     model, params = load_hf(str(policy))
     tokenizer = load_tokenizer(str(policy))
-    buffer = _import_buffer(path, lambda reading: READERS[method](rows, tokenizer, reading), model)
+    buffer = _import_buffer(path, lambda context: READERS[method](rows, tokenizer, context), model)
     identity, _ = Reference(str(reference), load_hf).annotate(buffer)
     return objective_metrics(model, params, objective, buffer, {"reference": buffer.statistics(identity)})["loss"]
 

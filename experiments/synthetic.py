@@ -1,4 +1,4 @@
-"""Objectives on problems with exact optima: `python -m experiments.synthetic` writes docs/results/synthetic.md.
+"""Objectives on problems with known optima: `python -m experiments.synthetic` writes docs/results/synthetic.md.
 
 The problems are a bandit, token trees, and a conversation with random replies; dynamic programming gives their optima.
 """

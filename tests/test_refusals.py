@@ -46,9 +46,9 @@ def error_message(script, root, arguments, capsys) -> str:
     return lines[-1].removeprefix(prefix)
 
 
-def check_error(script, root, arguments, capsys, facts):
+def check_error(script, root, arguments, capsys, fragments):
     message = error_message(script, root, arguments, capsys)
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
 
 
 def arguments(root, *options):
@@ -154,7 +154,7 @@ def replace_model(**changes):
     return lambda root: tiny_directory(root / "model", max_positions=64, **SIZES | changes)
 
 
-# ---- invalid input of a new run: the damage and the facts in the message ----
+# ---- invalid input of a new run: the damage and the expected fragments of the message ----
 
 MODELS = {
     "missing directory": (remove("model"), ["/model"]),
@@ -215,16 +215,16 @@ DATA = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_invalid_model_is_refused(case, root, capsys):
-    damage, facts = MODELS[case]
+    damage, fragments = MODELS[case]
     damage(root)
-    check_error(train_script, root, arguments(root), capsys, facts)
+    check_error(train_script, root, arguments(root), capsys, fragments)
 
 
 @pytest.mark.parametrize("case", DATA)
 def test_invalid_data_is_refused(case, root, capsys):
-    damage, facts = DATA[case]
+    damage, fragments = DATA[case]
     damage(root)
-    check_error(train_script, root, arguments(root), capsys, facts)
+    check_error(train_script, root, arguments(root), capsys, fragments)
 
 
 def test_evaluation_refuses_invalid_models_and_data(root, capsys):
@@ -258,12 +258,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_invalid_option_is_refused(case, root, capsys):
-    before, (options, facts) = snapshot(root), OPTIONS[case]
+    before, (options, fragments) = snapshot(root), OPTIONS[case]
     with pytest.raises(SystemExit) as stop:
         train_script.main(arguments(root, *options))
     message = " ".join(capsys.readouterr().err.split())
     assert stop.value.code == 2 and snapshot(root) == before
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
     assert "Traceback" not in message and "tyro" not in message
 
 
@@ -336,9 +336,9 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_resume_of_damaged_run_is_refused(case, interrupted_root, capsys):
-    damage, facts = RESUMED[case]
+    damage, fragments = RESUMED[case]
     damage(interrupted_root)
-    check_error(train_script, interrupted_root, arguments(interrupted_root, "--resume"), capsys, facts)
+    check_error(train_script, interrupted_root, arguments(interrupted_root, "--resume"), capsys, fragments)
 
 
 @pytest.mark.parametrize("case", ["truncated records", "corrupt records", "missing statistics", "missing manifest"])
@@ -389,8 +389,8 @@ def test_nonfinite_loss_keeps_the_last_finite_checkpoint(root, capsys):
         train_script.main(command)
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
-    for fact in ("step 3", f"records {2 * index}, {2 * index + 1}", f"groups {group}", "finite"):
-        assert fact in message, message
+    for fragment in ("step 3", f"records {2 * index}, {2 * index + 1}", f"groups {group}", "finite"):
+        assert fragment in message, message
     checkpoints = Checkpoints(root / "run" / "checkpoints", read_only=True)
     assert checkpoints.latest() == 2
     checkpoints.close()

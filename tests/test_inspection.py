@@ -242,7 +242,7 @@ def test_every_loss_accepts_its_default_options():
 
 
 @pytest.mark.parametrize(
-    "command, options, facts",
+    "command, options, fragments",
     [
         ("dpo", ["--loss.name", "ipo", "--loss.margin", "1"], ["margin", "ipo", "beta"]),
         ("dpo", ["--loss.name", "exo", "--loss.label-smoothing", "0"], ["label_smoothing", "0.0", "positive"]),
@@ -258,12 +258,12 @@ def test_every_loss_accepts_its_default_options():
         ("shiq", ["--loss.horizon", "trajectory", "--loss.gradient", "semi"], ["first token"]),
     ],
 )
-def test_options_of_another_loss_are_refused(command, options, facts, capsys):
+def test_options_of_another_loss_are_refused(command, options, fragments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_script.main([command, *options])
     message = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
     assert stop.value.code == 2 and "Traceback" not in message
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
 
 
 def test_unused_options_cause_a_warning(tmp_path, capsys):
