@@ -140,7 +140,7 @@ DPO, SHIQ = ["dpo", "--model", "{tiny}", "--data", "{data}"], ["shiq"]
         (SHIQ, ["--lora.rank", "4", "--loss.name", "ilql"], ["ilql", "policy"]),
     ],
 )
-def test_invalid_adapter_options_are_refused(command, options, fragments, tiny, data, tmp_path, capsys):
+def test_invalid_adapter_options_are_rejected(command, options, fragments, tiny, data, tmp_path, capsys):
     command = [argument.format(tiny=tiny, data=data) for argument in command]
     with pytest.raises(SystemExit) as stop:
         train_script.main([*command, "--output-dir", str(tmp_path / "run"), *options])

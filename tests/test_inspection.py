@@ -143,7 +143,7 @@ def test_resuming_a_complete_run_backfills_a_tracker(run):
     assert [(point.step, point.value) for point in events.Scalars("update/loss")] == losses and len(losses) == 6
 
 
-def test_missing_tracker_package_is_refused_before_writing(tmp_path, monkeypatch, capsys):
+def test_missing_tracker_package_is_rejected_before_writing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit) as stop:
         train_script.main(["shiq", "--track", "wandb", "--output-dir", str(tmp_path / "run")])
@@ -258,7 +258,7 @@ def test_every_loss_accepts_its_default_options():
         ("shiq", ["--loss.horizon", "trajectory", "--loss.gradient", "semi"], ["first token"]),
     ],
 )
-def test_options_of_another_loss_are_refused(command, options, fragments, capsys):
+def test_options_of_another_loss_are_rejected(command, options, fragments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_script.main([command, *options])
     message = re.sub(r"[│\s]+", " ", capsys.readouterr().err)

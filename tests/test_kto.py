@@ -171,7 +171,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_invalid_input_is_refused_before_writing(case, tiny, tmp_path, capsys):
+def test_invalid_input_is_rejected_before_writing(case, tiny, tmp_path, capsys):
     rows, options, fragments = INVALID[case]
     data, output_dir = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
     message = error_message(arguments(tiny, data, output_dir, *options), capsys)
@@ -193,6 +193,6 @@ def test_loss_without_kl_accepts_a_single_prompt(tiny, tmp_path):
         (["--loss.name", "dpo"], ["--loss.name"]),
     ],
 )
-def test_out_of_range_options_are_refused(options, fragments, capsys):
+def test_out_of_range_options_are_rejected(options, fragments, capsys):
     message = error_message(["kto", *options], capsys)
     assert all(fragment in message for fragment in fragments), message

@@ -93,7 +93,7 @@ def test_other_q_learning_losses_export_heads(run, loss):
         (["oreo", "--loss.alpha", "1"], ["alpha", "oreo", "beta"]),
     ],
 )
-def test_invalid_loss_options_are_refused(options, fragments, capsys):
+def test_invalid_loss_options_are_rejected(options, fragments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_script.main(["shiq", "--loss.name", *options])
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
