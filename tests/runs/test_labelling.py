@@ -26,7 +26,7 @@ def buffers(records, tmp_path_factory):
     answers.append(records)
     for name in LOSSES:
         buffers[name] = Buffer.create(root / name)
-        buffers[name].append(labelled(answers, mismatched=name == "kto"))
+        buffers[name].append(labeled_records(answers, mismatched=name == "kto"))
     return buffers
 
 
