@@ -212,7 +212,7 @@ class Job:
             raise ValueError("sft does not use scores: omit score")
         if self.drop_longer_than is not None:
             _check_at_least(self, drop_longer_than=2)
-        if self.lora.rank is not None and not self.loss.build().policy:
+        if self.lora.rank is not None and not self.loss.build().trains_policy:
             raise ValueError(f"the loss {self.loss.name} does not train the policy, so LoRA has no effect: omit lora")
         if self.public.data is None and self.public != Public():
             raise ValueError("options of public data have no effect without public.data: set it, or omit them")
