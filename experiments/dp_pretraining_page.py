@@ -118,8 +118,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     slowdowns = [values["slowdown"] for values in monitored if values["trace"] > 0]
     if slowdowns:
         sentences.append(
-            f"Noise slows a single step at its optimal learning rate by a factor of at most {max(slowdowns):.2f}, at the "
-            f"{len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of noise "
+            f"Noise slows a single step at its optimal learning rate by a factor of at most {max(slowdowns):.2f}, at "
+            f"the {len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of noise "
             "for a run [is a different quantity](#noise-in-a-step-and-in-a-run)."
         )
     base = final_losses(results, "mixed 10%, epsilon 8")

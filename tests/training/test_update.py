@@ -111,8 +111,8 @@ def unpacked_coupled(stats, data, buffer):
 
 
 UNPACKED_LOSSES = {
-    "shiq": unpacked_shiq, "sft": unpacked_sft, "dpo": unpacked_dpo, "group": unpacked_group, "coupled": unpacked_coupled,
-    "aot_unpaired": unpacked_aot_unpaired, "weighted": unpacked_weighted,
+    "shiq": unpacked_shiq, "sft": unpacked_sft, "dpo": unpacked_dpo, "group": unpacked_group,
+    "coupled": unpacked_coupled, "aot_unpaired": unpacked_aot_unpaired, "weighted": unpacked_weighted,
 }  # fmt: skip
 
 
