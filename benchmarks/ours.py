@@ -32,7 +32,7 @@ def main(model: str, path: str, remat: str, objective: str) -> None:
 
     Args:
         model: a Hugging Face directory.
-        path: a workload file written by `works.write`.
+        path: a workload file written by `workloads.write`.
         remat: `none`, `dots` or `full`.
         objective: `dpo` or `shiq`.
     """

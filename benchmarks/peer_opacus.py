@@ -52,7 +52,7 @@ def main(model: str, length: str, units: str, mode: str) -> None:
 
 
 def untied(module):
-    """Untie the head from the embedding and replace the norms by `torch.nn.RMSNorm`, in place."""
+    """Untie the head from the embedding and replace the norms with `torch.nn.RMSNorm`, in place."""
     module.config.tie_word_embeddings = False
     module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().clone())
     for parent in list(module.modules()):

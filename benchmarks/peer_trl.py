@@ -56,7 +56,7 @@ def main(model: str, path: str, precompute: str, checkpointing: str, microbatch_
 
     Args:
         model: a Hugging Face directory.
-        path: a workload file written by `works.write`.
+        path: a workload file written by `workloads.write`.
         precompute: `yes` to precompute the reference's log-probabilities.
         checkpointing: `yes` for gradient checkpointing.
         microbatch_size: pairs per forward and backward pass.

@@ -31,7 +31,7 @@ def main(model: str, path: str, remat: str, microbatch_size: str) -> None:
 
     Args:
         model: a Hugging Face directory.
-        path: a workload file written by `works.write`.
+        path: a workload file written by `workloads.write`.
         remat: `none`, `block` or `decoder`.
         microbatch_size: pairs per forward and backward pass.
     """

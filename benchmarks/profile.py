@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import tyro
 
-from benchmarks import ours, rows, serving, works
+from benchmarks import ours, rows, serving, workloads
 from benchmarks.rows import Row
 from shiq_jax.models import load_hf
 from shiq_jax.tasks import fetch
@@ -67,7 +67,7 @@ def measure(root: Path, remat: str, quick: bool) -> tuple[dict[str, int], collec
         quick: use a tiny model.
     """
     stages = {"python, jax and this library": serving.resident_bytes()}
-    works.write(works.WORKLOADS["pairs"], root / "workload.json", tiny=quick)
+    workloads.write(workloads.WORKLOADS["pairs"], root / "workload.json", tiny=quick)
     steps = json.loads((root / "workload.json").read_text())
     model = str(tiny_directory(root / "model", num_layers=2) if quick else fetch.smollm2())
     decoder, params = load_hf(model, remat=remat)

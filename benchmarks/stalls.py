@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import ours, works
+from benchmarks import ours, workloads
 from benchmarks.rows import Row, run_benchmark
 from shiq_jax.models import load_hf
 from shiq_jax.runs.callbacks import LogUpdates
@@ -100,7 +100,7 @@ def measure(quick: bool) -> tuple[list[Row], dict[str, float]]:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         model = tiny_directory(root / "model", num_layers=2) if quick else fetch.smollm2()
-        works.write(works.WORKLOADS["pairs" if quick else "bfcl_pairs"], root / "workload.json", tiny=quick)
+        workloads.write(workloads.WORKLOADS["pairs" if quick else "bfcl_pairs"], root / "workload.json", tiny=quick)
         stalls = run(str(model), root / "workload.json", *((6, 2) if quick else ()))
     # Keys of docs/results/throughput.json.
     keys = ("update", "waited", "save", "written", "beside")

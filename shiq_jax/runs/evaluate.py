@@ -22,7 +22,7 @@ from shiq_jax.objectives import OBJECTIVES, Objective
 from shiq_jax.replay import Buffer
 from shiq_jax.runs import report
 from shiq_jax.runs.ingest import READERS, import_records
-from shiq_jax.runs.labelling import label
+from shiq_jax.runs.labeling import label
 from shiq_jax.runs.loss_options import objective_from_settings
 from shiq_jax.runs.options import Adapters
 from shiq_jax.runs.policies import resolve_policy

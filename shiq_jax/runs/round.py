@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from shiq_jax.objectives import Objective
 from shiq_jax.replay import Buffer, References
-from shiq_jax.runs.labelling import check_threshold, label
+from shiq_jax.runs.labeling import check_threshold, label
 from shiq_jax.runs.run import Run
 from shiq_jax.runs.run_directory import RoundDirectory
 from shiq_jax.training.reference import Reference

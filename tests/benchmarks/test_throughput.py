@@ -1,9 +1,9 @@
-"""Rows of the throughput benchmark: speedups including annotation, choice of the opponent, quick runs and resuming."""
+"""Rows of the throughput benchmark: speedups with annotation, choice of the fastest peer, quick and resumed runs."""
 
 import pytest
 
 from benchmarks import rows, throughput
-from benchmarks.contest import OURS
+from benchmarks.comparison import OURS
 
 TRIAL_SECONDS = {
     "trl, reference beforehand, 2 pairs at once": 6.0,

@@ -71,7 +71,7 @@ def test_packed_sequences_equal_the_records(make_groups, tmp_path_factory, seed,
     buffer.append(records)
     groups = pack_groups(buffer, unit)
     if not groups:
-        assert groups.left_out == len(set(buffer.group_ids()))
+        assert groups.skipped == len(set(buffer.group_ids()))
         return
     shape = plan(buffer, groups, multiple=8)
     statistics = make_statistics(records)

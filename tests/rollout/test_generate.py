@@ -261,8 +261,8 @@ def test_token_t_uses_fold_in_of_its_key(sampling, sampler, params, prompts, unc
         for key, answer in zip(keys, answers, strict=True):
             logits = uncached.next_logits(params, [*prompt, *answer["tokens"]])[len(prompt) - 1 : -1]
             for t, token in enumerate(answer["tokens"]):
-                behaviour = jnp.asarray(filtered_logp(logits[t], sampling), jnp.float32)
-                assert categorical(jax.random.fold_in(key, t), behaviour) == token
+                behavior = jnp.asarray(filtered_logp(logits[t], sampling), jnp.float32)
+                assert categorical(jax.random.fold_in(key, t), behavior) == token
 
 
 # --- stop tokens and scheduling

@@ -11,7 +11,7 @@ from shiq_jax.data import formats, import_context
 from shiq_jax.objectives import OBJECTIVES
 from shiq_jax.replay import Buffer, buffer, export, storage, trees
 from shiq_jax.runs.ingest import import_records
-from shiq_jax.runs.labelling import label
+from shiq_jax.runs.labeling import label
 from shiq_jax.tasks.tiny import tiny_tokenizer
 from shiq_jax.training.batches import Batches
 

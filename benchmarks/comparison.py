@@ -9,10 +9,10 @@ import contextlib
 import sys
 from pathlib import Path
 
-from benchmarks import works
+from benchmarks import workloads
 from benchmarks.peers import TRL, TUNIX, Setting, worker_environment
 from benchmarks.workers import Worker, WorkerError, run_interleaved, seconds_per_step
-from benchmarks.works import Workload
+from benchmarks.workloads import Workload
 
 # Rematerialization policy by setting of this library; goals apply to `ours`, which also uses the least memory.
 OURS = {"ours": "full", "fastest": "dots"}
@@ -34,8 +34,8 @@ class Comparison:
     def __init__(self, workload: Workload, model: str, runs: Path, peers: Path, tiny: bool = False):
         self.workload, self._model, self._runs, self._peers = workload, model, runs, peers
         self._path, self._trial_path = runs / f"{workload.name}.json", runs / f"{workload.name}-trial.json"
-        works.write(workload, self._path, tiny=tiny)
-        works.write(workload.trial, self._trial_path, tiny=tiny)
+        workloads.write(workload, self._path, tiny=tiny)
+        workloads.write(workload.trial, self._trial_path, tiny=tiny)
 
         settings = (peer.settings(workload.microbatch_sizes, workload.pairs) for peer in (TRL, TUNIX))
         self._settings = {str(setting): setting for peer_settings in settings for setting in peer_settings}

@@ -4,28 +4,28 @@ import json
 
 import pytest
 
-from benchmarks import works
+from benchmarks import workloads
 from benchmarks.ours import group_records
 from benchmarks.peers import TRL, TUNIX
 
 
 @pytest.mark.parametrize(("name", "prompt", "answer"), [("pairs", 64, 192), ("groups_k16_long", 1600, 50)])
 def test_fixed_length_workload(tmp_path, name, prompt, answer):
-    workload = works.WORKLOADS[name]._replace(steps=2)
-    works.write(workload, path := tmp_path / "deep" / "workload.json")
+    workload = workloads.WORKLOADS[name]._replace(steps=2)
+    workloads.write(workload, path := tmp_path / "deep" / "workload.json")
     steps = json.loads(path.read_text())
     assert len(steps) == 2 and all(len(step) == workload.groups for step in steps)
     for group in sum(steps, []):
         assert len(group["prompt"]) == prompt
         assert [len(each) for each in group["answers"]] == [answer] * workload.answers
-    works.write(workload, again := tmp_path / "again.json")
+    workloads.write(workload, again := tmp_path / "again.json")
     assert again.read_text() == path.read_text()
 
 
-@pytest.mark.parametrize("name", works.WORKLOADS)
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_tiny_workload_has_short_byte_sequences(tmp_path, name):
-    workload = works.WORKLOADS[name]
-    works.write(workload, path := tmp_path / "workload.json", tiny=True)
+    workload = workloads.WORKLOADS[name]
+    workloads.write(workload, path := tmp_path / "workload.json", tiny=True)
     steps = json.loads(path.read_text())
     assert len(steps) == workload.steps and all(len(step) == workload.groups for step in steps)
     for group in sum(steps, []):
@@ -34,9 +34,9 @@ def test_tiny_workload_has_short_byte_sequences(tmp_path, name):
 
 
 def test_pairs_per_step():
-    pairs = {name: workload.pairs for name, workload in works.WORKLOADS.items()}
+    pairs = {name: workload.pairs for name, workload in workloads.WORKLOADS.items()}
     assert pairs == {"pairs": 2, "bfcl_pairs": 8, "bfcl_groups_k8": 16, "groups_k16_long": 8}
-    for workload in works.WORKLOADS.values():
+    for workload in workloads.WORKLOADS.values():
         assert workload.trial.pairs <= workload.pairs and workload.pairs % max(workload.microbatch_sizes) == 0
 
 
