@@ -2,7 +2,7 @@
 
 All take the statistics of one sequence [T] and `v`, [T], the value of the state before each token from the head. They
 are squares of `bellman_residuals` with `value="given"` and differ in the horizon and in the parameters that each square
-trains. Computed in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range raise ValueError while
+trains. Computed in float32 (float64 for float64 inputs). Mismatched shapes and Python numbers out of range raise ValueError while
 tracing.
 """
 

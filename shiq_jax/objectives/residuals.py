@@ -95,7 +95,7 @@ def shiq_loss(
         pushes the k-th action k-fold.
 
     Returns:
-      A scalar in squared units of reward; 0 for a sequence without actions. Computed in fp32 (fp64 for fp64).
+      A scalar in squared units of reward; 0 for a sequence without actions. Computed in float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: while tracing, for mismatched shapes and options out of range. beta and gamma may be traced; only
@@ -131,7 +131,7 @@ def bellman_residuals(
       options: `horizon`, `n`, `value`, `values`, `bootstrap` and `gradient`; see `ResidualOptions`.
 
     Returns:
-      [T] in units of reward, 0 at other tokens. Computed in fp32 (fp64 for fp64).
+      [T] in units of reward, 0 at other tokens. Computed in float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: while tracing, for mismatched shapes, options out of range, and "semi" with "trajectory", which would

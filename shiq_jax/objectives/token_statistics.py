@@ -64,9 +64,9 @@ def token_stats(
     logits = hidden @ unembedding * scale + bias, then softcap * tanh(logits / softcap); columns from `vocab_size` on
     are treated as -inf. Supports reverse-mode differentiation with respect to hidden, unembedding and bias.
 
-    The product runs in the dtype of `hidden` and accumulates in fp32 (fp64 for fp64), as does the gradient of the
+    The product runs in the dtype of `hidden` and accumulates in float32 (float64 for float64 inputs), as does the gradient of the
     unembedding over all chunks. An fp32 master unembedding can be combined with bf16 hidden states: it is rounded for
-    the product, but its gradient is not. All statistics are fp32 (fp64 for fp64).
+    the product, but its gradient is not. All statistics are float32 (float64 for float64 inputs).
 
     Pass the whole batch through the leading axes: `jax.vmap` would materialize the gradient of a shared unembedding
     once per example.
@@ -120,7 +120,7 @@ def token_stats_from_logits(logits: Float[Array, "... V"], tokens: Int[Array, ".
     """Log-probability and log-sum-exp of tokens, from materialized raw logits.
 
     Args:
-      logits: [..., V] raw logits, not log-probabilities; reduced in fp32 (fp64 for fp64).
+      logits: [..., V] raw logits, not log-probabilities; reduced in float32 (float64 for float64 inputs).
       tokens: [...] ids in [0, V).
 
     Returns:

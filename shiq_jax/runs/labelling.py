@@ -52,7 +52,7 @@ def label(path: Path, answers: Buffer, objective: Objective, threshold: float | 
     if len(buffer):
         return buffer
     mismatched = objective.couple is not None
-    added = buffer.append(labeled_records(answers, threshold, mismatched=mismatched, longest=max_length))
+    added = buffer.append(labeled_records(answers, threshold, mismatched=mismatched, max_length=max_length))
     examples, desirable = added // 2 if mismatched else added, buffer.column("label").count(True)
     ties = f"; skipped {len(answers) - examples} ties" if examples < len(answers) else ""
     print(f"{desirable} answers are desirable, {examples - desirable} undesirable{ties}", file=sys.stderr)

@@ -8,6 +8,7 @@ import pytest
 
 from shiq_jax.objectives import OBJECTIVES, apo_zero_unpaired_loss, kto_loss
 from shiq_jax.replay import Buffer, pack, pack_groups, plan
+from shiq_jax.replay.labels import labeled_records
 from shiq_jax.training.objective_metrics import objective_metrics
 from shiq_jax.training.placement import data_parallel_size, shard_batch
 from shiq_jax.training.state import init_state
@@ -26,7 +27,7 @@ def buffers(records, tmp_path_factory):
     answers.append(records)
     for name in LOSSES:
         buffers[name] = Buffer.create(root / name)
-        buffers[name].append(labelled(answers, mismatched=name == "kto"))
+        buffers[name].append(labeled_records(answers, mismatched=name == "kto"))
     return buffers
 
 
