@@ -1,7 +1,7 @@
 """Token statistics of logits, computed in chunks without materializing the logits.
 
-With a vocabulary of 128k, 8k tokens have 4 GiB of float32 logits and a gradient of the same size. This module projects a
-chunk of rows, reduces it to statistics and discards it; the backward pass recomputes the projection. The cost is 2DV
+With a vocabulary of 128k, 8k tokens have 4 GiB of float32 logits and a gradient of the same size. This module projects
+a chunk of rows, reduces it to statistics and discards it; the backward pass recomputes the projection. The cost is 2DV
 flops per row forward and 6DV backward, one projection more than with stored logits.
 
 On a mesh, call `token_stats` inside `jax.shard_map`, where all rows are local, because it flattens and chunks the
