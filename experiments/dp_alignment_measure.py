@@ -47,7 +47,7 @@ def measure(policy: Path, reference: Path | None, root: Path, sizes: Sizes) -> d
     logratios = np.zeros(len(result.records)) if result.logratios is None else result.logratios
     file = root / "held_out.pairs.jsonl"
     pairs = _import_buffer(
-        root / "held_out_pairs", lambda reading: formats.preferences(file, tokenizer, reading), model
+        root / "held_out_pairs", lambda context: formats.preferences(file, tokenizer, context), model
     )
     sums = [float(np.sum(logp)) for logp, _ in record_statistics(model, params, [pairs[n] for n in range(len(pairs))])]
     return {

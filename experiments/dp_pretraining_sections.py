@@ -1,4 +1,4 @@
-"""Sections and figures of the `experiments.dp_pretraining` page besides its training arms."""
+"""Sections and figures of the `experiments.dp_pretraining` page, apart from the training arms."""
 
 from __future__ import annotations
 

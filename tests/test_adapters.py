@@ -131,7 +131,7 @@ DPO, SHIQ = ["dpo", "--model", "{tiny}", "--data", "{data}"], ["shiq"]
 
 
 @pytest.mark.parametrize(
-    "command, options, facts",
+    "command, options, fragments",
     [
         (DPO, ["--lora.rank", "0"], ["rank", "at least 1", "0"]),
         (DPO, ["--lora.rank", "2", "--lora.alpha", "nan"], ["alpha", "positive", "finite", "nan"]),
@@ -140,12 +140,12 @@ DPO, SHIQ = ["dpo", "--model", "{tiny}", "--data", "{data}"], ["shiq"]
         (SHIQ, ["--lora.rank", "4", "--loss.name", "ilql"], ["ilql", "policy"]),
     ],
 )
-def test_invalid_adapter_options_are_refused(command, options, facts, tiny, data, tmp_path, capsys):
+def test_invalid_adapter_options_are_rejected(command, options, fragments, tiny, data, tmp_path, capsys):
     command = [argument.format(tiny=tiny, data=data) for argument in command]
     with pytest.raises(SystemExit) as stop:
         train_script.main([*command, "--output-dir", str(tmp_path / "run"), *options])
     # Usage errors are printed in a box that wraps lines.
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "Traceback" not in message
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
     assert not (tmp_path / "run").exists()

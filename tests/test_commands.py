@@ -107,7 +107,7 @@ def test_complete_run_is_reported_and_never_overwritten(finished, tiny, capsys):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_resume_without_a_run_is_refused(tmp_path, capsys):
+def test_resume_without_a_run_is_rejected(tmp_path, capsys):
     output_dir = tmp_path / "none"
     message = error_message(train_script, ["shiq", "--resume", "--output-dir", str(output_dir)], capsys)
     assert str(output_dir) in message and "--resume" in message and not output_dir.exists()
@@ -208,7 +208,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_invalid_input_is_refused_before_writing(case, tiny, tmp_path, capsys):
+def test_invalid_input_is_rejected_before_writing(case, tiny, tmp_path, capsys):
     (command, *options), rows, fact = INVALID[case]
     data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
     arguments = [command, "--data", data, "--model", tiny, "--output-dir", str(out), *OFFLINE, *options]
@@ -216,7 +216,7 @@ def test_invalid_input_is_refused_before_writing(case, tiny, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_out_of_range_values_are_refused_before_writing(tmp_path, capsys):
+def test_out_of_range_values_are_rejected_before_writing(tmp_path, capsys):
     for flag, value in (
         ("--loss.beta", "0"),
         ("--loss.gamma", "1.5"),
@@ -229,7 +229,7 @@ def test_out_of_range_values_are_refused_before_writing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_a_model_is_refused(tmp_path, capsys):
+def test_data_without_a_model_is_rejected(tmp_path, capsys):
     data = jsonl(tmp_path / "data.jsonl", FORMATS["scored"][1])
     assert "--model" in error_message(
         train_script, ["shiq", "--data", data, "--output-dir", str(tmp_path / "run")], capsys

@@ -51,7 +51,7 @@ def test_disk_errors_as_a_decorator():
             write(errno.ENOSPC)
 
 
-def test_lfs_pointer_is_refused(tmp_path):
+def test_lfs_pointer_is_rejected(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(UserError, match="model.safetensors.*Git LFS"):

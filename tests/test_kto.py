@@ -171,11 +171,11 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_invalid_input_is_refused_before_writing(case, tiny, tmp_path, capsys):
-    rows, options, facts = INVALID[case]
+def test_invalid_input_is_rejected_before_writing(case, tiny, tmp_path, capsys):
+    rows, options, fragments = INVALID[case]
     data, output_dir = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
     message = error_message(arguments(tiny, data, output_dir, *options), capsys)
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
     assert not output_dir.exists()
 
 
@@ -186,13 +186,13 @@ def test_loss_without_kl_accepts_a_single_prompt(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "facts"),
+    ("options", "fragments"),
     [
         (["--loss.desirable-weight", "-1"], ["desirable_weight", "-1.0", "finite"]),
         (["--threshold", "nan"], ["threshold", "finite"]),
         (["--loss.name", "dpo"], ["--loss.name"]),
     ],
 )
-def test_out_of_range_options_are_refused(options, facts, capsys):
+def test_out_of_range_options_are_rejected(options, fragments, capsys):
     message = error_message(["kto", *options], capsys)
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message

@@ -85,7 +85,7 @@ def test_other_q_learning_losses_export_heads(run, loss):
 
 
 @pytest.mark.parametrize(
-    ("options", "facts"),
+    ("options", "fragments"),
     [
         (["mc_returns", "--loss.polyak", "0.1"], ["polyak", "mc_returns"]),
         (["ilql", "--loss.polyak", "2"], ["polyak", "2.0", "(0, 1]"]),
@@ -93,9 +93,9 @@ def test_other_q_learning_losses_export_heads(run, loss):
         (["oreo", "--loss.alpha", "1"], ["alpha", "oreo", "beta"]),
     ],
 )
-def test_invalid_loss_options_are_refused(options, facts, capsys):
+def test_invalid_loss_options_are_rejected(options, fragments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_script.main(["shiq", "--loss.name", *options])
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "Traceback" not in message
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message

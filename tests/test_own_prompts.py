@@ -76,7 +76,7 @@ def test_objectives_train_on_the_buffer_of_another_run(command, tiny, sampled, t
 
 
 @pytest.mark.parametrize(
-    "arguments, facts",
+    "arguments, fragments",
     [
         (["shiq", "--prompts", "PROMPTS", "--reward", "sorting"], ["--prompts", "--model"]),
         (["shiq", "--model", "TINY", "--prompts", "PROMPTS"], ["--prompts", "--reward"]),
@@ -84,18 +84,18 @@ def test_objectives_train_on_the_buffer_of_another_run(command, tiny, sampled, t
         (["shiq", "--model", "TINY", "--prompts", "PROMPTS", "--data", "PROMPTS"], ["prompts", "data"]),
     ],
 )
-def test_incompatible_options_are_refused_before_writing(arguments, facts, tiny, prompts, tmp_path, capsys):
+def test_incompatible_options_are_rejected_before_writing(arguments, fragments, tiny, prompts, tmp_path, capsys):
     paths = {"TINY": tiny, "PROMPTS": str(prompts)}
     command = [paths.get(argument, argument) for argument in arguments]
     with pytest.raises(SystemExit) as stop:
         train_script.main([*command, "--output-dir", str(tmp_path / "run")])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_with_a_changed_buffer_is_refused(tiny, sampled, tmp_path, capsys):
+def test_resume_with_a_changed_buffer_is_rejected(tiny, sampled, tmp_path, capsys):
     copy = tmp_path / "buffer"
     original = Buffer.open(sampled / "buffer")
     Buffer.create(copy).append(original.read(range(12)))
@@ -107,7 +107,7 @@ def test_resume_with_a_changed_buffer_is_refused(tiny, sampled, tmp_path, capsys
     assert stop.value.code == 2 and "--data" in capsys.readouterr().err
 
 
-def test_options_that_do_not_apply_to_a_buffer_are_refused(tiny, sampled, tmp_path, capsys):
+def test_options_that_do_not_apply_to_a_buffer_are_rejected(tiny, sampled, tmp_path, capsys):
     command = ["shiq", "--model", tiny, "--data", str(sampled / "buffer"), "--output-dir", str(tmp_path / "run")]
     for options, fact in ((["--score", "overall_score"], "--score"), (["--drop-longer-than", "2"], "2")):
         with pytest.raises(SystemExit) as stop:

@@ -85,7 +85,7 @@ def test_ranked_completions_need_a_finite_reward(tiny, nan_reward, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_sequences_longer_than_the_context_are_refused(tiny, tmp_path, capsys):
+def test_sequences_longer_than_the_context_are_rejected(tiny, tmp_path, capsys):
     rows = [json.loads(line) for line in (DATA / "ultrafeedback_binarized.jsonl").read_text().splitlines()]
     rows[1]["chosen"][1]["content"] = "5" * 3000
     data = tmp_path / "data.jsonl"
@@ -98,7 +98,7 @@ def test_sequences_longer_than_the_context_are_refused(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_score_without_scored_data_is_refused(tmp_path, capsys):
+def test_score_without_scored_data_is_rejected(tmp_path, capsys):
     for options in (["shiq", "--score", "quality"], ["sft", "--data", "x.jsonl", "--score", "quality"]):
         assert "score" in error_message([*options, "--output-dir", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()

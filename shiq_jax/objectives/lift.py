@@ -18,7 +18,7 @@ BETA = 0.1
 
 
 def empty_metrics(inputs: LossInputs) -> dict[str, Array]:
-    """No metrics besides the loss."""
+    """No metrics."""
     return {}
 
 

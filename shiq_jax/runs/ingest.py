@@ -31,7 +31,7 @@ def import_public_data(run: Run, model) -> Buffer:
 
 
 def import_data(run: Run, path: Path, source: str, model) -> Buffer:
-    """A buffer of a data file, hub data set or replay buffer, read with the job's options."""
+    """A buffer of a data file, hub dataset or replay buffer, read with the job's options."""
     job, read = run.job, _read_buffer if is_buffer(source) else READERS[run.job.objective]
     return import_records(
         path, lambda context: read(source, run.tokenizer, context), model,

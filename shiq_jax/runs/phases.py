@@ -89,7 +89,7 @@ class Outputs(NamedTuple):
     Attributes:
         log: metrics log with one line per update.
         checkpoints: checkpoints of this policy's training.
-        settings: JSON values stored in checkpoints; a checkpoint with other settings is refused.
+        settings: JSON values stored in checkpoints; a checkpoint with other settings is rejected.
         save_every: updates between checkpoints.
         step_offset: updates of earlier rounds, added to the steps of the log.
         tags: additional fields of every line.

@@ -41,7 +41,7 @@ def prepare_task(job: Job, run: RunDirectory) -> Task:
     """The task of a job; its rows are written to the run's `data/` for inspection and reuse.
 
     Raises:
-        UserError: external data come without a model, no training prompts are left, or a reward or data set is missing.
+        UserError: external data come without a model, no training prompts are left, or a reward or dataset is missing.
     """
     if job.data or job.prompts:
         task = _external_task(job)

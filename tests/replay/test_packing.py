@@ -1,3 +1,5 @@
+"""Packing of tries into rows: contents, intervals, shared prompts, row counts and invalid input."""
+
 import chex
 import jax
 import numpy as np

@@ -1,3 +1,5 @@
+"""Shuffled schedules, and the pack groups of each unit."""
+
 from collections import Counter
 
 import numpy as np

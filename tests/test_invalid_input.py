@@ -1,4 +1,4 @@
-"""Input that the commands refuse: one-line message, exit code 2, no change on disk."""
+"""Input that the commands reject: one-line message, exit code 2, no change on disk."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def snapshot(root):
 
 
 def error_message(script, root, arguments, capsys) -> str:
-    """The one-line error of a refused command, which must leave `root` unchanged."""
+    """The one-line error of a rejected command, which must leave `root` unchanged."""
     before, _ = snapshot(root), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main(arguments)
@@ -46,9 +46,9 @@ def error_message(script, root, arguments, capsys) -> str:
     return lines[-1].removeprefix(prefix)
 
 
-def check_error(script, root, arguments, capsys, facts):
+def check_error(script, root, arguments, capsys, fragments):
     message = error_message(script, root, arguments, capsys)
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
 
 
 def arguments(root, *options):
@@ -154,7 +154,7 @@ def replace_model(**changes):
     return lambda root: tiny_directory(root / "model", max_positions=64, **SIZES | changes)
 
 
-# ---- invalid input of a new run: the damage and the facts in the message ----
+# ---- invalid input of a new run: the damage and the fragments in the message ----
 
 MODELS = {
     "missing directory": (remove("model"), ["/model"]),
@@ -214,20 +214,20 @@ DATA = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_invalid_model_is_refused(case, root, capsys):
-    damage, facts = MODELS[case]
+def test_invalid_model_is_rejected(case, root, capsys):
+    damage, fragments = MODELS[case]
     damage(root)
-    check_error(train_script, root, arguments(root), capsys, facts)
+    check_error(train_script, root, arguments(root), capsys, fragments)
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_invalid_data_is_refused(case, root, capsys):
-    damage, facts = DATA[case]
+def test_invalid_data_is_rejected(case, root, capsys):
+    damage, fragments = DATA[case]
     damage(root)
-    check_error(train_script, root, arguments(root), capsys, facts)
+    check_error(train_script, root, arguments(root), capsys, fragments)
 
 
-def test_evaluation_refuses_invalid_models_and_data(root, capsys):
+def test_evaluation_rejects_invalid_models_and_data(root, capsys):
     command = ["--model", str(root / "model"), "--data", str(root / "data.jsonl"), "--output-dir", str(root / "eval")]
     write_rows(root / "data.jsonl", [ROWS[0], {"prompt": 3, "completion": "x", "reward": 1}])
     check_error(eval_script, root, command, capsys, ["line 2", "'prompt'"])
@@ -238,7 +238,7 @@ def test_evaluation_refuses_invalid_models_and_data(root, capsys):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_refused_run_leaves_output_directory_unchanged(exists, root, capsys):
+def test_rejected_run_leaves_output_directory_unchanged(exists, root, capsys):
     output_dir = root / "runs" / "today" / "run"
     if exists:
         output_dir.mkdir(parents=True)
@@ -257,17 +257,17 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_invalid_option_is_refused(case, root, capsys):
-    before, (options, facts) = snapshot(root), OPTIONS[case]
+def test_invalid_option_is_rejected(case, root, capsys):
+    before, (options, fragments) = snapshot(root), OPTIONS[case]
     with pytest.raises(SystemExit) as stop:
         train_script.main(arguments(root, *options))
     message = " ".join(capsys.readouterr().err.split())
     assert stop.value.code == 2 and snapshot(root) == before
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
     assert "Traceback" not in message and "tyro" not in message
 
 
-def test_nan_reward_is_refused(root, capsys, monkeypatch):
+def test_nan_reward_is_rejected(root, capsys, monkeypatch):
     (root / "bad_rewards.py").write_text("def score(row, completion):\n    return float('nan')\n")
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setattr("sys.dont_write_bytecode", True)
@@ -335,14 +335,14 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_resume_of_damaged_run_is_refused(case, interrupted_root, capsys):
-    damage, facts = RESUMED[case]
+def test_resume_of_damaged_run_is_rejected(case, interrupted_root, capsys):
+    damage, fragments = RESUMED[case]
     damage(interrupted_root)
-    check_error(train_script, interrupted_root, arguments(interrupted_root, "--resume"), capsys, facts)
+    check_error(train_script, interrupted_root, arguments(interrupted_root, "--resume"), capsys, fragments)
 
 
 @pytest.mark.parametrize("case", ["truncated records", "corrupt records", "missing statistics", "missing manifest"])
-def test_inspect_refuses_damaged_buffer(case, interrupted_root, capsys):
+def test_inspect_rejects_damaged_buffer(case, interrupted_root, capsys):
     RESUMED[case][0](interrupted_root)
     command = ["inspect", str(interrupted_root / "run" / "buffer")]
     check_error(train_script, interrupted_root, command, capsys, ["run/buffer"])
@@ -354,7 +354,7 @@ def test_existing_run_needs_resume_and_the_same_settings(interrupted_root, capsy
     check_error(train_script, interrupted_root, command, capsys, ["seed=0", "7"])
 
 
-def test_resume_with_changed_evaluation_data_is_refused(root, capsys):
+def test_resume_with_changed_evaluation_data_is_rejected(root, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -367,7 +367,7 @@ def test_resume_with_changed_evaluation_data_is_refused(root, capsys):
     check_error(train_script, root, [*command, "--resume"], capsys, ["--evaluation.data"])
 
 
-def test_evaluation_of_damaged_run_is_refused(interrupted_root, capsys):
+def test_evaluation_of_damaged_run_is_rejected(interrupted_root, capsys):
     policy = ["--model", str(interrupted_root / "run"), "--output-dir", str(interrupted_root / "eval")]
     command = [*policy, "--data", str(interrupted_root / "data.jsonl")]
     remove("run/checkpoints/2/policy")(interrupted_root)

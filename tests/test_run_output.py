@@ -143,7 +143,7 @@ def test_resuming_a_complete_run_backfills_a_tracker(run):
     assert [(point.step, point.value) for point in events.Scalars("update/loss")] == losses and len(losses) == 6
 
 
-def test_missing_tracker_package_is_refused_before_writing(tmp_path, monkeypatch, capsys):
+def test_missing_tracker_package_is_rejected_before_writing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit) as stop:
         train_script.main(["shiq", "--track", "wandb", "--output-dir", str(tmp_path / "run")])
@@ -242,7 +242,7 @@ def test_every_loss_accepts_its_default_options():
 
 
 @pytest.mark.parametrize(
-    "command, options, facts",
+    "command, options, fragments",
     [
         ("dpo", ["--loss.name", "ipo", "--loss.margin", "1"], ["margin", "ipo", "beta"]),
         ("dpo", ["--loss.name", "exo", "--loss.label-smoothing", "0"], ["label_smoothing", "0.0", "positive"]),
@@ -258,12 +258,12 @@ def test_every_loss_accepts_its_default_options():
         ("shiq", ["--loss.horizon", "trajectory", "--loss.gradient", "semi"], ["first token"]),
     ],
 )
-def test_options_of_another_loss_are_refused(command, options, facts, capsys):
+def test_options_of_another_loss_are_rejected(command, options, fragments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_script.main([command, *options])
     message = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
     assert stop.value.code == 2 and "Traceback" not in message
-    assert all(fact in message for fact in facts), message
+    assert all(fragment in message for fragment in fragments), message
 
 
 def test_unused_options_cause_a_warning(tmp_path, capsys):
