@@ -111,7 +111,7 @@ def measure_lora(options: Options) -> dict:
 
 
 def measure_memory(options: Options) -> dict:
-    """Peak resident memory of each setting, in a process of its own."""
+    """Peak resident memory of each setting, in a separate process."""
     workload, results = options.workload(512, 4), {}
     candidates = settings(workload.units)
     if options.quick:
@@ -165,11 +165,11 @@ def time_settings(
     if options.quick:
         names = [name for name in names if available[name][1] == 1]
     with contextlib.ExitStack() as stack:
-        workers = [InProcessWorker(name, steps, *available[name]) for name in names]
-        workers += [stack.enter_context(worker) for worker in peers]
+        timed_workers = [InProcessWorker(name, steps, *available[name]) for name in names]
+        timed_workers += [stack.enter_context(worker) for worker in peers]
         if peers:
-            workers = [SecondStep(worker) for worker in workers]
-        timings = run_interleaved(workers, 2 if options.quick else options.repeats)
+            timed_workers = [SecondStep(worker) for worker in timed_workers]
+        timings = run_interleaved(timed_workers, 2 if options.quick else options.repeats)
     results = {
         name: {"seconds": seconds_per_step(steps_taken), "turns": [step["seconds"] for step in steps_taken]}
         for name, steps_taken in timings.items()
@@ -177,7 +177,7 @@ def time_settings(
     for name, result in results.items():
         print(f"  {name}: {result['seconds']:.2f} s", file=sys.stderr)
     trainable = steps.trainable_size
-    del steps, workers
+    del steps, timed_workers
     gc.collect()
     jax.clear_caches()
     return {"work": workload._asdict(), "trainable": trainable, "settings": results}

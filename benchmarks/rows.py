@@ -62,7 +62,7 @@ class Options:
 
 
 def run_benchmark(title: str, description: str | None, measure: Callable[[bool], tuple[list[Row], dict]]) -> None:
-    """Parse the command line of a benchmark that has no other options, measure, write JSON and print the table.
+    """Parse the command line of a benchmark without additional options, measure, write JSON and print the table.
 
     Args:
         title: printed above the table.

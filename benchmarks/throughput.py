@@ -1,6 +1,6 @@
 """Speed and memory of updates and sampling, compared with TRL, tunix, transformers and the peak rate of the machine.
 
-All workers use the same SmolLM2-135M weights and data in float32. Each is a process of its own; their steps are
+All workers use the same SmolLM2-135M weights and data in float32. Each runs in a separate process; their steps are
 interleaved and the rows are ratios of median times. Peers are installed into virtual environments below `--peers`.
 
     python -m benchmarks.throughput --json FILE              full benchmark, an hour or two on two cores
@@ -122,10 +122,10 @@ class Benchmark:
             for setting in finalists:
                 if setting not in timings:
                     timings[setting] = comparison.compare(setting, self.repeats if short else min(2, self.repeats))
-            peer = min(finalists, key=lambda setting: _speedup(timings[setting], "ours") or 0)
-            results += _speed_rows(row, goal, peer, timings[peer])
+            fastest_peer = min(finalists, key=lambda setting: _speedup(timings[setting], "ours") or 0)
+            results += _speed_rows(row, goal, fastest_peer, timings[fastest_peer])
         if short:
-            results += _memory_rows(timings[peer], finished, comparison.default_settings)
+            results += _memory_rows(timings[fastest_peer], finished, comparison.default_settings)
         return results
 
     def flops(self) -> list[Row]:
@@ -219,13 +219,13 @@ def _seconds_with_annotation(measured: dict, setting: str) -> float:
     return measured[setting]["seconds"] + measured[setting]["about"]["annotation_seconds"]
 
 
-def _speed_rows(name: str, goal: float | None, peer: str, measured: dict) -> list[Row]:
+def _speed_rows(name: str, goal: float | None, fastest_peer: str, measured: dict) -> list[Row]:
     """Speedup over a peer, one row per setting of this library; without a peer the rows have no value."""
     results = []
     for setting in OURS:
         note = f"remat {OURS[setting]}: {_seconds_with_annotation(measured, setting):.2f} s"
         if "peer" in measured:
-            note += f"; {peer}: {measured['peer']['seconds']:.1f} s"
+            note += f"; {fastest_peer}: {measured['peer']['seconds']:.1f} s"
         ratio = _speedup(measured, setting)
         results.append(Row(_row_name(name, setting), ratio, "x", goal if setting == "ours" else None, note=note))
     return results
@@ -234,12 +234,12 @@ def _speed_rows(name: str, goal: float | None, peer: str, measured: dict) -> lis
 def _memory_rows(measured: dict, trials: dict[str, dict], default_settings: tuple[str, ...]) -> list[Row]:
     """Peak resident memory of this library's process over a peer's, one row per setting of this library."""
     peaks = {setting: step["peak_bytes"] for setting, step in trials.items()}
-    comparisons = {
+    peers_and_goals = {
         "memory_vs_leanest_peer": (peaks, 0.65),
         "memory_vs_peer_defaults": ({key: peaks[key] for key in default_settings if key in peaks}, 0.5),
     }
     results = []
-    for name, (peer_peaks, goal) in comparisons.items():
+    for name, (peer_peaks, goal) in peers_and_goals.items():
         peer = min(peer_peaks, key=peer_peaks.get, default=None)
         for setting in OURS:
             own_peak = measured[setting]["peak_bytes"]

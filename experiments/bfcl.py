@@ -42,7 +42,7 @@ from shiq_jax.training.evaluation import Evaluator
 from shiq_jax.training.optimizers import Optimizer
 from shiq_jax.training.reference import Reference
 
-# Of all policies but the reference.
+# Learning rate of all policies except the reference.
 LEARNING_RATE = 1.5e-5
 
 ARMS = ("reference", "more_sft", "best_of_k", "dpo", "shiq")
@@ -63,7 +63,7 @@ class Scale:
         epochs: epochs of ShiQ over the buffer; the other policies train on the same number of tokens.
         measured: sampled answers per held-out question, in addition to the greedy one.
         prompts_in_flight: prompts that the sampler decodes concurrently for the buffer.
-        measured_in_flight: the same for the evaluation.
+        measured_in_flight: prompts that the sampler decodes concurrently for the evaluation.
     """
 
     categories: tuple[str, ...]

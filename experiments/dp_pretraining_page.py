@@ -68,8 +68,8 @@ def ordering_section(results: Mapping[str, Any]) -> str:
 - Public steps help early: at step {step} and epsilon 8 the loss is {without} without them and {mixed} with 10%. At the
   end the arms are equal.
 - The method targets noise, whose norm grows with the square root of the number of parameters, 10^8 in the paper. Here
-  its norm is {norm:.1f}, and the mean clipped gradient has norm at most 1. That public data therefore help little is
-  a conjecture, which no arm tests.
+  its norm is {norm:.1f}, and the mean clipped gradient has norm at most 1. That this is why public data help little
+  is a conjecture; no arm tests it.
 - Public steps do not recover the loss caused by clipping.
 - Repeated public data are worth more than private data at these epsilons: both are Python code, and the model is small.
 """
@@ -118,8 +118,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     slowdowns = [values["slowdown"] for values in monitored if values["trace"] > 0]
     if slowdowns:
         sentences.append(
-            f"Noise slows a single step with optimal learning rate by a factor of at most {max(slowdowns):.2f}, at the "
-            f"{len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of noise "
+            f"Noise slows a single step at its optimal learning rate by a factor of at most {max(slowdowns):.2f}, at "
+            f"the {len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of noise "
             "for a run [is a different quantity](#noise-in-a-step-and-in-a-run)."
         )
     base = final_losses(results, "mixed 10%, epsilon 8")

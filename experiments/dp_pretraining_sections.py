@@ -1,4 +1,4 @@
-"""Sections and figures of the `experiments.dp_pretraining` page besides its training arms."""
+"""Sections and figures of the `experiments.dp_pretraining` page, apart from the training arms."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def noise(results: Mapping[str, Any]) -> str:
         falls = []
         for epsilon in run["sigma"]:
             batches, values = variance_per_unit(run, epsilon)
-            falls.append(f"by {values[0] / values[-1]:.3g} at epsilon {epsilon}")
+            falls.append(f"by a factor of {values[0] / values[-1]:.3g} at epsilon {epsilon}")
         lines.append(
             f"- {RUN_NAMES[name].capitalize()} ({run['units']:,} units, {run['passes']:.3g} epochs, delta "
             f"{run['delta']:g}): from a batch of {batches[0]:,} to one of {batches[-1]:,} sigma^2 / B falls "
-            f"{' and '.join(falls)}; 1 / B falls by {batches[-1] / batches[0]:,.0f}."
+            f"{' and '.join(falls)}; 1 / B falls by a factor of {batches[-1] / batches[0]:,.0f}."
         )
     return f"""
 ## Noise multiplier by batch size
 
 The number of units processed is fixed, so a larger batch means fewer steps. The calibrated noise multiplier sigma grows
-slowly with the batch size B, so sigma^2 / B falls, but less than 1 / B.
+slowly with the batch size B, so sigma^2 / B falls more slowly than 1 / B.
 
 ![sigma^2 / B by batch size](dp_pretraining_noise.png)
 
@@ -74,7 +74,8 @@ def rules(results: Mapping[str, Any]) -> str:
 
 - All runs are fully private at epsilon 8, with the first seed and the learning rate chosen for AutoS.
 - The noise scales with the clip norm R, and Adam is invariant to the scale of the gradient. R therefore matters only
-  for gradients that are shorter than R, and for those longer than R, which DropAbove drops.
+  for gradients with norm below R, which FlatClip and DropAbove do not scale, and for gradients with norm above R,
+  which DropAbove drops.
 - The three seeds of AutoS lie within {spread:.3f}. {conclusion}
 - A uniform prediction has loss {np.log(256):.3f}.
 """
@@ -177,8 +178,9 @@ def agreement(results: Mapping[str, Any]) -> list[str]:
             ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} times the prediction {condition}")
         best = max(point["rows"], key=lambda row: row["private"]["measured"] / row["batch"])
         sentences.append(
-            f"{name}, step {point['step']}: the improvement is {' and '.join(ranges)}; the best measured batch size "
-            f"per unit is {best['batch']}, the predicted one {point['said']['best_batch']:.2g}."
+            f"{name}, step {point['step']}: the improvement is {' and '.join(ranges)}; the measured "
+            f"improvement per unit is largest at batch size {best['batch']}, the predicted at "
+            f"{point['said']['best_batch']:.2g}."
         )
     return sentences
 

@@ -171,7 +171,7 @@ class Experiment:
         return self.scale.betas if "beta" in OBJECTIVES[METHODS[method]].options else (0.0,)
 
     def run(self, method: str, beta: float, rate: float) -> list[Point]:
-        """Train one policy and evaluate it along the way."""
+        """Train one policy and evaluate it at the update counts of the scale."""
         name = METHODS[method]
         batches, update, state = self._start(name)
         points = []

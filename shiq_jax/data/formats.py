@@ -55,7 +55,7 @@ def trajectories(source: str | Path, tokenizer, context: ImportContext | None = 
     """Yield records of scored sequences: text with `reward`, tokens with `rewards`, or several answers with scores.
 
     A scalar reward is assigned to the last action; a list is assigned to the last action of each assistant turn, in
-    order. The answers of a row form a group. Answers that are empty or have no score are left out and counted.
+    order. The answers of a row form a group. Answers that are empty or have no score are skipped and counted.
 
     Args:
         source: see `files.located_rows`.
@@ -78,7 +78,7 @@ def preferences(source: str | Path, tokenizer, context: ImportContext | None = N
     """Yield two records per preference, the preferred answer first.
 
     The pair is `chosen` and `rejected`, with rewards 1 and 0, or the best and the worst of several answers with scores
-    or ranks; prompts whose answers tie are left out and counted. Scores become rewards; ranked answers without scores
+    or ranks; prompts whose answers tie are skipped and counted. Scores become rewards; ranked answers without scores
     have the rewards 1 and 0. If `context.score` is set, scores take precedence over `chosen` and `rejected`.
     Conversational answers may include the conversation before them; without `prompt`, their shared beginning is the
     prompt. Every row is its own group, even if prompts repeat.
@@ -274,10 +274,10 @@ def _answer_records(
     row: Mapping[str, Any], kind: Kind, tokenizer, context: ImportContext, *, allow_ranks: bool
 ) -> list[Record]:
     """The records of a row with several answers; `allow_ranks` accepts ranks without scores, with rewards of 0."""
-    answers, left_out = extract_answers(row, context.score), context.left_out
+    answers, skipped = extract_answers(row, context.score), context.skipped
     check_prompt(answers.row)
     if not answers.texts:
-        left_out["prompts without an answer"] += 1
+        skipped["prompts without an answer"] += 1
         return []
     if allow_ranks and answers.scores is None and answers.ranks is not None:
         context.check_score_source("rank", "")
@@ -296,9 +296,9 @@ def _answer_records(
     }
     for number, (text, reward) in enumerate(zip(answers.texts, rewards, strict=True)):
         if _is_empty(text):
-            left_out["empty answers"] += 1
+            skipped["empty answers"] += 1
         elif reward is None:
-            left_out[f"answers without a number in {answers.field!r}"] += 1
+            skipped[f"answers without a number in {answers.field!r}"] += 1
         else:
             check_completion("answer", text)
             encoded = _encode(tokenizer, answers.row, text)
@@ -312,7 +312,7 @@ def _best_and_worst(records: list[Record], group: str, context: ImportContext) -
     feedback = ([getattr(record, name) for record in records] for name in ("chosen", "rank", "score"))
     indices = select_pair(*feedback, np.array([record.rewards.sum() for record in records])) if records else None
     if indices is None:
-        context.left_out["prompts without two answers that differ in score or rank"] += 1
+        context.skipped["prompts without two answers that differ in score or rank"] += 1
         return []
     pair = [dataclasses.replace(records[index], group=group) for index in indices]
     if all(record.rank is not None and record.score is None for record in pair):

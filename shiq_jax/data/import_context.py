@@ -20,7 +20,7 @@ class ImportContext:
         reward: reward function (row, answer text) -> reward for sources without scores.
         vocab_size: token ids must be less than this; None skips the check.
         accept: filter of valid records. It may raise UserError, to which the reader adds the location of the row.
-        left_out: number of answers or prompts without a record, by reason.
+        skipped: number of answers or prompts without a record, by reason.
         score_source: field of the first row that has scores, or "" for the reward function; None before the first row.
     """
 
@@ -28,7 +28,7 @@ class ImportContext:
     reward: Callable[[Mapping[str, Any], str], float] | None = None
     vocab_size: int | None = None
     accept: Callable[[Record], bool] = lambda record: True
-    left_out: Counter = dataclasses.field(default_factory=Counter)
+    skipped: Counter = dataclasses.field(default_factory=Counter)
     score_source: str | None = None
 
     def validate_and_accept(self, record: Record) -> bool:

@@ -18,7 +18,7 @@ Leaves = dict[tuple[str, ...], jax.Array]
 
 
 def accumulate_into(model, params: dict[str, Any], sums: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A model and parameters whose gradients come out added to `sums`.
+    """A model and parameters whose gradients are added to `sums`.
 
     model: a `Model` adds the gradients of its layers in place, layer by layer; any other model adds whole arrays.
     """
@@ -32,7 +32,7 @@ def accumulate_into(model, params: dict[str, Any], sums: dict[str, Any]) -> tupl
 
 
 def scan_layers(layer: Callable, x: Array, weights: dict[str, Any], sums: dict[str, Any] | None) -> tuple[Array, Any]:
-    """`jax.lax.scan(layer, x, weights)` whose weight gradients come out added to `sums`.
+    """`jax.lax.scan(layer, x, weights)` whose weight gradients are added to `sums`.
 
     weights: nested dict with leading axis layers. sums: nested dict with a subset of the same leaves; leaves without a
     sum get a zero gradient. None: an ordinary scan.

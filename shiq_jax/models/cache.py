@@ -27,7 +27,7 @@ class Branches(NamedTuple):
     """Keys and values of several continuations (branches) of each row of a `Cache`.
 
     The slots form a ring: decoding step s writes one token per branch to slot s modulo the number of slots. A branch
-    that starts later reuses slots without clearing them, because a token count per branch says how far back it reads.
+    that starts later reuses slots without clearing them, because it attends only to as many slots as it has tokens.
     """
 
     keys: Float[Array, "layers batch branches kv_heads head_dim slots"]

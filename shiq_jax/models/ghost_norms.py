@@ -259,7 +259,7 @@ def _sum_to_shape(cotangent, shape):
     return jnp.sum(cotangent, axis=tuple(range(cotangent.ndim - len(shape))), dtype=_wide_dtype(cotangent))
 
 
-def _squared_norm_of_shift(x, cotangent):
+def _squared_norm_of_bias(x, cotangent):
     # Dimensions from the third on belong to the bias.
     return _squared_norm_of_sum(cotangent.reshape(*cotangent.shape[:2], -1))
 
@@ -273,11 +273,11 @@ def _squared_norm_of_sum(terms: Float[Array, "rows terms features"]) -> Float[Ar
     return conservative_square(jnp.sum(jnp.square(total), axis=-1), jnp.sum(norms(terms), axis=1))
 
 
-SHIFT = Operation(
+BIAS = Operation(
     apply=lambda x, bias: x + bias.astype(x.dtype),
     input_gradient=lambda x, bias, cotangent: cotangent,
     parameter_gradient=lambda x, cotangent, shape: _sum_to_shape(cotangent, shape),
-    squared_norm=_squared_norm_of_shift,
+    squared_norm=_squared_norm_of_bias,
 )
 
 SCALE = Operation(

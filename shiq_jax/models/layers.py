@@ -65,8 +65,9 @@ def _parameter(stack: StackInit, init: Callable, shape: tuple[int, ...], axes: t
 class Linear(nnx.Module):
     """Linear layer over several input and output dimensions: `x @ kernel + bias`, with an optional LoRA adapter.
 
-    inputs, outputs: logical axis -> size. name: checkpoint name, matched against `Lora.targets`. Parameters: kernel
-    [*inputs, *outputs]; optionally bias [*outputs]; with an adapter lora_a [*inputs, rank] and lora_b [rank, *outputs].
+    inputs, outputs: logical axis -> size. name: name in Hugging Face checkpoints, matched against `Lora.targets`.
+    Parameters: kernel [*inputs, *outputs]; optionally bias [*outputs]; with an adapter lora_a [*inputs, rank] and
+    lora_b [rank, *outputs].
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Linear(nnx.Module):
             inner = ghost_norms.apply(product, x, self.lora_a[...], tracker)
             out = out + self.lora.scale * ghost_norms.apply(ghost_norms.product(1), inner, self.lora_b[...], tracker)
         out = checkpoint_name(out, LINEAR_OUTPUT)
-        return out if self.bias is None else ghost_norms.apply(ghost_norms.SHIFT, out, self.bias[...], tracker)
+        return out if self.bias is None else ghost_norms.apply(ghost_norms.BIAS, out, self.bias[...], tracker)
 
 
 class Norm(nnx.Module):

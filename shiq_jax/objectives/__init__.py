@@ -97,5 +97,5 @@ __all__ = [
     "wpo_weight",
 ]
 
-# Name until version 0.1.
+# Former name of `ExampleView`.
 View = ExampleView

@@ -1,9 +1,9 @@
 """Losses with a learned value head: OREO, path consistency learning (PCL) and DRO.
 
-All take the statistics of one sequence [T] and `v`, [T], the value of the state before each token from the head. They
-are squares of `bellman_residuals` with `value="given"` and differ in the horizon and in the parameters that each square
-trains. Computed in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range raise ValueError while
-tracing.
+All take the statistics of one sequence [T] and `v` [T], the head's value of the state before each token. They sum
+squares of `bellman_residuals` with `value="given"` and differ in the horizon and in the parameters that each square
+trains. Computed in float32 (float64 for float64 inputs). Mismatched shapes and Python numbers out of range raise
+ValueError while tracing.
 """
 
 from typing import Literal
@@ -78,10 +78,11 @@ def dro_loss(
     *,
     beta: ArrayLike,
 ) -> Float[Array, ""]:
-    """DRO-V: (R - beta logratio - v)^2 / 2 for the head, and 1 / beta times that for the policy; v of the first state.
+    """DRO-V: (R - beta logratio - v_1)^2 / 2 for the head, and 1 / beta times that for the policy.
 
-    R and logratio are sums over the actions. The gradients equal those of the published losses,
-    -(logratio (R - v) - beta logratio^2 / 2) for the policy and half the squared residual for the head.
+    v_1 is the value of the first state; R and logratio are sums over the actions. The gradients equal those of the
+    published losses, -(logratio (R - v_1) - beta logratio^2 / 2) for the policy and half the squared residual for the
+    head.
 
     Arguments as in `shiq_loss`. Source: arXiv 2405.19107.
     """

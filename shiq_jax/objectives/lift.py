@@ -18,7 +18,7 @@ BETA = 0.1
 
 
 def empty_metrics(inputs: LossInputs) -> dict[str, Array]:
-    """No metrics besides the loss."""
+    """No metrics."""
     return {}
 
 
@@ -43,7 +43,7 @@ class ExampleView(NamedTuple):
       unit: unit of the objective.
       inputs: inputs available to the loss, by parameter name.
       valid: LossInputs -> bool, a scalar or [K]: which values of the loss are averaged.
-      mask_invalid: replace other values and metrics by 0; unnecessary for losses that are masked sums.
+      mask_invalid: replace other values and metrics with 0; unnecessary for losses that are masked sums.
       per_sequence: the loss takes one sequence and is mapped over K; otherwise it takes the whole example.
       token_mean: average over actions; otherwise over valid values.
       metrics: LossInputs -> name -> scalar or [K], sums over the terms that the weight counts.

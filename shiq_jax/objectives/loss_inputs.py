@@ -15,9 +15,9 @@ class LossInput(NamedTuple):
 
     Fields:
       compute: LossInputs -> the value of the input.
-      needs: Example fields that it requires, besides `action_mask`; fields that may be None are not listed.
+      needs: Example fields that it requires, in addition to `action_mask`; fields that may be None are not listed.
       heads: heads that it requires, name -> kind as in `Objective`.
-      target_heads: heads of which it reads the Polyak-averaged copy.
+      target_heads: heads whose Polyak-averaged copy it reads.
     """
 
     compute: Callable[["LossInputs"], Any]

@@ -1,9 +1,9 @@
 """Losses on pairs of completions of one prompt, functions of log-ratios: log pi - log pi_ref, summed over actions.
 
 All are elementwise: they take the log-ratios of the chosen and the rejected completion in nats, scalars or arrays of
-one shape, and return a loss of that shape in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range
-raise ValueError while tracing; traced options are not checked. Notation: w and l are the chosen and the rejected
-log-ratio, d = w - l, and s is the logistic function.
+one shape, and return a loss of that shape in float32 (float64 for float64 inputs). Mismatched shapes and Python numbers
+out of range raise ValueError while tracing; traced options are not checked. Notation: w and l are the chosen and the
+rejected log-ratio, d = w - l, and s is the logistic function.
 """
 
 from numbers import Real

@@ -13,7 +13,8 @@ batch. Shared arguments:
   gamma: discount in (0, 1].
   alpha: weight of the cross-entropy.
 
-Computed in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of range raise ValueError while tracing.
+Computed in float32 (float64 for float64 inputs). Mismatched shapes and Python numbers out of range raise ValueError
+while tracing.
 Source of the token-level forms: LMRL-Gym (arXiv 2311.18232) and its code.
 """
 

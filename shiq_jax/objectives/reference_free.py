@@ -25,13 +25,13 @@ def cpo_loss(
     """`dpo_loss` of log-probabilities instead of log-ratios, minus alpha chosen_logp.
 
     Args:
-      beta: scale of the contrast, > 0.
+      beta: scale of the difference inside the sigmoid, > 0.
       alpha: weight of the chosen completion's log-likelihood.
 
     Source: CPO (arXiv 2401.08417). TRL averages the supervised term over tokens; pass `alpha / chosen_length` for that.
     """
-    contrast = dpo_loss(chosen_logp, rejected_logp, beta=beta, label_smoothing=label_smoothing)
-    return contrast - alpha * as_float32(chosen_logp)
+    preference_term = dpo_loss(chosen_logp, rejected_logp, beta=beta, label_smoothing=label_smoothing)
+    return preference_term - alpha * as_float32(chosen_logp)
 
 
 def simpo_loss(
@@ -47,7 +47,7 @@ def simpo_loss(
 
     Args:
       chosen_length, rejected_length: numbers of actions.
-      beta: scale of the contrast, > 0.
+      beta: scale of the difference inside the sigmoid, > 0.
       margin: target margin of the chosen completion, the paper's gamma.
 
     Source: SimPO (arXiv 2405.14734, eq. 6).
@@ -71,7 +71,7 @@ def orpo_loss(
     likelihood term covers the completion only; TRL's includes the prompt.
 
     Args:
-      beta: weight of the contrast, the paper's lambda, > 0.
+      beta: weight of the odds-ratio term, the paper's lambda, > 0.
 
     Source: ORPO (arXiv 2403.07691).
     """

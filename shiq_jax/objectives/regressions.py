@@ -2,8 +2,8 @@
 
 `logratio` is the log-ratio to the reference and `R` the reward, both summed over the actions of an answer. `V` depends
 only on the prompt; the methods differ in how they estimate it. The answers to one prompt are passed as arrays of one
-shape, with the answers on the last axis. Computed in fp32 (fp64 for fp64). Mismatched shapes and Python numbers out of
-range raise ValueError while tracing.
+shape, with the answers on the last axis. Computed in float32 (float64 for float64 inputs). Mismatched shapes and Python
+numbers out of range raise ValueError while tracing.
 """
 
 import jax

@@ -92,10 +92,11 @@ def shiq_loss(
       gamma: discount in (0, 1] per action.
       normalisation: "sum_t" sums over actions, "mean_t" divides by their number.
       position_weight: "inv_position" weights the square of the k-th action by 1/k, because a final reward otherwise
-        pushes the k-th action k-fold.
+        gives the k-th action k times the gradient.
 
     Returns:
-      A scalar in squared units of reward; 0 for a sequence without actions. Computed in fp32 (fp64 for fp64).
+      A scalar in squared units of reward; 0 for a sequence without actions. Computed in float32 (float64 for float64
+      inputs).
 
     Raises:
       ValueError: while tracing, for mismatched shapes and options out of range. beta and gamma may be traced; only
@@ -131,7 +132,7 @@ def bellman_residuals(
       options: `horizon`, `n`, `value`, `values`, `bootstrap` and `gradient`; see `ResidualOptions`.
 
     Returns:
-      [T] in units of reward, 0 at other tokens. Computed in fp32 (fp64 for fp64).
+      [T] in units of reward, 0 at other tokens. Computed in float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: while tracing, for mismatched shapes, options out of range, and "semi" with "trajectory", which would

@@ -17,7 +17,7 @@ def sft_loss(policy: TokenStats, action_mask: Bool[Array, " T"]) -> Float[Array,
       action_mask: [T], True at the tokens to learn.
 
     Returns:
-      A scalar, 0 for a sequence without actions. Computed in fp32 (fp64 for fp64).
+      A scalar, 0 for a sequence without actions. Computed in float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: while tracing, for mismatched shapes.

@@ -1,7 +1,7 @@
 """Token statistics of logits, computed in chunks without materializing the logits.
 
-With a vocabulary of 128k, 8k tokens have 4 GiB of fp32 logits and a gradient of the same size. This module projects a
-chunk of rows, reduces it to statistics and discards it; the backward pass recomputes the projection. The cost is 2DV
+With a vocabulary of 128k, 8k tokens have 4 GiB of float32 logits and a gradient of the same size. This module projects
+a chunk of rows, reduces it to statistics and discards it; the backward pass recomputes the projection. The cost is 2DV
 flops per row forward and 6DV backward, one projection more than with stored logits.
 
 On a mesh, call `token_stats` inside `jax.shard_map`, where all rows are local, because it flattens and chunks the
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from shiq_jax.objectives.types import TokenStats
 from shiq_jax.objectives.validation import as_float32, check_positive
 
-# 2^26 fp32 logits are 256 MiB, or 512 rows with a vocabulary of 128k. The backward pass reads and writes the [D, V]
+# 2^26 float32 logits are 256 MiB, or 512 rows with a vocabulary of 128k. The backward pass reads and writes the [D, V]
 # gradient once per chunk, about 12DV bytes for 6DV flops per row, so about 400 rows make it compute-bound on
 # accelerators with 200 flops per byte.
 CHUNK_BUDGET = 2**26
@@ -64,9 +64,9 @@ def token_stats(
     logits = hidden @ unembedding * scale + bias, then softcap * tanh(logits / softcap); columns from `vocab_size` on
     are treated as -inf. Supports reverse-mode differentiation with respect to hidden, unembedding and bias.
 
-    The product runs in the dtype of `hidden` and accumulates in fp32 (fp64 for fp64), as does the gradient of the
-    unembedding over all chunks. An fp32 master unembedding can be combined with bf16 hidden states: it is rounded for
-    the product, but its gradient is not. All statistics are fp32 (fp64 for fp64).
+    The product runs in the dtype of `hidden` and accumulates in float32 (float64 for float64 inputs), as does the
+    gradient of the unembedding over all chunks. A float32 unembedding can be combined with bfloat16 hidden states: it
+    is rounded for the product, but its gradient is not. All statistics are float32 (float64 for float64 inputs).
 
     Pass the whole batch through the leading axes: `jax.vmap` would materialize the gradient of a shared unembedding
     once per example.
@@ -120,7 +120,7 @@ def token_stats_from_logits(logits: Float[Array, "... V"], tokens: Int[Array, ".
     """Log-probability and log-sum-exp of tokens, from materialized raw logits.
 
     Args:
-      logits: [..., V] raw logits, not log-probabilities; reduced in fp32 (fp64 for fp64).
+      logits: [..., V] raw logits, not log-probabilities; reduced in float32 (float64 for float64 inputs).
       tokens: [...] ids in [0, V).
 
     Returns:
@@ -192,7 +192,7 @@ def _logsumexp_over(lse: Float[Array, " N"], axis_name) -> Float[Array, " N"]:
 
 
 def _matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Product of two matrices over the given axes, accumulated and returned in at least fp32."""
+    """Product of two matrices over the given axes, accumulated and returned in at least float32."""
     accumulator_dtype = jnp.promote_types(a.dtype, jnp.float32)
     dimension_numbers = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimension_numbers, preferred_element_type=accumulator_dtype)

@@ -94,7 +94,7 @@ class Objective(NamedTuple):
 
     Fields:
       loss: (example, **options) -> LossOut; every option is a keyword with a default.
-      needs: Example fields that it reads, besides `policy`, `action_mask` and `values`.
+      needs: Example fields that it reads, in addition to `policy`, `action_mask` and `values`.
       unit: kind of example: "trajectory", "pair" or "group".
       couple: coupling of the examples of a batch; None if they are independent, as private training requires.
       heads: heads read from `Example.values`, name -> kind: "value" for a scalar per state, "q" for the TokenStats of a

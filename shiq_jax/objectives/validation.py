@@ -33,7 +33,7 @@ def masked(x: ArrayLike, mask: Bool[Array, "..."]) -> Float[Array, "..."]:
 def logratios(policy: TokenStats, reference: TokenStats | None, mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """Per-token log pi - log pi_ref in nats, 0 where masked.
 
-    The reference gets no gradient; None stands for a reference of zeros.
+    The reference gets no gradient; None means that its log-probabilities are 0.
     """
     logp = masked(policy.logp, mask)
     return logp if reference is None else logp - masked(jax.lax.stop_gradient(reference.logp), mask)

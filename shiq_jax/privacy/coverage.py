@@ -17,7 +17,7 @@ _PASS_THROUGH = {
     "convert_element_type", "transpose", "reshape", "squeeze", "copy", "sharding_constraint", "optimization_barrier",
     "device_put", "reduce_precision",
 }  # fmt: skip
-# Names (`checkpoint_name`) by which tracked operations mark the parameter that they own.
+# Names (`checkpoint_name`) with which tracked operations mark their parameter.
 _OWNER_NAMES = (OPERATION, LOOKUP, HEAD)
 # Primitives that run an inner program exactly once.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}

@@ -17,11 +17,11 @@ from shiq_jax.privacy.clip_rules import AutoS, ClipRule, Groupwise
 Adjacency = Literal["zero_out", "replace_one", "add_remove"]
 # Batches are truncated this many standard deviations above their mean size; this adds a negligible amount to epsilon.
 HEADROOM_STDDEVS = 6
-# Discretization intervals of the privacy loss distribution, which rounds epsilon up. Calibrate on the coarse grid;
-# refine only if that wastes over 0.5% of the noise.
+# Discretization intervals of the privacy loss distribution; discretization rounds epsilon up. Calibrate on the coarse
+# grid; refine only if that wastes over 0.5% of the noise.
 _FINE_GRID, _COARSE_GRID, _LESS_NOISE = 1e-4, 1e-3, 0.995
-# Noise multipliers that bound the calibration. The smaller lower bound is tried second, because the accountant is slow
-# for little noise. The search tolerance is relative to the lower end of the bracket.
+# Noise multipliers that bound the search. The smaller lower bound is tried second, because the accountant is slow at
+# low noise multipliers. The search tolerance is relative to the lower end of the bracket.
 _LOWER_BOUNDS, _INITIAL_NOISE, _UPPER_BOUND, _TOLERANCE = (0.3, 0.05), 1.0, 2.0**30, 1 / 300
 
 
@@ -78,7 +78,7 @@ class Mechanism:
     def from_noise_multiplier(
         cls, *, noise_multiplier: float, dataset_size: int, expected_batch: float, multiple: int = 1, **fields
     ) -> Mechanism:
-        """Create a mechanism with six standard deviations of headroom for batch sizes.
+        """Create a mechanism that truncates batches six standard deviations above their mean size.
 
         Args:
             multiple: `largest_batch` is rounded up to a multiple of this, such as devices times microbatches.
@@ -186,7 +186,7 @@ class Mechanism:
                 upper = lower
             else:
                 raise UserError(
-                    f"{self.steps} steps with a noise_multiplier of only {upper} cost less than the epsilon {epsilon}: "
+                    f"{self.steps} steps with a noise_multiplier of only {upper} spend less than epsilon {epsilon}: "
                     "choose a smaller epsilon, or give the noise_multiplier instead"
                 )
         bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
@@ -239,7 +239,7 @@ def _accountant(adjacency: Adjacency, discretization: float = _FINE_GRID):
 
 
 def _require(module: str):
-    """Import a module of the extra `privacy`."""
+    """Import a module that the extra `privacy` installs; UserError if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -76,7 +76,7 @@ def mismatched_indices(prompts: Sequence[bytes]) -> list[int]:
 def labeled_records(
     buffer: Buffer, threshold: float | None = None, *, mismatched: bool = True, max_length: int | None = None
 ) -> Iterator[Record]:
-    """Yield the records of a buffer that are desirable or undesirable, with their labels; ties are left out.
+    """Yield the records of a buffer that are desirable or undesirable, with their labels; ties are skipped.
 
     Args:
         buffer: answers with labels or rewards.

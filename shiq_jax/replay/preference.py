@@ -14,8 +14,8 @@ def select_pair(
 ) -> tuple[int, int] | None:
     """Indices of the chosen and the rejected answer to a prompt; None if no answer is preferred to another.
 
-    `chosen` flags take precedence, then ranks (if every answer has one and an answer has no score), then returns. Ties
-    are broken in favor of the earlier answer.
+    `chosen` flags take precedence, then ranks (if every answer has one and some answer has no score), then returns.
+    Ties are broken in favor of the earlier answer.
 
     Args:
         chosen, ranks, scores: the fields of each answer's `Record`.

@@ -19,11 +19,11 @@ PackGroup = tuple[Members, ...]
 
 
 class PackGroups(list[PackGroup]):
-    """A list of pack groups; `left_out` counts the groups that have none."""
+    """A list of pack groups; `skipped` counts the groups without a pack group."""
 
-    def __init__(self, pack_groups: Iterable[PackGroup] = (), left_out: int = 0):
+    def __init__(self, pack_groups: Iterable[PackGroup] = (), skipped: int = 0):
         super().__init__(pack_groups)
-        self.left_out = left_out
+        self.skipped = skipped
 
 
 def pack_groups(
@@ -39,7 +39,7 @@ def pack_groups(
     Args:
         buffer: the records.
         unit: "trajectory": every record is an example, and the records of a group form a pack group. "pair": each group
-            gives one (chosen, rejected) example, see `select_pair`; groups without a pair are counted in `left_out`.
+            gives one (chosen, rejected) example, see `select_pair`; groups without a pair are counted in `skipped`.
             "group": each group is one example.
         share_prompts: False puts every trajectory into its own pack group; pairs and groups always share their prompt.
         max_examples: maximum number of examples per pack group; larger groups of trajectories are split.
@@ -153,7 +153,7 @@ def _pairs(groups: list[Members], buffer: Buffer) -> PackGroups:
         pair = select_pair(*feedback, returns[list(members)])
         if pair is not None:
             pairs.append((tuple(members[index] for index in pair),))
-    return PackGroups(pairs, left_out=len(groups) - len(pairs))
+    return PackGroups(pairs, skipped=len(groups) - len(pairs))
 
 
 def split_group(

@@ -17,7 +17,7 @@ from shiq_jax.sharding import hosts
 
 TEMPORARY = ".tmp"
 
-# Annotation resumes at shard boundaries, so a shard should take a large model minutes at most.
+# Annotation resumes at shard boundaries, so a large model should annotate a shard within minutes.
 SHARD_ROWS = 4096
 SHARD_BYTES = 64 << 20
 

@@ -129,7 +129,8 @@ class Sampler:
         new, context = self._max_tokens, self._context
         if length == 0:
             raise UserError(
-                f"prompt {number} has no tokens, so no position predicts the first sampled token: add text or a BOS token"
+                f"prompt {number} has no tokens, so no position predicts the first sampled token: add text or a "
+                "BOS token"
             )
         if length + new > context:
             remedies = [f"shorten the prompt to {context - new}"] if new < context else []

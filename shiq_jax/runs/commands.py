@@ -69,7 +69,7 @@ class ShiqBfcl(Shiq):
 
 @dataclass(frozen=True)
 class ShiqUltraFeedback(Shiq):
-    """ShiQ on UltraFeedback, or another data set with scored answers."""
+    """ShiQ on UltraFeedback, or another dataset with scored answers."""
 
     command: ClassVar[str] = "shiq-ultrafeedback"
 

@@ -31,7 +31,7 @@ def import_public_data(run: Run, model) -> Buffer:
 
 
 def import_data(run: Run, path: Path, source: str, model) -> Buffer:
-    """A buffer of a data file, hub data set or replay buffer, read with the job's options."""
+    """A buffer of a data file, hub dataset or replay buffer, read with the job's options."""
     job, read = run.job, _read_buffer if is_buffer(source) else READERS[run.job.objective]
     return import_records(
         path, lambda context: read(source, run.tokenizer, context), model,
@@ -76,7 +76,7 @@ def import_records(
         records = track(read(context), "reading data", unit="records", amount=amount)
         # The reader validates each record, with the row's number in the error message.
         added = buffer.append(records, check=False)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in context.left_out.items() if count)
+        skipped = ", ".join(f"{count} {reason}" for reason, count in context.skipped.items() if count)
         if not added:
             raise UserError(f"the data contain no usable record (skipped: {skipped}): correct the rows")
         if skipped:
@@ -115,7 +115,7 @@ def _length_filter(
                 f"it has {len(record.tokens)} tokens and the model's context holds {max_positions}: shorten or remove "
                 "it, use a model with a longer context, or skip long sequences with --drop-longer-than"
             )
-        context.left_out[f"sequences of more than {limit} tokens"] += 1
+        context.skipped[f"sequences of more than {limit} tokens"] += 1
         return False
 
     return accept

@@ -29,9 +29,9 @@ def training_plan(round: Round, problem: LearningProblem) -> Plan:
         mesh=run.mesh, microbatches=job.microbatches, row_length=job.row_length,
         records=GroupMeanBaseline(buffer) if job.baseline == "group_mean" else None,
     )  # fmt: skip
-    if batches.left_out:
+    if batches.skipped:
         print(
-            f"skipped {batches.left_out} groups: all their answers have the same reward, so they form no pair",
+            f"skipped {batches.skipped} groups: all their answers have the same reward, so they form no pair",
             file=sys.stderr,
         )
     steps = batches.steps(job.epochs)

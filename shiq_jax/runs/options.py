@@ -144,7 +144,7 @@ class Job:
     model: Annotated[str | None, optional_arg("DIR|HUB_ID", "the task's model")] = None
     """Model to train: directory in Hugging Face format or hub id (Llama family or Qwen3)."""
     data: Annotated[str | None, optional_arg("FILE|HUB_ID", "none: sample and score answers")] = None
-    """Train on this data set (.jsonl, .json, .parquet, hub id or replay buffer) without sampling; see docs/data.md."""
+    """Train on this dataset (.jsonl, .json, .parquet, hub id or replay buffer) without sampling; see docs/data.md."""
     prompts: Annotated[str | None, optional_arg("FILE|HUB_ID", "the task's prompts")] = None
     """Prompts to sample answers for; the answers are scored with --reward."""
     task: Literal["sorting", "bfcl"] = "sorting"
@@ -200,7 +200,7 @@ class Job:
             self, seed=0, batch_size=1, epochs=0, rounds=1, microbatches=1, save_every=1, keep=1, row_length=2
         )
         if self.rounds > 1 and (self.data is not None or self.objective == "sft"):
-            reason = "data is a fixed data set" if self.data is not None else "sft trains on demonstrations"
+            reason = "data is a fixed dataset" if self.data is not None else "sft trains on demonstrations"
             raise ValueError(f"rounds sample from the policy, but {reason}: omit rounds")
         if self.rounds == 1 and self.round != Rounds():
             raise ValueError("round.reference applies to several rounds: set rounds above 1, or omit round.reference")

@@ -26,7 +26,7 @@ class Privacy:
     unit: Literal["example", "user"] = "example"
     """Unit of privacy: an example of the objective (trajectory, pair or group), or all rows of one user_id."""
     adjacency: Literal["zero_out", "replace_one"] = "zero_out"
-    """Neighboring data sets: one unit is zeroed out, or replaced by another."""
+    """Neighboring datasets: one unit is zeroed out, or replaced by another."""
     clip: Literal["auto_s", "auto_v", "flat", "normalized", "drop_above"] = "auto_s"
     """Clipping rule of per-unit gradients."""
     clip_norm: float = 1.0

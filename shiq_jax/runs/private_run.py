@@ -121,7 +121,7 @@ def check_private_job(job: Job, objective: Objective) -> None:
             "do not support: omit --privacy.method and --privacy.groupwise, or choose another loss"
         )
     if job.data is None:
-        raise UserError("a private run trains on an existing data set: set --data")
+        raise UserError("a private run trains on an existing dataset: set --data")
     if job.evaluation.data is None:
         raise UserError("an evaluation on private prompts would release them: set --evaluation.data to public prompts")
     if job.baseline != "none":

@@ -71,7 +71,7 @@ def run_rounds(run: Run, recipe: Recipe, reference: Reference) -> list[dict[str,
 
 def _run_round(round: Round, recipe: Recipe) -> None:
     run, directory = round.run, round.directory
-    stopping.check("before the buffer")
+    stopping.check("before collecting data")
     answers = recipe.collect(round)
     objective = recipe.objective(round)
     buffer = training_buffer(round, answers, objective)

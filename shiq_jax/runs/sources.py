@@ -41,7 +41,7 @@ def prepare_task(job: Job, run: RunDirectory) -> Task:
     """The task of a job; its rows are written to the run's `data/` for inspection and reuse.
 
     Raises:
-        UserError: external data come without a model, no training prompts are left, or a reward or data set is missing.
+        UserError: external data come without a model, no training prompts are left, or a reward or dataset is missing.
     """
     if job.data or job.prompts:
         task = _external_task(job)
@@ -134,7 +134,7 @@ def _external_task(job: Job) -> Task:
     if job.model is None:
         raise UserError(f"{flag} needs --model: set it to the directory or hub id of the model to train")
     if job.prompts and job.objective == "sft":
-        raise UserError("sft needs demonstrations, not prompts: replace --prompts by --data")
+        raise UserError("sft needs demonstrations, not prompts: replace --prompts with --data")
     if job.prompts and job.reward is None:
         raise UserError("--prompts needs --reward to score the sampled answers: set it, see docs/data.md")
     train = formats.prompts(job.prompts)[: job.collection.prompts] if job.prompts else ()

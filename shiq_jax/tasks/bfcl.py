@@ -156,7 +156,7 @@ def _target(functions: list[dict], answers: list[dict]) -> str:
 
 
 def _first_accepted(value: Any, schema: Mapping[str, Any]) -> Any:
-    """The value with dictionaries resolved, whose keys the ground truth maps to lists of accepted values."""
+    """Replace the lists of accepted values in the dictionaries of the ground truth by their first values."""
     if isinstance(value, Mapping) and schema.get("type") == "dict":
         return {key: options[0] for key, options in value.items() if isinstance(options, list) and "" not in options}
     if isinstance(value, list) and schema.get("items", {}).get("type") == "dict":

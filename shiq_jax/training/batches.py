@@ -86,9 +86,9 @@ class Batches:
         self.shape = plan(self.trees, self.pack_groups, batch_size=batch_size, rows_multiple=self.rows_multiple)
 
     @property
-    def left_out(self) -> int:
+    def skipped(self) -> int:
         """Number of groups without an example: no two of their answers have different rewards."""
-        return self.pack_groups.left_out
+        return self.pack_groups.skipped
 
     def steps(self, epochs: float) -> int:
         """Number of updates in `epochs` epochs."""

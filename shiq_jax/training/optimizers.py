@@ -22,7 +22,7 @@ class Optimizer:
     """Settings of an optax chain: clip by global norm, then an optimizer with warm-up and decay."""
 
     name: Literal["adamw", "lion", "adafactor", "sgd"] = "adamw"
-    """Optimizer."""
+    """Name of the optimizer."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"

@@ -81,7 +81,7 @@ class PrivateBatches:
         # A row holds the largest unit.
         self.shape = plan(self.trees, units)._replace(slots=max(map(len, units)))
 
-    left_out = 0
+    skipped = 0
 
     def steps(self, epochs: float) -> int:
         """Number of updates in which every unit is sampled `epochs` times in expectation."""

@@ -1,4 +1,4 @@
-"""Rows of the throughput benchmark: speedups including annotation, choice of the peer, quick runs and resuming."""
+"""Rows of the throughput benchmark: speedups with annotation, choice of the fastest peer, quick and resumed runs."""
 
 import pytest
 

@@ -63,7 +63,7 @@ def test_scored_answers_become_groups_and_unusable_ones_are_counted():
         groups.setdefault(record.group, set()).add(instruction)
         assert "completions" not in json.loads(record.prompt)
     assert sorted(map(len, groups.values())) == [1] * 6
-    assert +context.left_out == Counter(
+    assert +context.skipped == Counter(
         {"empty answers": 1, "answers without a number in 'fine-grained_score'": 1, "prompts without an answer": 1}
     )
 
@@ -76,9 +76,9 @@ def test_pairs_are_the_best_and_worst_answers(tmp_path):
     expected = [buffer[number] for ((best, worst),) in pairs for number in (best, worst)]
     assert [record.tokens.tolist() for record in records] == [record.tokens.tolist() for record in expected]
     assert [record.rewards.tolist() for record in records] == [record.rewards.tolist() for record in expected]
-    assert len(pairs) == 5 and pairs.left_out == 1
+    assert len(pairs) == 5 and pairs.skipped == 1
     # One group ties, and one prompt has no answers.
-    assert context.left_out["prompts without two answers that differ in score or rank"] == 2
+    assert context.skipped["prompts without two answers that differ in score or rank"] == 2
     pair_buffer = Buffer.create(tmp_path / "pairs")
     pair_buffer.append(records)
     assert list(pack_groups(pair_buffer, "pair")) == [((2 * number, 2 * number + 1),) for number in range(5)]
@@ -107,7 +107,7 @@ def test_binarized_rows_give_groups_of_two_and_pairs():
     assert decode_answers(pairs) == [row[side][-1]["content"] for row in source for side in ("chosen", "rejected")]
     for first, second in zip(groups[::2], groups[1::2], strict=True):
         assert first.group == second.group and decode(first)[0] == decode(second)[0]
-    # Only the score option makes scores decide pairs; then ties are left out.
+    # Only the score option makes scores decide pairs; then ties are skipped.
     context = ImportContext(score="score")
     scored = list(preferences(BINARIZED, TOKENIZER, context))
     assert decode_answers(scored) == decode_answers(pairs[:4] + pairs[6:]) and {record.chosen for record in scored} == {
@@ -249,9 +249,9 @@ def test_prompts_of_answer_rows():
 
 
 @pytest.mark.parametrize("score", [math.nan, None, "N/A", "", True])
-def test_answers_without_a_numeric_score_are_left_out(score, tmp_path):
+def test_answers_without_a_numeric_score_are_skipped(score, tmp_path):
     context = ImportContext()
     path = write(tmp_path / "data.jsonl", [SCORED | {"scores": [score, "2.5"]}])
     (record,) = trajectories(path, TOKENIZER, context)
     assert decode(record)[1] == "b" and record.rewards[-1] == 2.5
-    assert +context.left_out == Counter({"answers without a number in 'scores'": 1})
+    assert +context.skipped == Counter({"answers without a number in 'scores'": 1})

@@ -84,7 +84,7 @@ def make_results():
 
 
 def make_section_results():
-    """Results of the sections besides the arms."""
+    """Results of all sections except the arms."""
     rules = {name: {"losses": [[200, 4.05 + 0.1 * number]]} for number, name in enumerate(RULES)}
     attacks = {
         name: {

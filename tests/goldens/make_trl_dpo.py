@@ -5,7 +5,7 @@
 Run it in a separate environment with trl==1.16.0, transformers==5.23.0 and torch==2.13.0; the tests only read the two
 files. Policy and reference are random Llamas. Losses and gradients come from the trainer's `compute_loss` on a batch of
 its own collator. The float32 weights are promoted to float64 (transformers and TRL cast some operations to
-float32), so that a comparison shows the rounding errors of shiq_jax.
+float32), so that differences are rounding errors of shiq_jax.
 
 TRL 1.16 ignores `label_smoothing` for the loss "sigmoid". Its "aot_unpaired" equals the smoothed DPO loss on a batch of
 one pair, where sorting has no effect. The smoothed variant therefore averages loss and gradient over single pairs.

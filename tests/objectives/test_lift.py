@@ -38,7 +38,7 @@ EXAMPLE = Example(
 LOGRATIOS = np.where(MASK, EXAMPLE.policy.logp - EXAMPLE.references["reference"].logp, 0).sum(1)
 
 
-def contrast_loss(chosen_logratio, rejected_logratio, *, beta: ArrayLike, power: ArrayLike = 2.0):
+def power_loss(chosen_logratio, rejected_logratio, *, beta: ArrayLike, power: ArrayLike = 2.0):
     """(beta d)^power.
 
     Args:
@@ -48,13 +48,13 @@ def contrast_loss(chosen_logratio, rejected_logratio, *, beta: ArrayLike, power:
 
 
 def test_pair_loss():
-    objective = lift(contrast_loss, PAIRS)
+    objective = lift(power_loss, PAIRS)
     assert (objective.unit, objective.needs, objective.trains_policy) == ("pair", {"references"}, True)
-    assert objective.name == "contrast" and dict(objective.heads) == {}
+    assert objective.name == "power" and dict(objective.heads) == {}
     loss_options = {"beta": Option(float, 0.1), "power": Option(float, 2.0, "the exponent.")}
     assert dict(list(objective.options.items())[:2]) == loss_options
     assert set(objective.options) == {*loss_options, "rpo_alpha", "ld_alpha", "use_weighting"}
-    assert {"f_divergence", "f_alpha"} <= set(lift(contrast_loss, DIFFERENCES).options)
+    assert {"f_divergence", "f_alpha"} <= set(lift(power_loss, DIFFERENCES).options)
     out = jax.jit(objective.configure(beta=0.5, power=4.0).loss)(EXAMPLE)
     np.testing.assert_allclose(out.value, (0.5 * (LOGRATIOS[0] - LOGRATIOS[1])) ** 4, rtol=1e-5)
     assert out.weight == 1 and out.metrics["rewards/chosen"] == np.float32(0.5 * np.float32(LOGRATIOS[0]))

@@ -83,7 +83,7 @@ def on_summed_logps(loss, with_lengths=False):
     return run
 
 
-def orpo_contrast(*arguments):
+def orpo_odds_ratio_term(*arguments):
     averages = arguments[0] / arguments[2]
     return reference_free.orpo_loss(*arguments, beta=BETA) + averages
 
@@ -93,7 +93,7 @@ SPECIAL_CASES = {
     "apo_zero_unpaired": unpaired_loss("apo_zero_unpaired"),
     "cpo": on_summed_logps(lambda w, l: reference_free.cpo_loss(w, l, beta=BETA, alpha=0.0, label_smoothing=0.15)),
     "simpo": on_summed_logps(lambda *x: reference_free.simpo_loss(*x, beta=BETA, margin=0.3), with_lengths=True),
-    "orpo": on_summed_logps(orpo_contrast, with_lengths=True),
+    "orpo": on_summed_logps(orpo_odds_ratio_term, with_lengths=True),
 }
 # TRL computes these in float32, and some constants of the others.
 FLOAT32_IN_TRL = {"sigmoid, alpha_divergence", "orpo"}

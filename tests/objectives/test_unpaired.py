@@ -1,4 +1,4 @@
-"""KTO and unpaired APO on examples: published numbers, the KL estimate, gradients and metrics."""
+"""KTO and unpaired APO on examples: values computed by hand, the KL estimate, gradients and metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def kto_sums(example, weights=None, **options):
     return jax.tree.map(lambda x: jnp.sum(jnp.where(weights > 0, x, 0)), out), coupled
 
 
-def test_published_numbers(x64):
+def test_values_computed_by_hand(x64):
     for logratio, desirable, kto, apo in ((0.8, True, 0.413382, 0.401312), (-0.4, False, 0.437823, 0.450166)):
         example = examples([logratio], [0.1], [desirable])
         np.testing.assert_allclose(kto_sums(example)[0].value, kto, atol=2e-6)

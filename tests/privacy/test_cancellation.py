@@ -16,7 +16,7 @@ from shiq_jax.privacy import AutoS, AutoV, FlatClip, Groupwise, clipped_sum
 OPERATIONS = {
     "gram": (ghost_norms.product(1), 64, (64, 48), 48),
     "matrix": (ghost_norms.product(1), 4, (4, 5), 5),
-    "shift": (ghost_norms.SHIFT, 32, (32,), 32),
+    "bias": (ghost_norms.BIAS, 32, (32,), 32),
     "scale": (ghost_norms.SCALE, 32, (32,), 32),
 }
 RULES = (AutoV(1.0), AutoS(1.0), FlatClip(1e-3))
@@ -62,11 +62,11 @@ def test_unit_contribution_is_within_sensitivity(name, seed, scale, residual):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_norms_are_exact_without_cancellation_and_never_too_small(name):
-    subscripts = {"gram": "ti,to->io", "matrix": "ti,to->io", "shift": "ti,to->o", "scale": "to,to->o"}[name]
+    subscripts = {"gram": "ti,to->io", "matrix": "ti,to->io", "bias": "ti,to->o", "scale": "to,to->o"}[name]
     for residual in (1.0, 1e-3, 0.0):
         batch = make_unit(name, 1, 1.0, residual)
         x, s = np.float64(batch["x"][0]), np.float64(batch["s"][0])
-        expected = np.linalg.norm(np.einsum(subscripts, np.ones((8, 1)) if name == "shift" else x, s))
+        expected = np.linalg.norm(np.einsum(subscripts, np.ones((8, 1)) if name == "bias" else x, s))
         (norm,) = compiled_sum(name, AutoS(1.0), "ghost")(batch)[1]
         assert norm > 0 and norm >= expected * (1 - 1e-6)
         if residual == 1:

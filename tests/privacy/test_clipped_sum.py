@@ -126,7 +126,7 @@ def test_scan_over_microbatches(microbatch, decoder, make_batch, unit_losses, ex
 
 
 @pytest.mark.parametrize("method", ["vmap", "scan", "ghost", "bk", "group"])
-def test_masked_units_do_not_change_a_bit(method, decoder, make_batch, unit_losses):
+def test_masked_units_have_no_effect(method, decoder, make_batch, unit_losses):
     model, params = decoder("tied")
     batch, losses = make_batch("trajectory"), unit_losses(model, "trajectory")
     clip = Groupwise(FlatClip(1.0), count_groups(params)) if method == "group" else FlatClip(1.0)
@@ -252,7 +252,7 @@ def test_accumulator_is_added_to_the_sum(method, variant, trainable, decoder, ma
 
 
 def test_bookkeeping_needs_fewer_flops_than_ghost(full_compilation, decoder, make_batch, unit_losses):
-    """It saves the second backward pass through layers and head."""
+    """Book-keeping saves the second backward pass through layers and head."""
     model, params = decoder("untied")
     losses, batch = unit_losses(model, "pair"), make_batch("pair")
     flops = {}
@@ -310,17 +310,17 @@ def test_uncovered_parameters_are_rejected(decoder, make_batch, unit_losses, mon
         _, scale = jax.lax.optimization_barrier((batch.tokens, params["norm"]["scale"]))
         return losses(params, batch, tracker) * jnp.sum(scale)
 
-    for miscounted, all_params, name in (
+    for uncovered_losses, all_params, name in (
         (with_untracked_parameter, extra_params, "extra"), (used_twice, params, "embed/table"),
         (without_tracker, params, "embed/table"),
         (used_after_checkpoint, params, "norm/scale"), (behind_a_barrier, params, "norm/scale"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"would miscount {name}"):
-            run(miscounted, all_params, batch, clip=FlatClip(1.0), method="ghost")
+            run(uncovered_losses, all_params, batch, clip=FlatClip(1.0), method="ghost")
         # With no budget for vmap, auto must choose scan.
         monkeypatch.setattr(importlib.import_module("shiq_jax.privacy.clipped_sum"), "BUDGET", 0)
-        total, *_ = run(miscounted, all_params, batch, clip=FlatClip(1.0), method="auto")
-        expected_total, *_ = run(miscounted, all_params, batch, clip=FlatClip(1.0), method="vmap")
+        total, *_ = run(uncovered_losses, all_params, batch, clip=FlatClip(1.0), method="auto")
+        expected_total, *_ = run(uncovered_losses, all_params, batch, clip=FlatClip(1.0), method="vmap")
         chex.assert_trees_all_close(total, expected_total, rtol=1e-4, atol=1e-5)
 
 
@@ -351,7 +351,7 @@ def test_incompatible_method_and_rule_are_rejected(decoder, make_batch, unit_los
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ghost", "bk", "group"])
 def test_margin_compensates_bfloat16_rounding(method, decoder, make_batch, unit_losses):
-    """One unit at a time, normalized to the clip norm."""
+    """Gradients of single units, normalized to the clip norm, do not exceed it with the margin."""
     model, params = decoder("untied", compute_dtype=jnp.bfloat16)
     losses, batch = unit_losses(model, "trajectory"), make_batch("trajectory")
     clip = Groupwise(AutoV(0.37), count_groups(params)) if method == "group" else AutoV(0.37)

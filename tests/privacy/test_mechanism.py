@@ -224,7 +224,7 @@ def test_unreachable_epsilon_is_rejected(accountant_calls):
 
 
 def test_epsilon_that_needs_no_noise_is_rejected(accountant_calls):
-    with pytest.raises(UserError, match="noise_multiplier of only 0.05 cost less than the epsilon 100000.0: choose a"):
+    with pytest.raises(UserError, match="noise_multiplier of only 0.05 spend less than epsilon 100000.0: choose a"):
         Mechanism.calibrated(epsilon=1e5, delta=1e-5, dataset_size=10, expected_batch=10, steps=1)
     assert len(accountant_calls) == 3
 

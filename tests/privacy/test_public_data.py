@@ -201,8 +201,8 @@ def test_mixing_rules_weight_a_public_gradient_in_every_update(rule, tiny, files
         (dict(share=1.0), "must lie in"),
         (dict(window=0), "window must be at least 1"),
         (dict(slowdown=1.0), "a factor above 1"),
-        (dict(rule="cosine", stall=0.1), "say when to switch"),
-        (dict(slowdown=2.0, probes=0), "measured with probes"),
+        (dict(rule="cosine", stall=0.1), "apply to the rule switch"),
+        (dict(slowdown=2.0, probes=0), "estimated with probes"),
     ],
 )
 def test_invalid_options_are_rejected(fields, message):
@@ -213,10 +213,10 @@ def test_invalid_options_are_rejected(fields, message):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--public.share", "0.2"], "give public.data"),
-        (["--public.data", "FILE"], "give privacy.epsilon"),
+        (["--public.share", "0.2"], "have no effect without public.data"),
+        (["--public.data", "FILE"], "set privacy.epsilon"),
         (["--public.data", "FILE", "--privacy.epsilon", "1", "--privacy.delta", "0.01", "--optimizer.name", "sgd"],
-         "go with adamw"),
+         "requires the optimizer adamw"),
     ],
 )  # fmt: skip
 def test_incompatible_options_are_rejected(extra, message, tiny, files, tmp_path, capsys):

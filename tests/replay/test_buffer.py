@@ -1,3 +1,5 @@
+"""Replay buffer on disk: round trips, atomic appends, concurrent writers and damaged files."""
+
 import itertools
 import os
 import tempfile

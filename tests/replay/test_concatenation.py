@@ -1,3 +1,5 @@
+"""Concatenation of replay buffers: records, statistics, interruption and occupied paths."""
+
 import os
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Conversion of records to and from JSON, JSON Lines and Hugging Face datasets."""
+
 import json
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Schema versions, migrations and validation of `manifest.json`."""
+
 import json
 
 import numpy as np

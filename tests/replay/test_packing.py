@@ -1,3 +1,5 @@
+"""Packing of tries into rows: contents, intervals, shared prompts, row counts and invalid input."""
+
 import chex
 import jax
 import numpy as np
@@ -71,7 +73,7 @@ def test_packed_sequences_equal_the_records(make_groups, tmp_path_factory, seed,
     buffer.append(records)
     groups = pack_groups(buffer, unit)
     if not groups:
-        assert groups.left_out == len(set(buffer.group_ids()))
+        assert groups.skipped == len(set(buffer.group_ids()))
         return
     shape = plan(buffer, groups, multiple=8)
     statistics = make_statistics(records)

@@ -1,3 +1,5 @@
+"""Batch shapes: little padding, and room for every batch."""
+
 import numpy as np
 import pytest
 

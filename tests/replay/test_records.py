@@ -1,3 +1,5 @@
+"""Records: dtypes, bitwise equality and validation."""
+
 import dataclasses
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Summaries of a buffer, and the estimate of its size."""
+
 import json
 
 import numpy as np

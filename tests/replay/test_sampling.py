@@ -1,3 +1,5 @@
+"""Shuffled schedules, and the pack groups of each unit."""
+
 from collections import Counter
 
 import numpy as np
@@ -80,8 +82,8 @@ def test_pack_groups_of_each_unit(make_buffer):
     assert pack_groups(buffer, "trajectory", max_examples=3) == [((0,), (2,), (3,)), ((6,),), ((1,), (5,)), ((4,),)]
     assert pack_groups(buffer, "group") == [((0, 2, 3, 6),), ((1, 5),), ((4,),)]
     pairs = pack_groups(buffer, "pair")
-    assert pairs == [((2, 0),)] and pairs.left_out == 2
-    assert pack_groups(buffer, "group").left_out == 0
+    assert pairs == [((2, 0),)] and pairs.skipped == 2
+    assert pack_groups(buffer, "group").skipped == 0
 
 
 def test_pairs_use_feedback_before_returns(make_buffer):
@@ -100,7 +102,7 @@ def test_pairs_use_feedback_before_returns(make_buffer):
         for number, (feedback, reward) in enumerate(members)
     ]
     pairs = pack_groups(make_buffer(records), "pair")
-    assert pairs == [((1, 0),), ((8, 7),), ((13, 12),), ((15, 14),)] and pairs.left_out == 2
+    assert pairs == [((1, 0),), ((8, 7),), ((13, 12),), ((15, 14),)] and pairs.skipped == 2
 
 
 @settings(max_examples=40, deadline=None)

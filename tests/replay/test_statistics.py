@@ -1,3 +1,5 @@
+"""Stored token statistics: identities, adoption, interruption and damaged files."""
+
 import hashlib
 import itertools
 import os

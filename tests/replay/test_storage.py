@@ -1,3 +1,5 @@
+"""Arrow shards: atomic writes, reading, and damaged files."""
+
 import errno
 import os
 

@@ -1,3 +1,5 @@
+"""Cache of packed trees: each is built once while it fits the cache, and only when needed."""
+
 import chex
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""Tries: lexicographic order, one node per distinct prefix, and intervals."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -184,7 +184,7 @@ def test_runs_rounds_and_checkpoints_are_policies(previous_run, tmp_path, capsys
         (
             "dpo",
             ("--rounds", "2", "--data", "rows.jsonl"),
-            "rounds sample from the policy, but data is a fixed data set",
+            "rounds sample from the policy, but data is a fixed dataset",
         ),
     ],
 )

@@ -89,8 +89,8 @@ def unpacked_weighted(stats, data, buffer):
     logp, collision = (jnp.mean(x, axis=1, where=data.mask) for x in (stats.logp, stats.lse2 - 2 * stats.lse))
     pairs = pairs_of(data, buffer)
     weights = jax.lax.stop_gradient(jnp.prod(jnp.exp(logp - collision)[pairs], axis=0))
-    contrast = dpo_loss(*pair_logratios(stats, data, buffer), beta=0.7)
-    return jnp.mean(weights * (contrast - 0.5 * logp[pairs[0]]))
+    preference_term = dpo_loss(*pair_logratios(stats, data, buffer), beta=0.7)
+    return jnp.mean(weights * (preference_term - 0.5 * logp[pairs[0]]))
 
 
 def unpacked_aot_unpaired(stats, data, buffer):
@@ -111,8 +111,8 @@ def unpacked_coupled(stats, data, buffer):
 
 
 UNPACKED_LOSSES = {
-    "shiq": unpacked_shiq, "sft": unpacked_sft, "dpo": unpacked_dpo, "group": unpacked_group, "coupled": unpacked_coupled,
-    "aot_unpaired": unpacked_aot_unpaired, "weighted": unpacked_weighted,
+    "shiq": unpacked_shiq, "sft": unpacked_sft, "dpo": unpacked_dpo, "group": unpacked_group,
+    "coupled": unpacked_coupled, "aot_unpaired": unpacked_aot_unpaired, "weighted": unpacked_weighted,
 }  # fmt: skip
 
 
