@@ -67,7 +67,7 @@ def test_rates_exclude_the_first_item(clock, capsys):
 
 
 def test_rates_exclude_items_of_earlier_runs(clock, capsys):
-    consume(clock, 1, range(5), "sampling", 100, "batches", first=95)
+    consume(clock, 1, range(5), "sampling", 100, "batches", initial=95)
     assert capsys.readouterr().err == "sampling: 100/100 batches (100%), 1.00 batches/s, 0:05 elapsed\n"
 
 
@@ -137,6 +137,6 @@ def test_dumb_terminal_gets_plain_lines(clock, monkeypatch):
 
 
 def test_library_calls_report_nothing(clock, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_shown", False)
+    monkeypatch.setattr(progress, "_enabled", False)
     assert consume(clock, 40, iter("ab"), "sampling", 2) == ["a", "b"]
     assert capsys.readouterr().err == ""

@@ -127,10 +127,10 @@ def test_help_shows_every_option_once_with_losses_and_defaults(options_class):
         assert len(re.findall(rf" --{option.replace('_', '-')}[ ,]", text)) == 1, option
     assert "None" not in text
     if options_class is PairLoss:
-        assert "(default: 0.0; exo: 0.001)" in text and "dpop: cost of a chosen completion" in text
+        assert "(default: 0.0; exo: 0.001)" in text and " --penalty FLOAT dpop: " in text
         assert "all but cpo and orpo: weight, at least 0, of the chosen" in text
     if options_class is RewardLoss:
-        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns: Q / beta is added" in text
+        assert "(default: 0.1; oreo: 0.03)" in text and "ilql, cql, mc_returns, soft_q: Q / beta" in text
 
 
 def test_documented_custom_loss_gets_command_line_options():
@@ -140,7 +140,7 @@ def test_documented_custom_loss_gets_command_line_options():
     scope |= {"ArrayLike": ArrayLike, "Array": Array, "Float": Float}
     exec(function, scope)
     options_class = make_loss_options("Toy", "Pair losses.", PairLoss.objectives | eval(f"{{{line}}}", scope))
-    assert "--target FLOAT margin: margin that a pair should have, > 0. (default: 1.0)" in help_of(options_class)
+    assert "--target FLOAT margin: target margin of a pair, > 0. (default: 1.0)" in help_of(options_class)
     assert parse_options(options_class, name="margin", target=2.0).build().loss.keywords == {"target": 2.0}
     message = usage_error(options_class, name="margin", target=-1.0)
     assert "target is -1.0 but must be a positive finite number" in message
