@@ -16,9 +16,7 @@ from shiq_jax.rollout.sampling import Sampling
 
 
 def main(model: str, prompts: str, samples: str, max_tokens: str, stop: str) -> None:
-    """Warm up and serve steps.
-
-    Each step samples completions of all prompts.
+    """Warm up and serve steps, each of which samples completions of all prompts.
 
     Args:
         model: a Hugging Face directory.

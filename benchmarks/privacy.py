@@ -279,7 +279,7 @@ def settings_table(details: Mapping[str, dict]) -> str:
         plain = fastest(measured, ("plain",))[1]
         for name, result in measured["settings"].items():
             base = measured["settings"]["opacus plain"]["seconds"] if name.startswith("opacus") else plain
-            seconds = ", ".join(f"{each:.2f}" for each in result["turns"])
+            seconds = ", ".join(f"{turn:.2f}" for turn in result["turns"])
             lines.append(f"| {label} | {name} | {result['seconds']:.2f} | {seconds} | {base / result['seconds']:.2f} |")
     lines += ["", "| setting | peak memory, GB | ratio to the leanest plain step |", "|---|---|---|"]
     peaks = {name: result["peak_bytes"] for name, result in details.get("memory", {}).get("settings", {}).items()}

@@ -51,8 +51,8 @@ def main(options: Options) -> None:
     """Train three steps and print the time and memory rows."""
     rows.prepare(options.quick, options.json)
     with tempfile.TemporaryDirectory() as directory:
-        stages, shares = measure(Path(directory), options.remat, options.quick)
-    result = table(stages, shares)
+        stages, times = measure(Path(directory), options.remat, options.quick)
+    result = table(stages, times)
     rows.print_table("profile", result)
     if options.json:
         rows.write_json(options.json, result)
@@ -89,12 +89,12 @@ def measure(root: Path, remat: str, quick: bool) -> tuple[dict[str, int], collec
     return stages, time_by_kind(list(trace_events(trace, classify_instructions(compiled.as_text()))))
 
 
-def table(stages: Mapping[str, int], shares: collections.Counter) -> list[Row]:
+def table(stages: Mapping[str, int], times: collections.Counter) -> list[Row]:
     """Rows of memory by stage and time by kind of instruction."""
-    total = sum(shares.values())
+    total = sum(times.values())
     return [Row(f"memory: {name}", size / 1e9, "GB") for name, size in stages.items()] + [
         Row(f"time: {kind}", time / 1e9, "s", note=f"{time / total:.0%} of the step")
-        for kind, time in shares.most_common()
+        for kind, time in times.most_common()
     ]
 
 

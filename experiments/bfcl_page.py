@@ -211,20 +211,20 @@ def _seconds(seed: dict) -> float:
 def ranking(results: Results, name: str) -> tuple[str, list[str], list[str]]:
     """The best policy by a metric, the policies it beats significantly, and the others."""
     best, *rest = sorted(NAMES, key=lambda arm: -results.mean(arm, name).mean)
-    beaten = [arm for arm in rest if _is_significant(results.difference(best, arm, name))]
-    return best, beaten, [arm for arm in rest if arm not in beaten]
+    significant = [arm for arm in rest if _is_significant(results.difference(best, arm, name))]
+    return best, significant, [arm for arm in rest if arm not in significant]
 
 
 def _summary(results: Results) -> str:
     """One sentence per decoding mode that names the best policy."""
     sentences = []
     for name, decoding in (("sampled", "With answers sampled at temperature 1"), ("greedy", "With greedy decoding")):
-        best, beaten, tied = ranking(results, name)
+        best, significant, tied = ranking(results, name)
         sentence = f"**{decoding}, {NAMES[best]} has the highest accuracy ({results.mean(best, name).mean:.1%})**"
-        if beaten:
-            sentence += f", significantly above {_list(beaten)}"
+        if significant:
+            sentence += f", significantly above {_list(significant)}"
         if tied:
-            sentence += f"{', and' if beaten else ', but'} not significantly different from {_list(tied)}"
+            sentence += f"{', and' if significant else ', but'} not significantly different from {_list(tied)}"
         sentences.append(sentence + ".")
     return " ".join(sentences)
 

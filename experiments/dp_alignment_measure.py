@@ -74,7 +74,7 @@ def mean_loss(objective: Objective, method: str, policy: Path, reference: Path, 
     """
     model, params = load_hf(str(policy))
     tokenizer = load_tokenizer(str(policy))
-    buffer = _import_buffer(path, lambda reading: READERS[method](rows, tokenizer, reading), model)
+    buffer = _import_buffer(path, lambda context: READERS[method](rows, tokenizer, context), model)
     identity, _ = Reference(str(reference), load_hf).annotate(buffer)
     return objective_metrics(model, params, objective, buffer, {"reference": buffer.statistics(identity)})["loss"]
 

@@ -294,7 +294,11 @@ def _row(results: Results, arm: tuple[str, Any]) -> str:
     )
     preferred, loss = results.mean(arm, "preferred"), results.mean(arm, "loss")
     cells = [_signed(margin), f"{preferred.mean:.2f} ± {preferred.error:.2f}", f"{loss.mean:.4f} ± {loss.error:.4f}"]
-    cells += [_signed(right), *(f"{each.mean:.3f} ± {each.error:.3f}" for each in (greedy, sampled)), _signed(kl)]
+    cells += [
+        _signed(right),
+        *(f"{estimate.mean:.3f} ± {estimate.error:.3f}" for estimate in (greedy, sampled)),
+        _signed(kl),
+    ]
     return f"| {NAMES[arm[0]]}, {_level_name(arm[1])} | {' | '.join(cells)} |"
 
 

@@ -105,7 +105,7 @@ def measure_steps(
         total = clipped_sum(losses, params, units, clip=mechanism.clip, method="scan")[0]
         with_noise = dataclasses.replace(mechanism, expected_batch=len(jax.tree.leaves(units)[0]))
         without_noise = dataclasses.replace(with_noise, noise_multiplier=0.0)
-        gradients = (privatize(total, each, key, 0) for each in (with_noise, without_noise))
+        gradients = (privatize(total, variant, key, 0) for variant in (with_noise, without_noise))
         return [
             jax.tree.map(lambda leaf, p, g, rate=rate: leaf - rate * p * g, params, scale, gradient)
             for gradient, rate in zip(gradients, rates, strict=True)

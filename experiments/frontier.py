@@ -1,6 +1,6 @@
 """Reward-KL frontiers of offline methods trained on the same buffer: `python -m experiments.frontier`.
 
-On the embedded task a warm-started reference answers the prompts, and every method trains on these answers at several
+On the toy task a warm-started reference answers the prompts, and every method trains on these answers at several
 values of beta. Policies are evaluated on held-out prompts during training and compared at equal KL, because beta is not
 comparable between methods. The learning rate of each method is chosen on a separate seed.
 
@@ -128,7 +128,9 @@ def tune(experiment: Experiment) -> dict[str, dict[str, Any]]:
         for rate in experiment.scale.rates:
             betas = [beta for beta in experiment.betas(method) if beta in (0.0, *experiment.scale.tuning_betas)]
             points = [point for beta in betas for point in experiment.run(method, beta, rate)]
-            means[rate] = frontier_page.mean_height([point._asdict() for point in points], experiment.reference_reward)
+            means[rate] = frontier_page.mean_envelope(
+                [point._asdict() for point in points], experiment.reference_reward
+            )
         best = max(means, key=means.get)
         tuned[method] = {"rate": best, "heights": {f"{rate:g}": height for rate, height in means.items()}}
         print(f"{method}: learning rate {best:g}")

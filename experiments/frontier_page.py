@@ -45,14 +45,14 @@ def _cross_validated_reward(seeds: Mapping[str, Mapping], seed: str, method: str
     return seeds[seed][method][settings.index(max(means, key=means.get))]["reward"]
 
 
-def envelope(points: Points, limits: Sequence[float], start: float) -> list[float]:
-    """Highest reward of the policies within each KL limit; `start` is the reference's reward, at KL 0."""
-    return [max([start, *(point["reward"] for point in points if point["kl"] <= limit)]) for limit in limits]
+def envelope(points: Points, limits: Sequence[float], reference_reward: float) -> list[float]:
+    """Highest reward of the policies within each KL limit, at least that of the reference, at KL 0."""
+    return [max([reference_reward, *(point["reward"] for point in points if point["kl"] <= limit)]) for limit in limits]
 
 
-def mean_height(points: Points, start: float) -> float:
+def mean_envelope(points: Points, reference_reward: float) -> float:
     """Mean of the envelope over `KL_LIMITS`."""
-    return float(np.mean(envelope(points, KL_LIMITS, start)))
+    return float(np.mean(envelope(points, KL_LIMITS, reference_reward)))
 
 
 def compare_shiq(rewards: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, dict[str, str]]:
@@ -104,7 +104,7 @@ def draw(numbers: Mapping, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     seeds = list(numbers["seeds"].values())
-    start = np.mean([seed["reference"] for seed in seeds])
+    reference_reward = np.mean([seed["reference"] for seed in seeds])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
     for method in numbers["matched"]:
         kl, reward = (
@@ -114,9 +114,14 @@ def draw(numbers: Mapping, path: Path) -> None:
         points = [{"kl": x, "reward": y} for x, y in zip(kl, reward)]
         limits = np.unique([0.0, *kl[kl <= KL_LIMITS[-1] * 1.6]])
         left.step(
-            limits, envelope(points, limits, start), where="post", color=COLORS[method], label=method, linewidth=1.6
+            limits,
+            envelope(points, limits, reference_reward),
+            where="post",
+            color=COLORS[method],
+            label=method,
+            linewidth=1.6,
         )
-    left.plot(0, start, "k*", markersize=10, label="reference")
+    left.plot(0, reference_reward, "k*", markersize=10, label="reference")
     left.set(
         xlim=(-0.05, KL_LIMITS[-1] * 1.6), xlabel="KL to the reference, nats per answer", ylabel="reward",
         title="policies (dots) and highest reward within a KL limit (lines)",
@@ -149,7 +154,7 @@ def render(numbers: Mapping) -> str:
         cells = [_cell(rewards) for rewards in by_limit.values()]
         rows.append(f"| {method} | {numbers['tuning'][method]['rate']:g} | " + " | ".join(cells) + " |")
     table = "\n".join([head, "|---" * (len(KL_LIMITS) + 2) + "|", *rows])
-    start = np.mean([seed["reference"] for seed in seeds.values()])
+    reference_reward = np.mean([seed["reference"] for seed in seeds.values()])
     summary = "\n".join(f"- {line}" for line in sentences(compare_shiq(numbers["matched"])))
     betas = ", ".join(f"{beta:g}" for beta in scale["betas"])
     return f"""# Reward at equal KL
@@ -158,7 +163,8 @@ A comparison is stated only if it holds in all {len(seeds)} seeds:
 
 {summary}
 
-Held-out reward within a KL limit in nats per answer, mean over seeds (minimum, maximum); the reference has {start:.3f}:
+Held-out reward within a KL limit in nats per answer, mean over seeds (minimum, maximum); the reference has
+{reference_reward:.3f}:
 
 {table}
 
@@ -169,8 +175,8 @@ the table.*
 
     python -m experiments.frontier
 
-- The task is the embedded one: a tiny decoder learns to sort digits after a warm start on demonstrations of which half
-  are reversed.
+- The task is the built-in toy task: a tiny decoder learns to sort digits after a warm start on demonstrations of which
+  half are reversed.
 - The reference answers {scale["prompts"]} prompts {scale["samples"]} times; all methods train on these scored answers
   for {scale["updates"][-1]} updates of {scale["batch"]} prompts.
 - ShiQ, DRO (with a learned value) and REINFORCE (with the KL in the reward and a leave-one-out baseline) train on all

@@ -1,4 +1,4 @@
-"""Objectives on problems with exact optima: `python -m experiments.synthetic` writes docs/results/synthetic.md.
+"""Objectives on problems with known optima: `python -m experiments.synthetic` writes docs/results/synthetic.md.
 
 The problems are a bandit, token trees, and a conversation with random replies; dynamic programming gives their optima.
 """
@@ -197,7 +197,7 @@ def coverage(seeds: Sequence[int], steps: int = 3000, sizes: Sequence[int] = (5,
                 lambda logits, losses=losses: sum(loss(each) for loss, each in zip(losses, logits)),
                 jnp.stack([tree.logits] * len(sizes)), _adam(steps), steps,
             )  # fmt: skip
-            results[name].append([v[0] - tree.expected_return(softmax(each), BETA) for each in np.asarray(logits)])
+            results[name].append([v[0] - tree.expected_return(softmax(policy), BETA) for policy in np.asarray(logits)])
     return results
 
 

@@ -92,7 +92,7 @@ def render(numbers: dict) -> str:
         for one, multi in zip(numbers["rewards"][kind]["one-step"], numbers["rewards"][kind]["multi-step"])
     ]
     low, high = min(ratios), max(ratios)
-    return f"""# Problems with exact optima
+    return f"""# Synthetic problems with known optima
 
 The multi-step residual of ShiQ learns the root value {low:.0f} to {high:.0f} times more accurately than the one-step
 residual in the same number of steps, and its log-sum-exp shift keeps the policy at the reference if all rewards are

@@ -209,10 +209,10 @@ INVALID = {
 
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_input_is_rejected_before_writing(case, tiny, tmp_path, capsys):
-    (command, *options), rows, fact = INVALID[case]
+    (command, *options), rows, fragment = INVALID[case]
     data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
     arguments = [command, "--data", data, "--model", tiny, "--output-dir", str(out), *OFFLINE, *options]
-    assert fact in error_message(train_script, arguments, capsys)
+    assert fragment in error_message(train_script, arguments, capsys)
     assert not out.exists()
 
 

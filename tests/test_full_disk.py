@@ -26,7 +26,7 @@ OPTIONS = [
 
 @contextlib.contextmanager
 def full_disk():
-    """Let no file of this process grow, so that the kernel refuses every write (EFBIG rather than ENOSPC)."""
+    """Let no file of this process grow, so that the kernel rejects every write (EFBIG rather than ENOSPC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:

@@ -212,8 +212,10 @@ def test_resumed_annotation_keeps_complete_shards_and_padding(jobs, uninterrupte
     assert interruption.differences(tmp_path / "run", uninterrupted("data")[0]) == []
 
 
-@pytest.mark.parametrize("interrupts, fact", [(1, "warm start 2 of 3"), (2, "interrupted")])
-def test_first_sigint_finishes_the_step_and_second_stops_at_once(interrupts, fact, jobs, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("interrupts, fragment", [(1, "warm start 2 of 3"), (2, "interrupted")])
+def test_first_sigint_finishes_the_step_and_second_stops_at_once(
+    interrupts, fragment, jobs, tmp_path, monkeypatch, capfd
+):
     on_update = CheckFinite.on_update
 
     def interrupt(callback, done):
@@ -228,7 +230,7 @@ def test_first_sigint_finishes_the_step_and_second_stops_at_once(interrupts, fac
     error = capfd.readouterr().err
     message = error.splitlines()[-1]
     assert "interrupt again" in error
-    assert message.startswith("train.py: ") and fact in message and "--resume" in message
+    assert message.startswith("train.py: ") and fragment in message and "--resume" in message
     assert (tmp_path / "run" / "warm_start" / "checkpoints" / "2").is_dir() == (interrupts == 1)
 
 

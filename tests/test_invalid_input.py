@@ -389,8 +389,8 @@ def test_nonfinite_loss_keeps_the_last_finite_checkpoint(root, capsys):
         train_script.main(command)
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
-    for fact in ("step 3", f"records {2 * index}, {2 * index + 1}", f"groups {group}", "finite"):
-        assert fact in message, message
+    for fragment in ("step 3", f"records {2 * index}, {2 * index + 1}", f"groups {group}", "finite"):
+        assert fragment in message, message
     checkpoints = Checkpoints(root / "run" / "checkpoints", read_only=True)
     assert checkpoints.latest() == 2
     checkpoints.close()

@@ -27,7 +27,7 @@ def clock(monkeypatch):
     return manual
 
 
-def replace_stderr_by_terminal(monkeypatch, kind="xterm"):
+def replace_stderr_with_terminal(monkeypatch, kind="xterm"):
     """Return the stream of a fake terminal; call it in the test itself, since pytest replaces stderr after fixtures."""
     stream = io.StringIO()
     stream.isatty = lambda: True
@@ -104,7 +104,7 @@ def test_track_is_lazy(clock):
 
 
 def test_terminal_shows_nested_bars(clock, monkeypatch):
-    terminal = replace_stderr_by_terminal(monkeypatch)
+    terminal = replace_stderr_with_terminal(monkeypatch)
     for _ in track(range(3), "update", 3, "updates", amount=("tokens", lambda item: 7)):
         consume(clock, 1, range(2), "evaluation samples", 2, "batches")
     output = terminal.getvalue()
@@ -116,7 +116,7 @@ def test_terminal_shows_nested_bars(clock, monkeypatch):
 
 
 def test_interrupted_work_restores_the_terminal(clock, monkeypatch):
-    terminal = replace_stderr_by_terminal(monkeypatch)
+    terminal = replace_stderr_with_terminal(monkeypatch)
 
     def interrupted():
         for item in track(range(3), "update", 3):
@@ -131,7 +131,7 @@ def test_interrupted_work_restores_the_terminal(clock, monkeypatch):
 
 
 def test_dumb_terminal_gets_plain_lines(clock, monkeypatch):
-    terminal = replace_stderr_by_terminal(monkeypatch, "dumb")
+    terminal = replace_stderr_with_terminal(monkeypatch, "dumb")
     consume(clock, 3, range(2), "sampling", 2)
     assert terminal.getvalue() == "sampling: 2/2 items (100%), 0.33 items/s, 0:06 elapsed\n"
 

@@ -92,7 +92,7 @@ def test_sequences_longer_than_the_context_are_rejected(tiny, tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--model", tiny, "--data", str(data), "--output-dir", str(tmp_path / "run"), *SMALL]
     message = error_message(["dpo", *options], capsys)
-    assert all(fact in message for fact in ("line 2", "2048", "--drop-longer-than"))
+    assert all(fragment in message for fragment in ("line 2", "2048", "--drop-longer-than"))
     message = error_message(["dpo", *options, "--drop-longer-than", "4"], capsys)
     assert re.search(r"\b6\b.*\b4 tokens", message)
     assert not (tmp_path / "run").exists()

@@ -62,10 +62,10 @@ def main() -> tuple[float, float]:
     graphdef, params = nnx.split(Model(nnx.Rngs(0)))
     pairs = jax.random.randint(jax.random.key(1), (2 * PAIRS, 2, LENGTH), 0, VOCABULARY)
     order = jnp.argsort(-pairs.sum(-1), axis=1)
-    sides = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)  # [2, pairs, T]: chosen, rejected
+    pairs = jnp.moveaxis(jnp.take_along_axis(pairs, order[..., None], axis=1), 1, 0)  # [2, pairs, T], chosen first
     logp = jax.jit(jax.vmap(lambda params, tokens: nnx.merge(graphdef, params).logp(tokens), (None, 0)))
     # The reference is frozen, so its log-probabilities are computed once.
-    reference = logp(params, sides)
+    reference = logp(params, pairs)
     optimizer = optax.adam(1e-2)
 
     @jax.jit
@@ -83,10 +83,10 @@ def main() -> tuple[float, float]:
     def batches(step: int) -> DeviceBatch:
         """Batch of a step; a pure function of the step, so that a resumed loop sees the same data."""
         rows = jax.random.choice(jax.random.fold_in(jax.random.key(2), step), PAIRS, (BATCH,), replace=False)
-        return DeviceBatch((sides[:, rows], reference[:, rows]))
+        return DeviceBatch((pairs[:, rows], reference[:, rows]))
 
     def accuracy(params) -> float:
-        chosen, rejected = logp(params, sides[:, PAIRS:]) - reference[:, PAIRS:]
+        chosen, rejected = logp(params, pairs[:, PAIRS:]) - reference[:, PAIRS:]
         return float(jnp.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
     evaluate = Evaluate(accuracy, every=50)

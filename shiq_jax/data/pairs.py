@@ -85,7 +85,7 @@ def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[str | Message
 
 def _split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
+    while shared < min(len(chosen), len(rejected)) - 1 and _equal_messages(chosen[shared], rejected[shared]):
         shared += 1
     # The answers must start with an assistant turn.
     while shared and chosen[shared]["role"] != "assistant":
@@ -107,8 +107,8 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _starts_with(conversation: Sequence[Mapping], base: Sequence[Mapping]) -> bool:
-    return len(conversation) >= len(base) > 0 and all(map(_same, conversation, base))
+    return len(conversation) >= len(base) > 0 and all(map(_equal_messages, conversation, base))
 
 
-def _same(left: Mapping, right: Mapping) -> bool:
+def _equal_messages(left: Mapping, right: Mapping) -> bool:
     return left.get("role") == right.get("role") and left.get("content") == right.get("content")

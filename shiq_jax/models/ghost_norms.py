@@ -60,7 +60,7 @@ class Tie(NamedTuple):
     """Link between the two uses of a tied embedding table: the looked-up tokens, and zeros that carry cotangents.
 
     Attributes:
-        tokens: that the lookup reads.
+        tokens: tokens that the lookup reads.
         embedding_grads: its cotangent, set by the lookup, is the cotangent of the embeddings.
         head_grads: its cotangent, set by the LM head, holds the rows of the head's gradient that belong to `tokens`.
     """
@@ -135,7 +135,7 @@ def is_differentiated(argument) -> tuple | None:
 
 
 def instantiate(cotangent) -> Array:
-    """Replace a symbolic zero by an array."""
+    """Replace a symbolic zero with an array."""
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
@@ -181,7 +181,7 @@ def _expand_rows(rows: Array, like: Array) -> Array:
 
 @functools.cache
 def product(num_inputs: int) -> Operation:
-    """Product with a kernel: contracts the last `num_inputs` dimensions of the input with its first ones."""
+    """Product with a kernel; contracts the last `num_inputs` dimensions of the input with the kernel's first ones."""
 
     def flatten(x, cotangent):
         inputs = x.reshape(x.shape[0], -1, math.prod(x.shape[x.ndim - num_inputs :]))

@@ -22,7 +22,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
     Keys: `tokens`, `action_mask`, `rewards` (0 at tokens that are not actions), `group_id`; and, if the record has
     them, `behaviour_logp`, `logp`, `lse` (null at tokens that are not actions), `prompt`, `user_id`, `chosen`, `label`,
-    `rank` and `score`. `record_from_json` restores the record bit for bit.
+    `rank` and `score`. `record_from_json` restores the record bitwise.
     """
     positions = np.flatnonzero(record.action_mask)
 

@@ -94,8 +94,8 @@ def _read_buffer(source: str, tokenizer, context: ImportContext) -> Iterator[Rec
     for number in range(len(buffer)):
         record = buffer[number]
         with formats.located_errors(f"{source}, record {number}"):
-            wanted = context.validate_and_accept(record)
-        if wanted:
+            accepted = context.validate_and_accept(record)
+        if accepted:
             yield record
 
 

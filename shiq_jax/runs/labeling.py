@@ -1,4 +1,4 @@
-"""The second buffer of losses on labeled answers, such as KTO: labeled answers and mismatched answers."""
+"""Replay buffer of labeled answers for KTO and similar losses, with mismatched answers for the KL estimate."""
 
 from __future__ import annotations
 

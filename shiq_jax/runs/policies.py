@@ -34,7 +34,7 @@ def resolve_policy(name: str) -> PolicySource:
     run = RunDirectory(path.parent.parent if path.parent.name == "rounds" else path)
     if not run.task.exists():
         return PolicySource(name)
-    rounds: list[RoundDirectory] = [each for each in run.started_rounds() if path in (run.path, each.path)]
+    rounds: list[RoundDirectory] = [round for round in run.started_rounds() if path in (run.path, round.path)]
     for round in reversed(rounds):
         if round.checkpoints.is_dir():
             return PolicySource(run.initial_policy(round), run, round.checkpoints, step)

@@ -15,7 +15,7 @@ from shiq_jax.runs.metrics import Tracker
 from shiq_jax.runs.run_directory import RunDirectory, write_json
 from shiq_jax.sharding import hosts
 
-# Tracker -> required package; the extra that installs the package is named like the tracker.
+# Tracker -> required package; the optional dependency that installs it has the name of the tracker.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -59,7 +59,7 @@ class TensorBoard:
 
     @hosts.on_writer
     def begin(self, rows: list[dict]) -> None:
-        """Replace the event files by one with the settings and all rows."""
+        """Replace the event files with one that holds the settings and all rows."""
         from tensorboardX import SummaryWriter
 
         self.close()
@@ -143,7 +143,9 @@ class WandB:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            raise UserError(f"--track wandb: W&B failed to open a run ({error}): fix this, or omit it") from error
+            raise UserError(
+                f"--track wandb: W&B failed to open a run ({error}): fix the cause, or omit --track wandb"
+            ) from error
         for stage in ("warm_start", "update", "evaluation", "samples"):
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         # The server's count is authoritative; an offline run has only the local count.

@@ -76,9 +76,9 @@ def _mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
         )
     product = math.prod(size for size in sizes.values() if size != -1)
     if product > devices or (inferred_axes and devices % product):
-        fault = "there are only" if product > devices else "does not divide the"
+        problem = "there are only" if product > devices else "does not divide the"
         raise ValueError(
-            f"mesh: the product of the sizes is {product}, but {fault} {devices} devices; choose sizes whose product "
+            f"mesh: the product of the sizes is {product}, but {problem} {devices} devices; choose sizes whose product "
             f"divides {devices}"
         )
     return {axis: devices // product if sizes.get(axis) == -1 else sizes.get(axis, 1) for axis in AXES}

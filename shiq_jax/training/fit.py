@@ -65,8 +65,8 @@ def fit(
     """Apply `update` to the batches of steps `start` to `stop - 1` and return the last state.
 
     The metrics of an update are fetched after the next update is dispatched, so the device does not wait for the host.
-    If a callback needs the state, they are fetched before it. A callback that raises in `on_update` therefore does so
-    before any callback sees or saves that state.
+    If a callback needs the state, the metrics are fetched before `on_state`, so a callback that raises in `on_update`
+    prevents that state from being saved.
 
     Args:
         state: initial state; donated if `update` donates.

@@ -39,10 +39,10 @@ def privacy_units(buffer: Buffer, unit: str, privacy_unit: str = "example") -> l
     for (example,) in groups:
         names = {buffer[index].user for index in example}
         if None in names or len(names) > 1:
-            fault = "has no user" if None in names else "has records of several users"
+            problem = "has no user" if None in names else "has records of several users"
             raise UserError(
-                f"{buffer.path}: the {unit} of record {example[0]} {fault}, but user-level privacy needs exactly one: "
-                "give every row its user_id, or use --privacy.unit example"
+                f"{buffer.path}: the {unit} of record {example[0]} {problem}, but user-level privacy needs exactly "
+                "one: give every row its user_id, or use --privacy.unit example"
             )
         users.setdefault(names.pop(), []).append(example)
     return [tuple(examples) for examples in users.values()]

@@ -29,7 +29,7 @@ def test_tiny_workload_has_short_byte_sequences(tmp_path, name):
     steps = json.loads(path.read_text())
     assert len(steps) == workload.steps and all(len(step) == workload.groups for step in steps)
     for group in sum(steps, []):
-        assert len(group["answers"]) == workload.answers and all(len(each) <= 8 for each in group["answers"])
+        assert len(group["answers"]) == workload.answers and all(len(answer) <= 8 for answer in group["answers"])
         assert len(group["prompt"]) <= 64 and max(map(max, (group["prompt"], *group["answers"]))) < 256
 
 

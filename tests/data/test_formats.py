@@ -61,7 +61,7 @@ def test_rows_are_grouped_by_prompt_or_group_id(write):
     assert (fourth.group, fourth.user, first.user) == ("7", "ann", None)
 
 
-def test_prompt_keeps_other_fields_but_no_answers(write):
+def test_prompt_keeps_other_fields_but_no_completions(write):
     row = {"prompt": "a", "completion": "x", "reward": 1, "answer": "y", "id": 3}
     (record,) = trajectories(write(row), TOKENIZER)
     assert json.loads(record.prompt) == {"prompt": "a", "answer": "y", "id": 3}

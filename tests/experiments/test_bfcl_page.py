@@ -58,8 +58,8 @@ def results(tmp_path):
 def test_ranking_of_a_clear_winner(results, tmp_path):
     loaded = results({"reference": 0.3, "more_sft": 0.31, "best_of_k": 0.31, "dpo": 0.31, "shiq": 0.6})
     for name in ("sampled", "greedy"):
-        best, beaten, tied = bfcl_page.ranking(loaded, name)
-        assert best == "shiq" and set(beaten) == set(ARMS) - {"shiq"} and not tied
+        best, significant, tied = bfcl_page.ranking(loaded, name)
+        assert best == "shiq" and set(significant) == set(ARMS) - {"shiq"} and not tied
         assert loaded.difference("shiq", "dpo", name).low > 0
     bfcl_page.write(tmp_path, "small")
     assert (tmp_path / "bfcl.md").exists() and (tmp_path / "bfcl.png").stat().st_size > 10_000
@@ -67,8 +67,8 @@ def test_ranking_of_a_clear_winner(results, tmp_path):
 
 def test_ranking_reports_ties_and_losses(results):
     loaded = results({"reference": 0.5, "more_sft": 0.5, "best_of_k": 0.7, "dpo": 0.7, "shiq": 0.2})
-    best, beaten, tied = bfcl_page.ranking(loaded, "sampled")
-    assert best == "best_of_k" and tied == ["dpo"] and "shiq" in beaten
+    best, significant, tied = bfcl_page.ranking(loaded, "sampled")
+    assert best == "best_of_k" and tied == ["dpo"] and "shiq" in significant
     assert loaded.difference("shiq", "reference", "sampled").high < 0
 
 

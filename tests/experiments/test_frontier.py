@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import frontier_page
-from experiments.frontier_page import KL_LIMITS, compare_shiq, envelope, mean_height, rewards_at_equal_kl
+from experiments.frontier_page import KL_LIMITS, compare_shiq, envelope, mean_envelope, rewards_at_equal_kl
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -20,7 +20,7 @@ def test_envelope_is_monotone_and_starts_at_the_reference():
     policies = points((0.2, 0.5), (0.9, 0.4), (2.0, 0.8))
     assert envelope(policies, [0.0, 0.2, 1.0, 2.0, 9.0], 0.45) == [0.45, 0.5, 0.5, 0.8, 0.8]
     assert envelope([], [1.0], 0.3) == [0.3]
-    assert mean_height(policies, 0.45) == pytest.approx(np.mean([0.5, 0.5, 0.5, 0.8, 0.8]))
+    assert mean_envelope(policies, 0.45) == pytest.approx(np.mean([0.5, 0.5, 0.5, 0.8, 0.8]))
     assert KL_LIMITS == (0.25, 0.5, 1.0, 2.0, 3.0)
 
 

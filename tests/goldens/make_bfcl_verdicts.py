@@ -159,7 +159,7 @@ def main() -> None:
         ground_truths |= {entry["id"]: entry["ground_truth"] for entry in load_ground_truth_entry(category)}
     handler = get_handler(MODEL)
 
-    def judge(line: dict[str, Any]) -> dict[str, Any]:
+    def evaluate(line: dict[str, Any]) -> dict[str, Any]:
         try:
             valid = _evaluate_single_ast_entry(
                 handler, line["id"], line["text"], ground_truths[line["id"]], questions[line["id"]], MODEL,
@@ -180,7 +180,7 @@ def main() -> None:
     for question_id in ("simple_python_0", "multiple_3"):
         for source, text in expression_answers(ground_truths[question_id], rng):
             lines.append({"id": question_id, "source": source, "text": text})
-    verdicts = [judge(line) for line in lines]
+    verdicts = [evaluate(line) for line in lines]
     FILE.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts), encoding="utf-8")
     print({value: sum(line["valid"] is value for line in verdicts) for value in (True, False, None)})
 

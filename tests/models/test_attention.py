@@ -1,4 +1,4 @@
-"""Attention against loops in numpy, on random forests."""
+"""Attention against loops in numpy, on random token forests."""
 
 import chex
 import jax
@@ -126,7 +126,7 @@ def test_blocked_attention_matches_a_single_block(start, monkeypatch):
         chex.assert_trees_all_close(values_and_gradients(), expected, rtol=1e-7, atol=2e-6)
 
 
-def test_query_without_visible_keys_is_finite_and_sends_no_gradient():
+def test_query_without_visible_keys_is_finite_and_gives_no_gradient():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 1, 4, 2, 8))
     mask = forest_mask(None, 4)._replace(key_enter=jnp.array([[NEVER, 0, 0, 0]]))
 

@@ -146,10 +146,10 @@ def test_replace_rows(model, params):
     np.testing.assert_array_equal(replaced.enter == 0, visible)
     np.testing.assert_array_equal(replaced.exit[visible], expected.exit[visible])
     for field, slot_axis in (("keys", -1), ("values", -2)):
-        actual, wanted = (
+        actual, expected_entries = (
             np.moveaxis(np.asarray(getattr(cache, field)), slot_axis, 2)[:, visible] for cache in (replaced, expected)
         )
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+        np.testing.assert_allclose(actual, expected_entries, atol=1e-5)
 
 
 def test_sharded_cache_matches_forward(model, params):

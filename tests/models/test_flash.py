@@ -71,7 +71,7 @@ def test_unaligned_queries_match_xla():
     assert_close(*run_engines(q, k, v, mask), 1e-6)
 
 
-def test_query_without_visible_keys_is_finite_and_sends_no_gradient():
+def test_query_without_visible_keys_is_finite_and_gives_no_gradient():
     rng = np.random.default_rng(4)
     q, k, v = random_qkv(rng, 1, 40, 40, 2, 2, 16)
     causal = forest_mask(None, 40)

@@ -13,7 +13,7 @@ from shiq_jax.sharding import make_mesh
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2)
 
 
-def test_independent_of_mesh(random_params):
+def test_fingerprint_is_independent_of_mesh(random_params):
     params = random_params(Model.from_config(CONFIG))
     fingerprints = {fingerprint(params)}
     for mesh in ("fsdp=8", "replica=2,fsdp=2,tensor=2"):
@@ -27,7 +27,7 @@ def test_independent_of_mesh(random_params):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 11), st.integers(0, 11))
-def test_swapped_elements_change_it(i, j):
+def test_swapped_elements_change_the_fingerprint(i, j):
     array = np.arange(12, dtype=np.float32)
     swapped = array.copy()
     swapped[[i, j]] = swapped[[j, i]]
@@ -36,19 +36,19 @@ def test_swapped_elements_change_it(i, j):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.bool_])
-def test_changed_element_changes_it(dtype):
+def test_changed_element_changes_the_fingerprint(dtype):
     array = jnp.zeros((5, 7), dtype)
     assert fingerprint({"a": array}) != fingerprint({"a": array.at[4, 6].set(True)})
     assert fingerprint({"a": array}) == fingerprint({"a": jnp.zeros((5, 7), dtype)})
 
 
-def test_smallest_change_changes_it():
+def test_smallest_change_changes_the_fingerprint():
     array = jnp.ones(100)
     assert fingerprint({"a": array}) != fingerprint({"a": array.at[50].set(np.nextafter(np.float32(1), np.float32(2)))})
     assert fingerprint({"a": jnp.zeros(1)}) != fingerprint({"a": -jnp.zeros(1)})
 
 
-def test_names_shapes_and_dtypes_change_it():
+def test_names_shapes_and_dtypes_change_the_fingerprint():
     zeros = jnp.zeros((2, 3))
     trees = [
         {"a": zeros},
@@ -62,12 +62,12 @@ def test_names_shapes_and_dtypes_change_it():
     assert len({fingerprint(tree) for tree in trees}) == len(trees)
 
 
-def test_independent_of_insertion_order():
+def test_fingerprint_is_independent_of_insertion_order():
     x, y = jnp.ones(2), jnp.zeros(3)
     assert fingerprint({"x": x, "y": y}) == fingerprint({"y": y, "x": x})
 
 
-def test_float64():
+def test_fingerprint_of_float64():
     with jax.enable_x64(True):
         array = jnp.arange(3, dtype=jnp.float64)
         assert fingerprint({"a": array}) == fingerprint({"a": array + 0})

@@ -85,11 +85,15 @@ def test_option_is_passed_to_the_loss(options_class, loss, option):
 
 def test_option_of_another_loss_is_an_error_even_with_its_default_value():
     for options_class in CLASSES:
-        declared = {name: option for each in options_class.objectives.values() for name, option in each.options.items()}
+        declared = {
+            name: option
+            for objective in options_class.objectives.values()
+            for name, option in objective.options.items()
+        }
         for loss, objective in options_class.objectives.items():
             for name in declared.keys() - set(objective.options):
                 default = next(
-                    each.options[name].default for each in options_class.objectives.values() if name in each.options
+                    other.options[name].default for other in options_class.objectives.values() if name in other.options
                 )
                 if default is not None:
                     with pytest.raises(ValueError, match=f"{name} is not an option of the loss {loss}, which takes "):
@@ -119,7 +123,7 @@ def help_of(options_class) -> str:
 @pytest.mark.parametrize("options_class", CLASSES)
 def test_help_shows_every_option_once_with_losses_and_defaults(options_class):
     text = help_of(options_class)
-    for option in {option for each in options_class.objectives.values() for option in each.options}:
+    for option in {option for objective in options_class.objectives.values() for option in objective.options}:
         assert len(re.findall(rf" --{option.replace('_', '-')}[ ,]", text)) == 1, option
     assert "None" not in text
     if options_class is PairLoss:

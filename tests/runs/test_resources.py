@@ -18,11 +18,11 @@ def resources() -> dict:
     gc.collect()
     objects = gc.get_objects()
     # `isinstance` would trigger lazy imports and proxies.
-    loops = [each for each in objects if issubclass(type(each), asyncio.AbstractEventLoop)]
+    loops = [item for item in objects if issubclass(type(item), asyncio.AbstractEventLoop)]
     return {
         "threads": {thread.name for thread in threading.enumerate()},
         "event loops": sum(not loop.is_closed() for loop in loops),
-        "checkpoint managers": sum(issubclass(type(each), CheckpointManager) for each in objects),
+        "checkpoint managers": sum(issubclass(type(item), CheckpointManager) for item in objects),
     }
 
 

@@ -1,6 +1,6 @@
-"""Training curves of the embedded default job: `python -m experiments.embedded` draws docs/results/embedded.png.
+"""Training curves of the built-in toy task: `python -m experiments.toy` draws docs/results/toy.png.
 
-python -m experiments.embedded --quick    test the script with a few updates
+python -m experiments.toy --quick    test the script with a few updates
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from shiq_jax.runs.run_directory import RunDirectory
 class Options:
     """Directories of the run and the figure."""
 
-    runs: Path = Path("runs/embedded")
+    runs: Path = Path("runs/toy")
     """Run directory; an interrupted run is resumed, a finished one is only read."""
     out: Path = Path("docs/results")
     """Output directory of the figure."""
     quick: bool = False
-    """Test the script with a few updates; writes only to runs/embedded-quick."""
+    """Test the script with a few updates; writes only to runs/toy-quick."""
 
 
 def main(options: Options) -> None:
     """Train unless the run is finished, and draw the figure."""
-    quick = options.runs.with_name("embedded-quick")
+    quick = options.runs.with_name("toy-quick")
     run, out = (RunDirectory(quick / "run"), quick) if options.quick else (RunDirectory(options.runs), options.out)
     if not run.summary.exists():
         job = commands.toy_defaults(commands.Shiq())
         job = quick_job(job) if options.quick else job
         run_job(dataclasses.replace(job, output_dir=run.path, resume=run.config.exists()))
-    draw(MetricsLog(run.metrics), out / "embedded.png")
+    draw(MetricsLog(run.metrics), out / "toy.png")
 
 
 def quick_job(job: Job) -> Job:

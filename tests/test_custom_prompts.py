@@ -109,9 +109,9 @@ def test_resume_with_a_changed_buffer_is_rejected(tiny, sampled, tmp_path, capsy
 
 def test_options_that_do_not_apply_to_a_buffer_are_rejected(tiny, sampled, tmp_path, capsys):
     command = ["shiq", "--model", tiny, "--data", str(sampled / "buffer"), "--output-dir", str(tmp_path / "run")]
-    for options, fact in ((["--score", "overall_score"], "--score"), (["--drop-longer-than", "2"], "2")):
+    for options, fragment in ((["--score", "overall_score"], "--score"), (["--drop-longer-than", "2"], "2")):
         with pytest.raises(SystemExit) as stop:
             train_script.main([*command, *options, *SMALL])
         message = capsys.readouterr().err
-        assert stop.value.code == 2 and "Traceback" not in message and fact in message.splitlines()[-1]
+        assert stop.value.code == 2 and "Traceback" not in message and fragment in message.splitlines()[-1]
         assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Matrix multiplications of each clipping method, counted in the traced program."""
+"""FLOPs of each clipping method, counted in the traced program."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from shiq_jax.privacy import FlatClip, Groupwise, clipped_sum, count_groups
 from shiq_jax.replay import full_rows
 from shiq_jax.training.private_gradient import UnitLosses
 
-# Rows long enough that norms come from materialized row gradients, and a vocabulary of negligible cost.
+# Rows long enough that norms come from materialized per-row gradients, and a vocabulary of negligible cost.
 LENGTH, ROWS = 64, 2
 CONFIG = DecoderConfig(
     vocab_size=8, hidden_size=16, intermediate_size=480, num_layers=3, num_heads=2, num_kv_heads=2,
