@@ -223,7 +223,7 @@ def test_each_process_offloads_its_own_shards(outputs):
 
 def test_two_processes_share_a_run_directory(outputs):
     for out in outputs:
-        assert "run holds a run already" in out["second run"]
+        assert "already holds a run" in out["second run"]
         assert out["appended"] == [1, 2] and out["manifests equal"]
         assert out["rows"] == [{"stage": "update", "step": step, "loss": 1.0 / (step + 1)} for step in range(2)]
 
