@@ -119,8 +119,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if slowdowns:
         sentences.append(
             f"Noise slows a single step at its optimal learning rate by a factor of at most {max(slowdowns):.2f}, at "
-            f"the {len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of noise "
-            "for a run [is a different quantity](#noise-in-a-step-and-in-a-run)."
+            f"the {len(slowdowns)} of {len(monitored)} monitored states with a positive trace estimate; the cost of "
+            "noise for a run [is a different quantity](#noise-in-a-step-and-in-a-run)."
         )
     base = final_losses(results, "mixed 10%, epsilon 8")
     resets = {
