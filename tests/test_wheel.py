@@ -36,7 +36,7 @@ def bin_directory(tmp_path_factory) -> Path:
     # Build from a copy, because setuptools writes into the source tree.
     source = directory / "source"
     shutil.copytree(ROOT / "shiq_jax", source / "shiq_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
     output_of(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", directory, source, cwd=directory)

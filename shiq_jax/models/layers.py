@@ -32,7 +32,7 @@ class ForwardSettings(NamedTuple):
     """Settings of one forward pass, shared by all modules.
 
     Attributes:
-        dtype: of activations.
+        dtype: dtype of the activations.
         remat: rematerialization policy, a key of `decoder.REMAT`.
         engine: attention engine, a key of `attention.ENGINES`.
         tracker: per-row gradient norms, see `ghost_norms`.

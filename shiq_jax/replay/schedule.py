@@ -19,7 +19,7 @@ PackGroup = tuple[Members, ...]
 
 
 class PackGroups(list[PackGroup]):
-    """A list of pack groups; `skipped` counts the groups without a pack group."""
+    """A list of pack groups; `skipped` counts the groups that yield none."""
 
     def __init__(self, pack_groups: Iterable[PackGroup] = (), skipped: int = 0):
         super().__init__(pack_groups)
