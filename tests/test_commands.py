@@ -15,6 +15,8 @@ import eval as eval_script
 import train as train_script
 from shiq_jax.replay import Buffer, to_jsonl
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "--warm-start.steps", "3", "--warm-start.batch-size", "8", "--warm-start.demonstrations", "32",
@@ -63,6 +65,7 @@ def test_run_writes_documented_files(finished):
     assert max(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == "6"
 
 
+@pytest.mark.slow
 def test_export_loads_in_transformers(finished):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +83,7 @@ def test_export_loads_in_transformers(finished):
     assert np.abs(np.asarray(params["embed"]["table"]) - np.asarray(reference["embed"]["table"])).max() > 0
 
 
+@pytest.mark.slow
 def test_buffer_statistics_match_dense_logits_of_the_reference(finished):
     from shiq_jax.models import load_hf
     from shiq_jax.objectives import token_stats_from_logits
@@ -118,6 +122,7 @@ def test_inspect_summarizes_a_buffer(finished, capsys):
     assert "36 in 12 groups" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_documented_python_examples_run_on_a_buffer(finished):
     full_training, lora_training = (
         re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[1]
@@ -169,6 +174,7 @@ def test_training_on_external_data(name, tiny, tmp_path):
     assert not (out / "reference").exists()
 
 
+@pytest.mark.slow
 def test_samples_of_one_run_train_another(finished, tiny, tmp_path):
     data = tmp_path / "samples.jsonl"
     first = Buffer.open(finished / "buffer")
@@ -263,6 +269,7 @@ def test_evaluation_resumes_only_with_the_same_options(finished, tmp_path, capsy
     assert "max_tokens=2" in error_message(eval_script, [*arguments, "--resume", "--max-tokens", "3"], capsys)
 
 
+@pytest.mark.slow
 def test_run_export_and_checkpoints_evaluate_equally(finished, tmp_path):
     data = str(finished / "data" / "held_out.jsonl")
 

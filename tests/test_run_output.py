@@ -97,6 +97,7 @@ def test_documented_evaluation_files_match(evaluations):
     assert all(isinstance(row["logratio"], float) for row in rows)
 
 
+@pytest.mark.slow
 def test_documented_code_reads_a_run(run):
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1].replace("runs/shiq", str(run))
     scope = {}
@@ -107,6 +108,7 @@ def test_documented_code_reads_a_run(run):
     assert fingerprint(scope["policy"]) == fingerprint(load_hf(run / "export")[1])
 
 
+@pytest.mark.slow
 def test_documented_metric_stages_match(run):
     section = PAGE.split("## metrics.jsonl")[1].split("## samples")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -114,6 +116,7 @@ def test_documented_metric_stages_match(run):
     assert {row["stage"] for row in MetricsLog(run / "metrics.jsonl").rows()} == stages
 
 
+@pytest.mark.slow
 def test_every_epoch_samples_the_same_prompts(run):
     samples = {int(file.stem): read_jsonl(file) for file in (run / "samples").iterdir()}
     # Six prompts in batches of three give two updates per epoch; only the last epoch ends with an evaluation.
@@ -131,6 +134,7 @@ def test_every_epoch_samples_the_same_prompts(run):
         assert row["greedy_reward"] == pytest.approx(sum(greedy) / 8)
 
 
+@pytest.mark.slow
 def test_resuming_a_complete_run_backfills_a_tracker(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -151,6 +155,7 @@ def test_missing_tracker_package_is_rejected_before_writing(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_inspect_summarizes_a_complete_run(run, capsys):
     train_script.main(["inspect", str(run), "--generations", "2"])
     output = capsys.readouterr().out

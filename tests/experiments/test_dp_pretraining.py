@@ -31,6 +31,8 @@ from shiq_jax.errors import UserError
 from shiq_jax.privacy import FlatClip, Improvement, Landscape, Mechanism
 from shiq_jax.privacy.secret import Secret
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def text():
@@ -281,6 +283,7 @@ def test_finished_measurements_are_not_repeated(tmp_path, monkeypatch):
     assert page.table(results) in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_committed_results_are_complete():
     directory = Path(__file__).parents[2] / "docs" / "results"
     results = json.loads((directory / "dp_pretraining.json").read_text())
@@ -306,6 +309,7 @@ def quick():
 RATES = {"plain": 3e-3, "private": 1e-2}
 
 
+@pytest.mark.slow
 def test_plans_and_number_of_states(quick):
     arm = ATTACK_ARMS["few units, not private"]
     plan = quick.plan(arm)

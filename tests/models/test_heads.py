@@ -64,6 +64,7 @@ def test_new_heads_barely_change_the_policy():
     assert np.any(np.asarray(params[HEADS]["q1"]["kernel"]) != np.asarray(params[HEADS]["q2"]["kernel"]))
 
 
+@pytest.mark.slow
 def test_sharded_heads_match_unsharded(model_and_params):
     model, params = model_and_params
     sharded = ModelWithHeads.of(Model.from_config(CONFIG, mesh=make_mesh("fsdp=4,tensor=2")), KINDS)

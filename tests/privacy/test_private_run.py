@@ -59,6 +59,7 @@ def completed_run(tiny, files, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_run_spends_epsilon_and_logs_no_private_metrics(completed_run):
     updates = rows_of(completed_run)
     assert len(updates) == 6
@@ -73,6 +74,7 @@ def test_run_spends_epsilon_and_logs_no_private_metrics(completed_run):
     assert account["epsilon"] == spent[-1] and not account["insecure"] and not account["shown"]
 
 
+@pytest.mark.slow
 def test_publishable_files_omit_the_data_digest(completed_run):
     """The digest would allow a membership test by someone who has all rows but one."""
     digest = json.loads((completed_run / "config.json").read_text())["data_digest"]
@@ -82,6 +84,7 @@ def test_publishable_files_omit_the_data_digest(completed_run):
     assert not any(digest.encode() in file.read_bytes() for file in publishable if file.is_file())
 
 
+@pytest.mark.slow
 def test_secret_is_stored_in_one_file_only(completed_run):
     path = completed_run / "secret.key"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -92,6 +95,7 @@ def test_secret_is_stored_in_one_file_only(completed_run):
             assert root not in content and root.hex().encode() not in content, file
 
 
+@pytest.mark.slow
 def test_checkpoints_record_epsilon_spent(completed_run):
     metadata = Checkpoints(completed_run / "checkpoints", read_only=True).metadata(6)
     fingerprint = json.loads((completed_run / "privacy.json").read_text())["secret"]
@@ -202,6 +206,7 @@ def test_invalid_options_are_rejected(tiny, files, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_resume_without_secret_or_with_other_data_is_rejected(tiny, files, completed_run, tmp_path, capsys):
     run = tmp_path / "copy"
     shutil.copytree(completed_run, run)
@@ -218,6 +223,7 @@ def test_resume_without_secret_or_with_other_data_is_rejected(tiny, files, compl
     assert "accounts for dataset_size 23" in error_message(resume, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "checkpoints", None])
 def test_resume_without_account_is_rejected(missing, tiny, files, completed_run, tmp_path, capsys):
     """Checkpoints or metrics show that steps were released; a new secret would release them with different noise."""
@@ -234,6 +240,7 @@ def test_resume_without_account_is_rejected(missing, tiny, files, completed_run,
     assert (run / "secret.key").read_bytes() == secret
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_secret_is_rejected(tiny, files, completed_run, tmp_path, capsys):
     run = tmp_path / "copy"
     shutil.copytree(completed_run, run)

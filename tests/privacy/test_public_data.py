@@ -76,6 +76,7 @@ def test_public_updates_come_first_and_spend_no_epsilon(completed_run):
     assert not any("loss" in row for row in rows_of(completed_run, "update"))
 
 
+@pytest.mark.slow
 def test_improvement_is_logged_at_every_evaluation(completed_run):
     improvements = rows_of(completed_run, "improvement")
     # At the start, at the switch, in the middle and at the end.
@@ -86,6 +87,7 @@ def test_improvement_is_logged_at_every_evaluation(completed_run):
     assert (completed_run / "improvement.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_documentation_lists_files_of_a_private_run(completed_run):
     page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
     general, private = page.split("A [private run]")
@@ -95,6 +97,7 @@ def test_documentation_lists_files_of_a_private_run(completed_run):
     assert sorted([*private_files, "secret.key"]) == sorted(documented)
 
 
+@pytest.mark.slow
 def test_inspect(completed_run, tmp_path):
     text = inspect(completed_run)
     spent = rows_of(completed_run, "update")[-1]["epsilon"]

@@ -38,6 +38,7 @@ def compiled_sum(decoder, make_batch, unit_losses):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["large vocabulary", "untied"])
 @pytest.mark.parametrize(("method", "mesh"), [("ghost", "fsdp=2,tensor=4"), ("bk", "replica=2,fsdp=2,tensor=2")])
 def test_result_is_independent_of_mesh(method, mesh, variant, compiled_sum, relative_error, monkeypatch):
