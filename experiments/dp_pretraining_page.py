@@ -227,7 +227,9 @@ def render(results: Mapping[str, Any]) -> str:
             unknown = TRACE_METRICS if values["trace"] <= 0 else ()
             cells = ["unknown" if field in unknown else f"{values[field]:.3g}" for field in fields]
             lines.append(f"| {name} | {step} | {' | '.join(cells)} |")
-    findings = "\n".join(f"- {sentence}" for sentence in summary(results))
+    findings = summary(results)
+    headline = [sentence for sentence in findings if " public phase " in sentence]
+    details = "\n".join(f"- {sentence}" for sentence in findings if sentence not in headline)
     trials = "; ".join(
         f"{KINDS[kind]}: " + ", ".join(f"{rate} {loss:.3f}" for rate, loss in losses.items())
         for kind, losses in rates["tried"].items()
@@ -241,7 +243,7 @@ def render(results: Mapping[str, Any]) -> str:
     )
     return f"""# Public-to-private pretraining
 
-{findings}
+{" ".join(headline)}
 
 {table(results)}
 
@@ -251,6 +253,7 @@ def render(results: Mapping[str, Any]) -> str:
 
     python -m experiments.dp_pretraining
 
+{details}
 - A byte-level decoder with {results["parameters"]:,} parameters is trained on Python source code: the standard library
   is public, installed packages are private ({settings["private"]:,} sequences of 64 bytes, each a unit).
 - The loss is measured on held-out files of the same packages.

@@ -155,13 +155,12 @@ def render(numbers: Mapping) -> str:
         rows.append(f"| {method} | {numbers['tuning'][method]['rate']:g} | " + " | ".join(cells) + " |")
     table = "\n".join([head, "|---" * (len(KL_LIMITS) + 2) + "|", *rows])
     reference_reward = np.mean([seed["reference"] for seed in seeds.values()])
-    summary = "\n".join(f"- {line}" for line in sentences(compare_shiq(numbers["matched"])))
+    comparisons = sentences(compare_shiq(numbers["matched"]))
+    others = "".join(f"- {sentence}\n" for sentence in comparisons[1:-1])
     betas = ", ".join(f"{beta:g}" for beta in scale["betas"])
     return f"""# Reward at equal KL
 
-A comparison is stated only if it holds in all {len(seeds)} seeds:
-
-{summary}
+{" ".join(comparisons[:: max(len(comparisons) - 1, 1)])}
 
 Held-out reward within a KL limit in nats per answer, mean over seeds (minimum, maximum); the reference has
 {reference_reward:.3f}:
@@ -175,6 +174,7 @@ the table.*
 
     python -m experiments.frontier
 
+{others}- A comparison is stated only if it holds in all {len(seeds)} seeds.
 - The task is the built-in toy task: a tiny decoder learns to sort digits after a warm start on demonstrations of which
   half are reversed.
 - The reference answers {scale["prompts"]} prompts {scale["samples"]} times; all methods train on these scored answers
