@@ -76,7 +76,7 @@ def main(options: Options) -> None:
     """Measure, print the rows, and write them."""
     rows.prepare(options.quick, options.json, options.page)
     if options.page and not options.page.is_file():
-        sys.exit(f"{options.page} does not exist: name a Markdown page with a table between the markers of rows.py")
+        sys.exit(f"{options.page} does not exist: name a page with the lines <!-- table --> and <!-- end of table -->")
     if options.quick:
         print("quick: tiny model without peers; their rows stay empty", file=sys.stderr)
     previous = json.loads(options.json.read_text()) if options.json.exists() else {}

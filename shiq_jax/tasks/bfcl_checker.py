@@ -2,7 +2,7 @@
 
 Decoder and checker are the leaderboard's own code, loaded from its unpacked package (`shiq_jax.tasks.fetch.bfcl`).
 Their modules import dozens of API clients that neither needs. Therefore only the decoder's functions are compiled from
-their file, and the checker is imported with a stub of the table of models.
+their file, and the checker is imported with a placeholder for the table of models.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ def load_official(directory: str | Path | None = None) -> Official:
 
 @contextlib.contextmanager
 def _importing_from(root: Path) -> Iterator[None]:
-    """Context in which `bfcl_eval` is imported from `root` with a stub of the table of models; undone on exit."""
+    """Context in which `bfcl_eval` is imported from `root` with a placeholder for the table of models; undone on exit."""
 
     def loaded_modules() -> list[str]:
         return [name for name in sys.modules if name.split(".")[0] == "bfcl_eval"]
 
     installed = {name: sys.modules.pop(name) for name in loaded_modules()}
-    stub = types.ModuleType(_MODEL_CONFIG_MODULE)
-    stub.MODEL_CONFIG_MAPPING = {"any": types.SimpleNamespace(underscore_to_dot=False)}
+    placeholder = types.ModuleType(_MODEL_CONFIG_MODULE)
+    placeholder.MODEL_CONFIG_MAPPING = {"any": types.SimpleNamespace(underscore_to_dot=False)}
     sys.path.insert(0, str(root))
-    sys.modules[_MODEL_CONFIG_MODULE] = stub
+    sys.modules[_MODEL_CONFIG_MODULE] = placeholder
     try:
         yield
     finally:
