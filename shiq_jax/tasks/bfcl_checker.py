@@ -96,7 +96,7 @@ def load_official(directory: str | Path | None = None) -> Official:
 
 @contextlib.contextmanager
 def _importing_from(root: Path) -> Iterator[None]:
-    """Context in which `bfcl_eval` is imported from `root` with a placeholder for the table of models; undone on exit."""
+    """Context in which `bfcl_eval` is imported from `root` with a placeholder model table; undone on exit."""
 
     def loaded_modules() -> list[str]:
         return [name for name in sys.modules if name.split(".")[0] == "bfcl_eval"]
