@@ -216,6 +216,9 @@ def _encode_text(tokenizer, text: str) -> list[int]:
     # Some tokenizers append EOS to every text, which would end a prompt before its completion.
     if tokens and tokens[-1] == tokenizer.eos_token_id and (not without_special or without_special[-1] != tokens[-1]):
         tokens = tokens[:-1]
+    # A text that already begins with BOS gets no second one.
+    if len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id == without_special[0]:
+        tokens = tokens[1:]
     return tokens
 
 

@@ -31,8 +31,9 @@ from shiq_jax.data.fields import check_completion, check_prompt, require_field, 
 from shiq_jax.data.files import located_rows, read_jsonl, rows
 from shiq_jax.data.import_context import ImportContext
 from shiq_jax.data.kinds import Kind, classify
+from shiq_jax.data.messages import normalize_row
 from shiq_jax.errors import UserError
-from shiq_jax.replay.export import record_from_json
+from shiq_jax.replay.export import normalize_id, record_from_json
 from shiq_jax.replay.preference import select_pair
 from shiq_jax.replay.records import FEEDBACK, STATISTICS, Record
 
@@ -66,7 +67,7 @@ def trajectories(source: str | Path, tokenizer, context: ImportContext | None = 
         UserError: a field is missing or invalid.
     """
     context = context or ImportContext()
-    for location, row in located_rows(source):
+    for location, row in _plain_rows(source):
         with located_errors(location):
             kind = classify(row, context.score)
             records = _scored_records(row, kind, tokenizer, context)
@@ -92,7 +93,7 @@ def preferences(source: str | Path, tokenizer, context: ImportContext | None = N
         UserError: a field is missing or invalid.
     """
     context = context or ImportContext()
-    for number, (location, row) in enumerate(located_rows(source)):
+    for number, (location, row) in enumerate(_plain_rows(source)):
         with located_errors(location):
             kind = classify(row, context.score)
             if kind.pair or not kind.answers:
@@ -121,7 +122,7 @@ def unpaired_preferences(source: str | Path, tokenizer, context: ImportContext |
         UserError: a field is missing or invalid.
     """
     context = context or ImportContext()
-    for number, (location, row) in enumerate(located_rows(source)):
+    for number, (location, row) in enumerate(_plain_rows(source)):
         with located_errors(location):
             kind = classify(row, context.score)
             if kind.tokens:
@@ -153,14 +154,14 @@ def demonstrations(source: str | Path, tokenizer, context: ImportContext | None 
         UserError: a field is missing or invalid.
     """
     context = context or ImportContext()
-    for location, row in located_rows(source):
+    for location, row in _plain_rows(source):
         with located_errors(location):
             kind = classify(row)
             if kind.messages:
                 row = row | split_conversation(row["messages"])
             if kind.text and not kind.messages and not kind.completion:
                 check_completion("text", row["text"])
-                group = str(row.get("group_id", _digest(row["text"])))
+                group = normalize_id("group_id", row["group_id"]) if "group_id" in row else _digest(row["text"])
                 record = _record(row, encode_text(tokenizer, row["text"]), [0.0], group)
             else:
                 check_prompt(row)
@@ -177,12 +178,20 @@ def prompts(source: str | Path) -> list[dict[str, Any]]:
     Rows without `prompt` may have an `instruction`, or conversations `chosen` and `rejected` with a shared beginning.
     """
     prompt_rows = []
-    for location, row in located_rows(source):
+    for location, row in _plain_rows(source):
         with located_errors(location):
             row = with_prompt(row)
             check_prompt(row)
         prompt_rows.append(row)
     return prompt_rows
+
+
+def _plain_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a source with plain messages, each with its location."""
+    for location, row in located_rows(source):
+        with located_errors(location):
+            row = normalize_row(row)
+        yield location, row
 
 
 @contextlib.contextmanager
@@ -360,13 +369,15 @@ def _record(row: Mapping[str, Any], encoded: Encoded, rewards: list[float], grou
         rewards=per_token[encoded.action_mask],
         group=group,
         prompt=json.dumps(prompt_fields, ensure_ascii=False, default=str) if "prompt" in row else None,
-        user=str(row["user_id"]) if "user_id" in row else None,
+        user=normalize_id("user_id", row["user_id"]) if "user_id" in row else None,
         **feedback,
     )
 
 
 def _group(row: Mapping[str, Any]) -> str:
-    return str(row["group_id"]) if "group_id" in row else _digest([row["prompt"], row.get("tools")])
+    return (
+        normalize_id("group_id", row["group_id"]) if "group_id" in row else _digest([row["prompt"], row.get("tools")])
+    )
 
 
 def _digest(value: Any) -> str:

@@ -237,7 +237,8 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
     Args:
       logratio: u, in nats.
       kind: "reverse_kl" (score u), "forward_kl" (-exp(-u)), "js_divergence" (log s(u)) or "alpha_divergence"
-        (exp((alpha - 1) u) / (alpha - 1)).
+        ((exp((alpha - 1) u) - 1) / (alpha - 1), shifted by a constant to be exact near alpha = 1; the constant cancels
+        in the difference of two scores).
       alpha: alpha of "alpha_divergence", a Python number; the score at alpha = 1 is u.
 
     Source: f-DPO (arXiv 2309.16240).
@@ -249,7 +250,7 @@ def divergence_score(logratio: Float[Array, "..."], *, kind: str, alpha: ArrayLi
     if kind == "forward_kl":
         return -jnp.exp(jnp.minimum(-u, _MAX_EXPONENT))
     if kind == "alpha_divergence" and alpha != 1:
-        return jnp.exp(jnp.minimum((alpha - 1) * u, _MAX_EXPONENT)) / (alpha - 1)
+        return jnp.expm1(jnp.minimum((alpha - 1) * u, _MAX_EXPONENT)) / (alpha - 1)
     return u
 
 

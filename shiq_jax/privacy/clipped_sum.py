@@ -66,10 +66,10 @@ def clipped_sum(
         The sum, including `accumulator`; the norms and the losses of the units, which are private: do not release them.
 
     Raises:
-        ValueError: at trace time, for an unknown method, a rule that the method does not implement, or parameters
-            that "ghost", "bk" or "group" would miscount.
+        ValueError: at trace time, for an empty batch, arrays with different numbers of units, an unknown method, a rule
+            that the method does not implement, or parameters that "ghost", "bk" or "group" would miscount.
     """
-    units = len(jax.tree.leaves(batch)[0])
+    units = _count_units(batch, mask)
     mask = jnp.ones(units, bool) if mask is None else mask
     method = _resolve_method(method, clip, losses, params, batch)
     if method in _TRACKED_METHODS:
@@ -89,6 +89,18 @@ def clipped_sum(
         )
     size = units // shards if method == "vmap" else microbatch
     return _materialized(losses, params, batch, clip, mask, size, shards, accumulator)
+
+
+def _count_units(batch, mask) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path({"batch": batch} if mask is None else {"batch": batch, "mask": mask})
+    shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if sizes in ({()}, {(0,)}) or not shapes:
+        raise ValueError("batch has no units: give arrays with a leading axis of at least one unit")
+    if len(sizes) > 1 or () in sizes:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the arrays of batch and mask must have one leading axis of units, but have shapes {found}")
+    return sizes.pop()[0]
 
 
 def per_example(loss: Callable[[Any, Any], Float[Array, ""]]) -> Losses:

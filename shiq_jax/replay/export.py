@@ -74,9 +74,9 @@ def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Recor
             tokens=tokens,
             action_mask=mask,
             **columns,
-            group=context_group(tokens, mask) if group is None else str(group),
+            group=context_group(tokens, mask) if group is None else normalize_id("group_id", group),
             prompt=None if prompt is None else _prompt_json(prompt),
-            user=None if user is None else str(user),
+            user=None if user is None else normalize_id("user_id", user),
             **{name: content.get(name) for name in FEEDBACK},
         )
     except ValueError as error:
@@ -84,6 +84,15 @@ def record_from_json(content: Mapping[str, Any], *, check: bool = True) -> Recor
     if check:
         validate(record)
     return record
+
+
+def normalize_id(field: str, value: Any) -> str:
+    """The text of an id; 7, 7.0 and "7" are the same id. UserError for values other than text and whole numbers."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return str(int(value))
+    raise UserError(f"field {field!r} is {value!r}; give text or a whole number.")
 
 
 def context_group(tokens: list[int], action_mask: list[bool]) -> str:

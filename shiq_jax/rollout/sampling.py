@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ class Sampling:
     """Maximum completion length, in tokens."""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 keeps every token), not {self.top_k}")
         if not 0 < self.top_p <= 1:

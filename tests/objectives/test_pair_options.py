@@ -126,6 +126,17 @@ def test_alpha_divergence_contains_both_kl_divergences(x64):
     np.testing.assert_allclose(alpha_zero.value, run("dpo", pair, f_divergence="forward_kl")[0].value, rtol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [1 - 1e-9, 1 + 1e-9, 1 + 1e-4])
+def test_alpha_divergence_is_continuous_at_one(alpha):
+    """In float32: value and gradient near alpha = 1 are those of the limit, to the order of alpha - 1."""
+    _, pair = random_pair()
+    (near, near_gradient), (limit, limit_gradient) = (
+        run("dpo", pair, f_divergence="alpha_divergence", f_alpha=value) for value in (alpha, 1.0)
+    )
+    np.testing.assert_allclose(near.value, limit.value, rtol=1e-3)
+    np.testing.assert_allclose(near_gradient, limit_gradient, rtol=5e-3, atol=1e-6)
+
+
 def test_rpo_alpha_with_coupled_losses(x64):
     _, pair = random_pair()
     for name, coupled in (("aot", jnp.asarray(0.3)), ("aot_unpaired", (jnp.asarray(0.3), jnp.asarray(-0.2)))):

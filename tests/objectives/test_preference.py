@@ -75,7 +75,7 @@ def test_divergence_scores(x64):
     score = preference.divergence_score
     np.testing.assert_allclose(score(0.8, kind="forward_kl"), -0.449329, atol=2e-6)
     np.testing.assert_allclose(score(0.8, kind="js_divergence"), -0.371101, atol=2e-6)
-    np.testing.assert_allclose(score(0.8, kind="alpha_divergence", alpha=2.0), 2.225541, atol=2e-6)
+    np.testing.assert_allclose(score(0.8, kind="alpha_divergence", alpha=2.0), 1.225541, atol=2e-6)
     assert score(0.8, kind="reverse_kl") == score(0.8, kind="alpha_divergence", alpha=1.0) == 0.8
     # As alpha tends to 1, differences of scores tend to differences of log-ratios.
     scores = [score(u, kind="alpha_divergence", alpha=1 + 1e-7) for u in (0.8, -0.4)]

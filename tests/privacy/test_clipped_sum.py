@@ -334,6 +334,22 @@ def test_groupwise_rule_with_too_few_groups_is_rejected(variant, decoder, make_b
         run(losses, params, batch, clip=Groupwise(FlatClip(1.0), groups - 1), method="group")
 
 
+@pytest.mark.parametrize(
+    ("batch", "mask", "fragments"),
+    [
+        ({"x": np.zeros((0, 3))}, None, ["no units"]),
+        ({"x": np.zeros((4, 3)), "y": np.zeros(5)}, None, ["['batch']['x'] (4, 3)", "['batch']['y'] (5,)"]),
+        ({"x": np.zeros((4, 3)), "y": np.float32(1)}, None, ["['batch']['y'] ()"]),
+        ({"x": np.zeros((4, 3))}, np.ones(3, bool), ["['mask'] (3,)"]),
+    ],
+)
+def test_batches_without_a_common_unit_axis_are_rejected(batch, mask, fragments):
+    losses = per_example(lambda params, unit: jnp.sum(params * unit["x"]))
+    with pytest.raises(ValueError) as error:
+        clipped_sum(losses, jnp.ones(3), batch, clip=FlatClip(1.0), mask=mask, method="vmap")
+    assert all(fragment in str(error.value) for fragment in fragments)
+
+
 def test_incompatible_method_and_rule_are_rejected(decoder, make_batch, unit_losses):
     model, params = decoder("tied")
     batch, losses = make_batch("trajectory"), unit_losses(model, "trajectory")

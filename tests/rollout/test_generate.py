@@ -421,6 +421,7 @@ def test_empty_prompt_is_rejected(sampler, params):
     ("kwargs", "message"),
     [
         ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, not nan"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.01}, r"top_p must lie in \(0, 1\]"),

@@ -1,0 +1,101 @@
+"""Conversations in one form: the roles, fields and content parts of other trainers and APIs become plain messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from shiq_jax.errors import UserError
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+CONVERSATIONS = ("prompt", "completion", "chosen", "rejected", "messages")
+_ANSWERS = ("completion", "chosen", "rejected", "messages")
+
+
+def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with plain messages under the field names of `data.formats`.
+
+    - `conversations` is `messages`, and `{"from", "value"}` is `{"role", "content"}` (ShareGPT).
+    - `input.messages`, `preferred_output` and `non_preferred_output` are a preference (OpenAI).
+    - `messages` beside `chosen` and `rejected` are the prompt, and an answer may be a single message (LLaMA-Factory).
+    - `kto_tag` is `label`; with it, `messages` end with the answer that is labeled (LLaMA-Factory).
+    - Text parts of a message are joined, null fields of a message are dropped, and `tools` may be JSON text.
+
+    Raises:
+        UserError: naming the field and the message, for content other than text, an answer without content or tool
+            calls, or a row with two spellings of one field.
+    """
+    row = _rename(row)
+    for name in CONVERSATIONS:
+        value = [row[name]] if isinstance(row.get(name), Mapping) and name in ("chosen", "rejected") else row.get(name)
+        if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
+            row[name] = [_message(message, name, number) for number, message in enumerate(value, 1)]
+    if isinstance(row.get("tools"), str):
+        row["tools"] = _tools(row["tools"])
+    if isinstance(row.get("messages"), list) and "prompt" not in row:
+        if {"chosen", "rejected"} <= row.keys():
+            row["prompt"] = row.pop("messages")
+        elif "label" in row and "completion" not in row:
+            *row["prompt"], answer = row.pop("messages")
+            row["completion"] = [answer]
+    for name in _ANSWERS:
+        if isinstance(row.get(name), list):
+            _check_answers(row[name], name)
+    return row
+
+
+def _rename(row: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {"conversations": "messages", "kto_tag": "label"}
+    if isinstance(row.get("input"), Mapping):
+        renamed |= {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+        if isinstance(row["input"].get("messages"), list):
+            row = {name: value for name, value in row.items() if name != "input"} | {"prompt": row["input"]["messages"]}
+    result = dict(row)
+    for old, new in renamed.items():
+        if old in result:
+            if new in result:
+                raise UserError(f"fields {old!r} and {new!r} are two names of one field: remove one")
+            result[new] = result.pop(old)
+    return result
+
+
+def _message(message: Mapping[str, Any], field: str, number: int) -> dict[str, Any]:
+    """Role and content of one message under their usual names, without null fields."""
+    names = {"from": "role", "value": "content"} if "from" in message and "role" not in message else {}
+    result = {names.get(name, name): value for name, value in message.items() if value is not None}
+    if isinstance(result.get("role"), str):
+        result["role"] = ROLES.get(result["role"], result["role"])
+    if not result.get("tool_calls", True):
+        del result["tool_calls"]
+    if isinstance(result.get("content"), list):
+        result["content"] = "".join(_text(part, field, number) for part in result["content"])
+    # Templates test the content of a message with tool calls in different ways; all accept an empty text.
+    if "content" not in result and ("tool_calls" in result or "content" in message):
+        result["content"] = ""
+    return result
+
+
+def _text(part: Any, field: str, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise UserError(f"field {field!r}, message {number} has content of type {kind!r}: only text is supported")
+
+
+def _tools(text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except ValueError as error:
+        raise UserError(f"field 'tools' is text that is not JSON ({error}): give a list of functions") from error
+
+
+def _check_answers(messages: list, field: str) -> None:
+    for number, message in enumerate(messages, 1):
+        if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("content") == "":
+            if "tool_calls" not in message:
+                raise UserError(
+                    f"field {field!r}, message {number} is an answer without content or tool calls: remove the row"
+                )
