@@ -128,11 +128,12 @@ def _parquet(path: Path) -> Iterator[LocatedRow]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            features = _features(file.schema_arrow)
             # Small batches, because rows can hold long texts.
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", _from_arrow(row, features)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)}): rewrite it") from error
 
@@ -152,7 +153,7 @@ def _saved_dataset(path: Path) -> Iterator[LocatedRow]:
             raise UserError(f"{path} has the splits {', '.join(loaded)}: pass the directory of one split")
         loaded = loaded["train"]
     for number, row in enumerate(loaded, 1):
-        yield f"{path}, row {number}", dict(row)
+        yield f"{path}, row {number}", _from_arrow(row, loaded.features)
 
 
 def _hub(source: str) -> Iterator[LocatedRow]:
@@ -176,7 +177,36 @@ def _hub(source: str) -> Iterator[LocatedRow]:
             f"({_first_line(error)}): check the spelling and the network"
         ) from error
     for number, row in enumerate(loaded, 1):
-        yield f"{source}, row {number}", dict(row)
+        yield f"{source}, row {number}", _from_arrow(row, loaded.features)
+
+
+def _features(schema) -> Any:
+    """The features that `datasets` noted in a Parquet file; None if there are none."""
+    import datasets
+
+    if b"huggingface" not in (schema.metadata or {}):
+        return None
+    return datasets.Features.from_arrow_schema(schema)
+
+
+def _from_arrow(value: Any, feature: Any = None) -> Any:
+    """A value without the null fields that Arrow adds to objects, and with `datasets.Json` columns parsed.
+
+    Arrow gives all objects of a column the fields of all others, so a null field is one that an object may never have
+    had. JSON columns keep their nulls.
+    """
+    import datasets
+
+    # datasets has JSON columns since 4.7.
+    if isinstance(feature, getattr(datasets, "Json", ())):
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, dict):
+        children = feature if isinstance(feature, dict) else {}
+        return {name: _from_arrow(each, children.get(name)) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        child = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_from_arrow(each, child) for each in value]
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,12 @@
 
 import json
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from shiq_jax.data import files
 from shiq_jax.data.formats import demonstrations, preferences, unpaired_preferences
 from shiq_jax.data.messages import normalize_row
 from shiq_jax.errors import UserError
@@ -79,6 +83,19 @@ def test_null_fields_of_arrow_are_dropped_and_tools_are_parsed():
         "tools": json.dumps([CALL]),
     })  # fmt: skip
     assert row["messages"] == [user("hi"), assistant("", tool_calls=[CALL])] and row["tools"] == [CALL]
+
+
+def test_parquet_keeps_tool_calls_and_json_columns(tmp_path):
+    """Arrow fills every object with the fields of all others; a tool call must not gain arguments from that."""
+    other = {"type": "function", "function": {"name": "g", "arguments": {"a": 2, "b": None}}}
+    rows = [{"prompt": [user("hi")], "completion": [assistant(None, tool_calls=[call])]} for call in (CALL, other)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "arrow.parquet")
+    calls = [row["completion"][0]["tool_calls"] for row in files.rows(tmp_path / "arrow.parquet")]
+    assert calls == [[CALL], [{"type": "function", "function": {"name": "g", "arguments": {"a": 2}}}]]
+    if hasattr(datasets, "Json"):
+        datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(tmp_path / "json.parquet")
+        calls = [row["completion"][0]["tool_calls"] for row in files.rows(tmp_path / "json.parquet")]
+        assert calls == [[CALL], [other]]
 
 
 @pytest.mark.parametrize(
