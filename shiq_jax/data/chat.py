@@ -7,8 +7,9 @@ ends with a stop token, which is an action too.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,13 @@ def encode_completion(
 
 
 def encode_text(tokenizer, text: str) -> Encoded:
-    """Tokenize text as a single turn that ends with EOS; every token except the first is an action."""
+    """Tokenize text as a single turn that ends with EOS; every token except the first is an action.
+
+    A text that ends with the chat template's end of turn gets no EOS.
+    """
     tokens = _encode_text(tokenizer, text)
-    if not tokens or tokens[-1] != _eos(tokenizer):
+    last = next((token for token in reversed(tokens) if not tokenizer.decode([token]).isspace()), None)
+    if last not in (_eos(tokenizer), end_of_turn(tokenizer)):
         tokens.append(_eos(tokenizer))
     return _assemble([(tokens[:1], False), (tokens[1:], True)])
 
@@ -225,7 +230,11 @@ def _encode_text(tokenizer, text: str) -> list[int]:
 def _render(
     tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None, *, add_generation_prompt: bool
 ) -> str:
-    """Render messages with the chat template; `add_generation_prompt` appends the header of an assistant turn."""
+    """Render messages with the chat template; `add_generation_prompt` opens an assistant turn.
+
+    If the last message is the assistant's, its turn is continued instead. Templates print the arguments of tool calls
+    as an object or as JSON text: the text is used where the template prints an object as Python code.
+    """
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):
@@ -238,19 +247,54 @@ def _render(
             f"a conversation is {json.dumps(messages, default=str)[:120]}: expected a non-empty list of messages "
             '{"role": ..., "content": ...}'
         )
+    continues = add_generation_prompt and messages[-1]["role"] == "assistant"
+    render = functools.partial(
+        tokenizer.apply_chat_template,
+        tools=[dict(tool) for tool in tools] if tools else None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt and not continues,
+        continue_final_message=continues,
+    )
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] if tools else None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        text = render([_with_arguments(message, json.loads) for message in messages])
+        if any(repr(arguments) in text for message in messages for arguments in _argument_objects(message)):
+            text = render([_with_arguments(message, json.dumps) for message in messages])
+        return text
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
             f"the tokenizer's chat template rejects a conversation with the roles {roles} ({error}): expected roles "
             "and contents that the template supports"
         ) from error
+
+
+def _argument_objects(message: Mapping) -> list[dict]:
+    """The nonempty arguments of a message's tool calls, as objects."""
+    calls = _with_arguments(message, json.loads).get("tool_calls") or ()
+    return [call["function"]["arguments"] for call in calls if _is_object(call) and call["function"]["arguments"]]
+
+
+def _is_object(call: Any) -> bool:
+    return isinstance(call, Mapping) and isinstance((call.get("function") or {}).get("arguments"), dict)
+
+
+def _with_arguments(message: Mapping, convert: Callable) -> dict:
+    """A message whose tool calls have their arguments as objects (`json.loads`) or as JSON text (`json.dumps`)."""
+    result = dict(message)
+    if isinstance(message.get("tool_calls"), list):
+        result["tool_calls"] = [_with_converted_arguments(call, convert) for call in message["tool_calls"]]
+    return result
+
+
+def _with_converted_arguments(call: Any, convert: Callable) -> Any:
+    source = str if convert is json.loads else dict
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), source):
+        return call
+    try:
+        return dict(call) | {"function": dict(function) | {"arguments": convert(function["arguments"])}}
+    except ValueError:
+        return call
 
 
 def _encode_continuation(tokenizer, text: str, tokens: list[int], addition: str, *, plain: bool) -> list[int]:

@@ -11,6 +11,7 @@ from shiq_jax.errors import UserError
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 CONVERSATIONS = ("prompt", "completion", "chosen", "rejected", "messages")
 _ANSWERS = ("completion", "chosen", "rejected", "messages")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,6 +21,8 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
     - `input.messages`, `preferred_output` and `non_preferred_output` are a preference (OpenAI).
     - `messages` beside `chosen` and `rejected` are the prompt, and an answer may be a single message (LLaMA-Factory).
     - `kto_tag` is `label`; with it, `messages` end with the answer that is labeled (LLaMA-Factory).
+    - `system`, `history` (pairs of texts) and `input` belong to the prompt of an `instruction`, and `system` to any
+      prompt (Alpaca and LLaMA-Factory).
     - Text parts of a message are joined, null fields of a message are dropped, and `tools` may be JSON text.
 
     Raises:
@@ -31,6 +34,7 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
         value = [row[name]] if isinstance(row.get(name), Mapping) and name in ("chosen", "rejected") else row.get(name)
         if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
             row[name] = [_message(message, name, number) for number, message in enumerate(value, 1)]
+    _add_context(row)
     if isinstance(row.get("tools"), str):
         row["tools"] = _tools(row["tools"])
     if isinstance(row.get("messages"), list) and "prompt" not in row:
@@ -39,10 +43,47 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
         elif "label" in row and "completion" not in row:
             *row["prompt"], answer = row.pop("messages")
             row["completion"] = [answer]
+    for name in _MEDIA:
+        if row.get(name):
+            raise UserError(f"field {name!r} holds media: only text is supported; remove the field to train without it")
     for name in _ANSWERS:
         if isinstance(row.get(name), list):
             _check_answers(row[name], name)
     return row
+
+
+def _add_context(row: dict[str, Any]) -> None:
+    """Move `system`, `history` and `input` into the prompt or the conversation of the row."""
+    system, history, text = (row.get(name) for name in ("system", "history", "input"))
+    # Beside a prompt, `input` is one of the fields that a reward may read.
+    text = text if "instruction" in row and "prompt" not in row else None
+    for name, value, expected in (("system", system, str), ("history", history, list), ("input", text, str)):
+        if value and not isinstance(value, expected):
+            raise UserError(f"field {name!r} is of type {type(value).__name__}: expected {expected.__name__}")
+    if not (system or history or text):
+        return
+    name = "prompt" if "prompt" in row else "instruction" if "instruction" in row else "messages"
+    base = row.get(name)
+    if isinstance(base, str):
+        base = [{"role": "user", "content": "\n".join(part for part in (base, text) if part)}]
+    if not isinstance(base, list):
+        found = ", ".join(repr(field) for field in ("system", "history") if row.get(field))
+        raise UserError(f"fields {found} belong to a prompt, but the row has none that they can be added to: add them")
+    turns = [{"role": role, "content": content} for turn in history or () for role, content in _turn(turn)]
+    if system and base[0].get("role") == "system":
+        raise UserError(
+            "field 'system' and a system message in the conversation are two names of one field: remove one"
+        )
+    start = [{"role": "system", "content": system}] if system else []
+    row["messages" if name == "messages" else "prompt"] = [*start, *turns, *base]
+    for merged in ("system", "history", *(("input", "instruction") if name == "instruction" else ())):
+        row.pop(merged, None)
+
+
+def _turn(turn: Any) -> list[tuple[str, str]]:
+    if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+        raise UserError(f"field 'history' holds {json.dumps(turn, default=str)[:60]}: expected pairs of texts")
+    return [("user", turn[0]), ("assistant", turn[1])]
 
 
 def _rename(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +134,11 @@ def _tools(text: str) -> Any:
 
 
 def _check_answers(messages: list, field: str) -> None:
+    last = messages[-1].get("role") if messages and isinstance(messages[-1], Mapping) else None
+    if field in ("chosen", "rejected") and isinstance(last, str) and last != "assistant":
+        raise UserError(
+            f"field {field!r} ends with a message of the role {last!r}: expected an answer of the assistant"
+        )
     for number, message in enumerate(messages, 1):
         if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("content") == "":
             if "tool_calls" not in message:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,14 @@ def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[str | Message
         # End the prompt at a word boundary, so that no token is split. A space is left to the answers, because most
         # tokenizers attach it to the following word. Both answers keep at least one character.
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        words = shared
         while shared > 0 and not chosen[shared - 1].isspace():
             shared -= 1
+        if not shared:
+            # Languages without spaces: end at punctuation, or between ideographs.
+            shared = words
+            while shared > 0 and unicodedata.category(chosen[shared - 1])[:2] not in ("Lo", "Pe", "Po", "Ps"):
+                shared -= 1
         if shared > 0 and chosen[shared - 1] == " ":
             shared -= 1
         if shared <= 0:

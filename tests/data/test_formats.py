@@ -207,7 +207,11 @@ def test_invalid_trajectories_are_reported_with_line_and_field(write, change, me
     ("read", "row", "message"),
     [
         (preferences, {"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
-        (preferences, {"prompt": [USER], "chosen": [USER], "rejected": [USER]}, "'chosen' is an empty list"),
+        (
+            preferences,
+            {"prompt": [USER], "chosen": [USER], "rejected": [USER]},
+            "'chosen' ends with a message of the role 'user'",
+        ),
         (unpaired_preferences, {"prompt": "a", "completion": "b"}, "'label' is missing.*true for a desirable answer"),
         (
             unpaired_preferences,

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shiq_jax.data import files
+from shiq_jax.data.chat import encode_completion, encode_text
 from shiq_jax.data.formats import demonstrations, preferences, unpaired_preferences
 from shiq_jax.data.messages import normalize_row
 from shiq_jax.errors import UserError
@@ -74,6 +75,60 @@ def test_shared_gpt_conversations_are_demonstrations(tmp_path):
     assert texts(demonstrations, row, tmp_path) == texts(demonstrations, expected, tmp_path)
 
 
+def test_context_fields_belong_to_the_prompt():
+    row = {"system": "Be brief.", "history": [["a", "b"]], "instruction": "Translate.", "input": "Hi", "output": "x"}
+    assert normalize_row(row) == {
+        "prompt": [
+            {"role": "system", "content": "Be brief."}, user("a"), assistant("b"), user("Translate.\nHi"),
+        ],
+        "output": "x",
+    }  # fmt: skip
+    row = {"system": "Be brief.", "messages": [user("a"), assistant("b")]}
+    assert normalize_row(row)["messages"] == [{"role": "system", "content": "Be brief."}, user("a"), assistant("b")]
+    # A reward may read `input`.
+    assert normalize_row({"prompt": "a", "input": "b"}) == {"prompt": "a", "input": "b"}
+
+
+def template(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
+@pytest.mark.parametrize("expression", ["{{ %s | tojson }}", "{{ %s }}"])
+def test_arguments_are_printed_as_json_once(arguments, expression):
+    """For templates that print an object as JSON, and for those that print the text that they get."""
+    field = "m['tool_calls'][0]['function']['arguments']"
+    tokenizer = template(
+        "{% for m in messages %}<|im_start|>{% if 'tool_calls' in m %}" + expression % field
+        + "{% else %}{{ m['content'] }}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )  # fmt: skip
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    encoded = encode_completion(tokenizer, [user("hi")], [assistant("", tool_calls=[call])])
+    assert tokenizer.decode(encoded.tokens[encoded.action_mask].tolist()) == '{"city": "Paris"}<|im_end|>'
+
+
+def test_prompt_that_ends_in_an_answer_is_continued():
+    encoded = encode_completion(TOKENIZER, [user("hi"), assistant("It is")], " Paris")
+    opened = encode_completion(TOKENIZER, [user("hi")], "It is Paris")
+    assert encoded.tokens.tolist() == opened.tokens.tolist()
+    assert TOKENIZER.decode(encoded.tokens[encoded.action_mask].tolist()).startswith(" Paris")
+
+
+def test_pairs_without_spaces_share_a_prompt(tmp_path):
+    row = {"chosen": "问题：首都？回答：巴黎", "rejected": "问题：首都？回答：伦敦"}
+    expected = {"prompt": "问题：首都？回答：", "chosen": "巴黎", "rejected": "伦敦"}
+    assert texts(preferences, row, tmp_path) == texts(preferences, expected, tmp_path)
+
+
+def test_text_that_ends_with_a_closed_turn_gets_no_eos():
+    closed, open_text = encode_text(TOKENIZER, "a<|im_end|>\n"), encode_text(TOKENIZER, "a")
+    assert TOKENIZER.decode(closed.tokens.tolist()).endswith("<|im_end|>\n")
+    assert TOKENIZER.decode(open_text.tokens.tolist()).endswith(TOKENIZER.eos_token)
+
+
 def test_null_fields_of_arrow_are_dropped_and_tools_are_parsed():
     row = normalize_row({
         "messages": [
@@ -110,6 +165,10 @@ def test_parquet_keeps_tool_calls_and_json_columns(tmp_path):
         ),
         (demonstrations, {**PAIR, "completion": "yo", "tools": "[{"}, ["'tools'", "JSON"]),
         (unpaired_preferences, {"prompt": "a", "completion": "b", "label": 1, "kto_tag": 1}, ["'kto_tag'", "'label'"]),
+        (preferences, {**PAIR, "rejected": [user("no")]}, ["'rejected'", "'user'"]),
+        (demonstrations, {"prompt": "a", "completion": "b", "images": ["x.png"]}, ["'images'", "text"]),
+        (demonstrations, {"system": "a", "text": "b"}, ["'system'", "prompt"]),
+        (demonstrations, {"prompt": "a", "completion": "b", "history": ["c"]}, ["'history'", "pairs"]),
         (demonstrations, {"prompt": "a", "completion": "b", "user_id": 1.5}, ["'user_id'", "1.5"]),
     ],
 )
