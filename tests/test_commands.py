@@ -70,6 +70,7 @@ def test_export_loads_in_transformers(finished):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from shiq_jax.data.chat import end_of_turn
     from shiq_jax.models import load_hf
 
     exported = AutoModelForCausalLM.from_pretrained(finished / "export")
@@ -79,6 +80,9 @@ def test_export_loads_in_transformers(finished):
     with torch.no_grad():
         expected = exported(torch.tensor([tokens])).logits.numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    # transformers stops at every token that ends a turn.
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    assert {tokenizer.eos_token_id, end_of_turn(tokenizer)} <= set(np.ravel(exported.generation_config.eos_token_id))
     reference = load_hf(finished / "reference")[1]
     assert np.abs(np.asarray(params["embed"]["table"]) - np.asarray(reference["embed"]["table"])).max() > 0
 

@@ -125,8 +125,8 @@ class _CheckpointTensors(Mapping):
 
     def __init__(self, directory: Path, stack: contextlib.ExitStack):
         self.directory = directory
-        self._handles = {}
-        for file in self._find_files():
+        self._handles, weight_map = {}, self._read_index()
+        for file in self._find_files(weight_map):
             check_not_lfs_pointer(file)
             try:
                 self._handles[file] = stack.enter_context(safe_open(file, "numpy"))
@@ -134,18 +134,26 @@ class _CheckpointTensors(Mapping):
                 raise UserError(
                     f"{file}: damaged or incomplete safetensors ({error}); download or copy it again"
                 ) from error
-        self._files_by_name = {name: file for file, handle in self._handles.items() for name in handle.keys()}
+        # A shard may hold an old copy of a tensor that the index assigns to another one.
+        self._files_by_name = {
+            name: file
+            for file, handle in self._handles.items()
+            for name in handle.keys()
+            if weight_map.get(name, file.name) == file.name
+        }
 
-    def _find_files(self) -> list[Path]:
-        if (self.directory / INDEX).exists():
-            weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise UserError(
-                    f"{self.directory / INDEX}: has no valid weight_map; provide an undamaged copy of the file"
-                )
-            files = [self.directory / name for name in sorted(set(weight_map.values()))]
-        else:
-            files = [self.directory / SINGLE]
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name; empty without an index."""
+        if not (self.directory / INDEX).exists():
+            return {}
+        weight_map = read_json(self.directory / INDEX).get("weight_map")
+        valid = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not valid or not weight_map:
+            raise UserError(f"{self.directory / INDEX}: has no valid weight_map; provide an undamaged copy of the file")
+        return weight_map
+
+    def _find_files(self, weight_map: dict[str, str]) -> list[Path]:
+        files = [self.directory / name for name in sorted(set(weight_map.values()) or {SINGLE})]
         partial = sorted(file.name for file in self.directory.glob("*.incomplete"))
         for file in files:
             if not file.is_file() and partial:

@@ -100,6 +100,19 @@ def test_sharded_checkpoints(llama, tmp_path, monkeypatch):
     assert fingerprint(load_hf(tmp_path / "transformers", mesh=make_mesh())[1]) == fingerprint(params)
 
 
+def test_index_decides_which_shard_holds_a_tensor(llama, tmp_path, monkeypatch):
+    """A stale copy of a tensor in another shard is not read."""
+    model, params = load_hf(llama("untied")[1])
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
+    save_hf(model, params, tmp_path)
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    name, file = next(iter(weight_map.items()))
+    last = tmp_path / max(set(weight_map.values()) - {file})
+    tensors = load_file(last)
+    save_file(tensors | {name: 7 * load_file(tmp_path / file)[name]}, last)
+    assert fingerprint(load_hf(tmp_path)[1]) == fingerprint(params)
+
+
 def test_save_removes_weights_of_an_earlier_save(llama, tmp_path, monkeypatch):
     model, params = load_hf(llama("untied")[1])
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
