@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ import numpy as np
 from shiq_jax.errors import UserError, check_not_lfs_pointer
 
 Prompt = str | Sequence[Mapping[str, Any]]
+# Text with letters, digits, punctuation, white space and other scripts.
+_PROBE = "Hello, world!  It's 2023: 144272509 + 3.14 = x_1\n\tdéjà 北京"
 _SENTINEL = "0MARK0"
 
 
@@ -53,7 +56,7 @@ def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
             f"the directory {name} does not exist: expected a model directory with a tokenizer, or a hub id"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _as_in_file(name, AutoTokenizer.from_pretrained(name))
     except Exception as error:
         if Path(name).is_dir():
             for file in sorted(Path(name).glob("*token*")):
@@ -79,6 +82,21 @@ def load_tokenizer(path_or_hub_id: str | Path, vocab_size: int | None = None):
             "expected the tokenizer that the model was trained with; copy its files into the model directory"
         )
     return tokenizer
+
+
+def _as_in_file(name: str, tokenizer):
+    """The tokenizer of tokenizer.json, where the class in tokenizer_config.json splits text differently."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else _hub_file(name, "tokenizer.json")
+    if file is None or not Path(file).is_file():
+        return tokenizer
+    expected = Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer(_PROBE, add_special_tokens=False).input_ids == expected:
+        return tokenizer
+    print(f"{file}: {type(tokenizer).__name__} tokenizes differently from this file; the file is used", file=sys.stderr)
+    return PreTrainedTokenizerFast.from_pretrained(name)
 
 
 def encode_prompt(tokenizer, prompt: Prompt, tools: Sequence[Mapping] | None = None) -> list[int]:

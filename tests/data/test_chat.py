@@ -4,6 +4,8 @@ import json
 
 import chex
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from shiq_jax.data.chat import encode_completion, encode_prompt, encode_text, end_of_turn, load_tokenizer, stop_tokens
 from shiq_jax.errors import UserError
@@ -227,3 +229,27 @@ def test_missing_tokenizer_is_reported(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "absent")
+
+
+def test_tokenizer_of_the_file_is_used(tmp_path, capsys):
+    """A tokenizer_class that rebuilds the pre-tokenizer must not change how text is split."""
+    digits = Tokenizer(models.BPE())
+    digits.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    digits.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    digits.train_from_iterator([" ".join(f"{number:03d}" for number in range(1000))], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=digits, eos_token="<eos>").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    config.pop("backend", None)
+    file.write_text(json.dumps(config))
+    expected = digits.encode("144272509", add_special_tokens=False).ids
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("144272509", add_special_tokens=False).input_ids == expected
+    assert tokenizer.eos_token == "<eos>" and "the file is used" in capsys.readouterr().err
