@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -77,7 +78,7 @@ class Operation(NamedTuple):
         apply: (input, parameter) -> output.
         input_gradient: (input, parameter, cotangent) -> gradient of the input.
         parameter_gradient: (input, cotangent, parameter shape) -> gradient of the parameter, summed over the rows.
-        squared_norm: (input, cotangent) -> squared norm [rows] of each row's gradient of the parameter.
+        squared_norm: (input, cotangent, parameter shape) -> squared norm [rows] of each row's gradient of the parameter.
         per_row: (input, cotangent) -> (per-row gradients [rows, ...], squared norms [rows]), or None where computing
             the norm does not materialize per-row gradients or they exceed `BUDGET`.
     """
@@ -85,7 +86,7 @@ class Operation(NamedTuple):
     apply: Callable[[Array, Array], Array]
     input_gradient: Callable[[Array, Array, Array], Array]
     parameter_gradient: Callable[[Array, Array, tuple[int, ...]], Array]
-    squared_norm: Callable[[Array, Array], Array]
+    squared_norm: Callable[[Array, Array, tuple[int, ...]], Array]
     per_row: Callable[[Array, Array], tuple[Array, Array] | None] = lambda x, cotangent: None
 
 
@@ -117,7 +118,7 @@ def _backward(operation, rule, residuals, cotangent):
         factors = _expand_rows(row_factors(rule, square), grads)
         total = jnp.sum(jnp.where(factors > 0, factors * grads, 0), axis=0).reshape(weights.shape)
         return x_grad, total.astype(weights.dtype), square.astype(squares.dtype)
-    square = operation.squared_norm(x, cotangent).astype(squares.dtype)
+    square = operation.squared_norm(x, cotangent, weights.shape).astype(squares.dtype)
     # A row with non-finite values has a non-finite norm and is excluded from the sum.
     x, cotangent = keep_rows(finite_rows(x), x), keep_rows(finite_rows(cotangent), cotangent)
     if rule is PRECOMPUTED:
@@ -188,7 +189,7 @@ def product(num_inputs: int) -> Operation:
         outputs = cotangent.reshape(*inputs.shape[:2], -1)
         return inputs, outputs, jnp.sum(norms(inputs) * norms(outputs), axis=1)
 
-    def squared_norm(x, cotangent):
+    def squared_norm(x, cotangent, shape):
         inputs, outputs, summed_norms = flatten(x, cotangent)
         return conservative_square(squared_norm_of_product(inputs, outputs), summed_norms)
 
@@ -259,32 +260,31 @@ def _sum_to_shape(cotangent, shape):
     return jnp.sum(cotangent, axis=tuple(range(cotangent.ndim - len(shape))), dtype=_wide_dtype(cotangent))
 
 
-def _squared_norm_of_bias(x, cotangent):
-    # Dimensions from the third on belong to the bias.
-    return _squared_norm_of_sum(cotangent.reshape(*cotangent.shape[:2], -1))
-
-
-def _squared_norm_of_scale(x, cotangent):
-    return _squared_norm_of_sum((x * cotangent).reshape(len(cotangent), -1, cotangent.shape[-1]))
-
-
-def _squared_norm_of_sum(terms: Float[Array, "rows terms features"]) -> Float[Array, " rows"]:
+def _squared_norm_of_sum(terms: Float[Array, "rows *positions_and_parameter"], shape: tuple[int, ...]):
+    """Squared norm [rows] of the sum over positions, the dimensions between the rows and those of the parameter."""
+    terms = terms.reshape(len(terms), -1, math.prod(shape))
     total = jnp.sum(terms, axis=1, dtype=_wide_dtype(terms))
     return conservative_square(jnp.sum(jnp.square(total), axis=-1), jnp.sum(norms(terms), axis=1))
 
 
+def _last_dimensions(parameter: Array, x: Array) -> Array:
+    """The parameter in the dtype of `x`, whose last dimensions it must have; broadcasting would change its gradient."""
+    chex.assert_shape(parameter, x.shape[max(x.ndim - parameter.ndim, 1) :])
+    return parameter.astype(x.dtype)
+
+
 BIAS = Operation(
-    apply=lambda x, bias: x + bias.astype(x.dtype),
+    apply=lambda x, bias: x + _last_dimensions(bias, x),
     input_gradient=lambda x, bias, cotangent: cotangent,
     parameter_gradient=lambda x, cotangent, shape: _sum_to_shape(cotangent, shape),
-    squared_norm=_squared_norm_of_bias,
+    squared_norm=lambda x, cotangent, shape: _squared_norm_of_sum(cotangent, shape),
 )
 
 SCALE = Operation(
-    apply=lambda x, scale: x * scale.astype(x.dtype),
+    apply=lambda x, scale: x * _last_dimensions(scale, x),
     input_gradient=lambda x, scale, cotangent: cotangent * scale.astype(cotangent.dtype),
     parameter_gradient=lambda x, cotangent, shape: _sum_to_shape(x * cotangent, shape),
-    squared_norm=_squared_norm_of_scale,
+    squared_norm=lambda x, cotangent, shape: _squared_norm_of_sum(x * cotangent, shape),
 )
 
 
