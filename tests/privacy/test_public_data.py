@@ -105,7 +105,7 @@ def test_inspect(completed_run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(completed_run, "public")))
     (tmp_path / "config.json").write_text((completed_run / "config.json").read_text())
     text = inspect(tmp_path)
-    assert "stage       updates on public data" in text and "update      2: loss" in text
+    assert "stage       training on public data" in text and "update      2: loss" in text
 
 
 @pytest.mark.slow

@@ -286,7 +286,8 @@ class ForwardRecorder:
     def __init__(self, model):
         self.config, self.shapes = model.config, []
         self.init_cache, self.init_branches, self.project = model.init_cache, model.init_branches, model.project
-        self.extend, self.branch = self._recorded(model.extend), self._recorded(model.branch)
+        self.extend = self._recorded(model.extend)
+        self.extend_branches = self._recorded(model.extend_branches)
 
     def _recorded(self, forward):
         def recorded(params, *args):
