@@ -126,7 +126,7 @@ def draw_improvement(runs: Mapping[str, Sequence[Mapping]], path: Path, title: s
                 axis.plot(steps, values, style, color=f"C{number}", label=label, markersize=3, linewidth=1)
         axis.set(title=panel, xlabel="update", yscale="log")
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=7)
+            axis.legend(fontsize=7, framealpha=0.7, edgecolor="none")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
