@@ -107,6 +107,7 @@ def test_microbatches_do_not_change_the_result(tiny, data, finished, tmp_path):
     chex.assert_trees_all_close(microbatched, expected, rtol=1e-7, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_private_training_adds_noise_to_adapters_only(tiny, data, tmp_path):
     public = tmp_path / "public.jsonl"
     public.write_text(json.dumps({"prompt": "say 99"}) + "\n")

@@ -163,6 +163,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_training_on_external_data(name, tiny, tmp_path):
     command, rows = FORMATS[name]

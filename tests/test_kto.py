@@ -133,6 +133,7 @@ def test_evaluation_computes_kl_over_all_rows(finished, tmp_path):
     assert 0 < metrics["loss"] < 1 and metrics["kl"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_samples_are_labeled_by_the_mean_reward_of_their_prompt(loss, tiny, tmp_path, monkeypatch, capsys):
     from shiq_jax.runs import sources

@@ -49,6 +49,7 @@ def evaluate(model, root, tmp_path, name):
     return json.loads((tmp_path / name / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_ilql_trains_heads_and_leaves_the_decoder_unchanged(run):
     root = run(*ILQL)
     before, after = (load_file(root / name / "model.safetensors") for name in ("reference", "export"))

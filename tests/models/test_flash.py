@@ -42,6 +42,7 @@ def assert_close(expected, actual, tolerance):
         assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "head_dim"), [(2 * BLOCK, 2, 2, 16), (300, 6, 2, 24), (70, 3, 1, 64)]
 )

@@ -251,6 +251,7 @@ def test_accumulator_is_added_to_the_sum(method, variant, trainable, decoder, ma
     chex.assert_trees_all_close(accumulated_per_unit, per_unit, rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bookkeeping_needs_fewer_flops_than_ghost(full_compilation, decoder, make_batch, unit_losses):
     """Book-keeping saves the second backward pass through layers and head."""
     model, params = decoder("untied")

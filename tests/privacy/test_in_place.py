@@ -84,6 +84,7 @@ def test_bfloat16(full_compilation, released_gradient, relative_error):
     assert relative_error(accumulated, full_batch) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "tensor=2"])
 def test_groupwise_clipping_on_mesh(mesh, released_gradient, relative_error):
     assert relative_error(released_gradient("group", 4, mesh=mesh), released_gradient("group", 1)) < 1e-4

@@ -17,6 +17,7 @@ MNIST = Mechanism(
 KEY = bytes(range(32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "sigma", "steps", "epsilon"),
     [

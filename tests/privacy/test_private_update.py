@@ -83,6 +83,7 @@ def test_gradient_is_independent_of_mesh(mesh, method, released_gradient, relati
     assert relative_error(released_gradient(mesh=mesh, method=method)[0], released_gradient()[0]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
 def test_groupwise_clipping_on_mesh(mesh, released_gradient, decoder, relative_error):
     clip = Groupwise(FlatClip(0.5), count_groups(decoder("tied")[1]))
@@ -125,6 +126,7 @@ def test_microbatches_accumulate_in_place(full_compilation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
 def test_noise_is_added_once_on_any_mesh(mesh, released_gradient):
     noisy_mechanism = dataclasses.replace(NOISELESS, noise_multiplier=1.5)
