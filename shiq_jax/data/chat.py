@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from shiq_jax.data.messages import argument_objects, with_arguments
 from shiq_jax.errors import UserError, check_not_lfs_pointer
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -274,9 +275,9 @@ def _render(
         continue_final_message=continues,
     )
     try:
-        text = render([_with_arguments(message, json.loads) for message in messages])
-        if any(repr(arguments) in text for message in messages for arguments in _argument_objects(message)):
-            text = render([_with_arguments(message, json.dumps) for message in messages])
+        text = render([with_arguments(message, json.loads) for message in messages])
+        if any(repr(arguments) in text for message in messages for arguments in argument_objects(message)):
+            text = render([with_arguments(message, json.dumps) for message in messages])
         return text
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
@@ -284,35 +285,6 @@ def _render(
             f"the tokenizer's chat template rejects a conversation with the roles {roles} ({error}): expected roles "
             "and contents that the template supports"
         ) from error
-
-
-def _argument_objects(message: Mapping) -> list[dict]:
-    """The nonempty arguments of a message's tool calls, as objects."""
-    calls = _with_arguments(message, json.loads).get("tool_calls") or ()
-    return [call["function"]["arguments"] for call in calls if _is_object(call) and call["function"]["arguments"]]
-
-
-def _is_object(call: Any) -> bool:
-    return isinstance(call, Mapping) and isinstance((call.get("function") or {}).get("arguments"), dict)
-
-
-def _with_arguments(message: Mapping, convert: Callable) -> dict:
-    """A message whose tool calls have their arguments as objects (`json.loads`) or as JSON text (`json.dumps`)."""
-    result = dict(message)
-    if isinstance(message.get("tool_calls"), list):
-        result["tool_calls"] = [_with_converted_arguments(call, convert) for call in message["tool_calls"]]
-    return result
-
-
-def _with_converted_arguments(call: Any, convert: Callable) -> Any:
-    source = str if convert is json.loads else dict
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), source):
-        return call
-    try:
-        return dict(call) | {"function": dict(function) | {"arguments": convert(function["arguments"])}}
-    except ValueError:
-        return call
 
 
 def _encode_continuation(tokenizer, text: str, tokens: list[int], addition: str, *, plain: bool) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from shiq_jax.errors import UserError
@@ -50,6 +50,35 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(row.get(name), list):
             _check_answers(row[name], name)
     return row
+
+
+def argument_objects(message: Mapping) -> list[dict]:
+    """The nonempty arguments of a message's tool calls, as objects."""
+    calls = with_arguments(message, json.loads).get("tool_calls") or ()
+    return [call["function"]["arguments"] for call in calls if _is_object(call) and call["function"]["arguments"]]
+
+
+def _is_object(call: Any) -> bool:
+    return isinstance(call, Mapping) and isinstance((call.get("function") or {}).get("arguments"), dict)
+
+
+def with_arguments(message: Mapping, convert: Callable) -> dict:
+    """A message whose tool calls have their arguments as objects (`json.loads`) or as JSON text (`json.dumps`)."""
+    result = dict(message)
+    if isinstance(message.get("tool_calls"), list):
+        result["tool_calls"] = [_with_converted_arguments(call, convert) for call in message["tool_calls"]]
+    return result
+
+
+def _with_converted_arguments(call: Any, convert: Callable) -> Any:
+    source = str if convert is json.loads else dict
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), source):
+        return call
+    try:
+        return dict(call) | {"function": dict(function) | {"arguments": convert(function["arguments"])}}
+    except ValueError:
+        return call
 
 
 def _add_context(row: dict[str, Any]) -> None:
