@@ -29,7 +29,7 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
         UserError: naming the field and the message, for content other than text, an answer without content or tool
             calls, or a row with two spellings of one field.
     """
-    row = _rename(row)
+    tagged, row = "kto_tag" in row, _rename(row)
     for name in CONVERSATIONS:
         value = [row[name]] if isinstance(row.get(name), Mapping) and name in ("chosen", "rejected") else row.get(name)
         if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
@@ -40,7 +40,7 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("messages"), list) and "prompt" not in row:
         if {"chosen", "rejected"} <= row.keys():
             row["prompt"] = row.pop("messages")
-        elif "label" in row and "completion" not in row:
+        elif tagged and row["messages"] and "completion" not in row:
             *row["prompt"], answer = row.pop("messages")
             row["completion"] = [answer]
     for name in _MEDIA:
@@ -95,7 +95,7 @@ def _add_context(row: dict[str, Any]) -> None:
     base = row.get(name)
     if isinstance(base, str):
         base = [{"role": "user", "content": "\n".join(part for part in (base, text) if part)}]
-    if not isinstance(base, list):
+    if not isinstance(base, list) or not base or not all(isinstance(message, Mapping) for message in base):
         found = ", ".join(repr(field) for field in ("system", "history") if row.get(field))
         raise UserError(f"fields {found} belong to a prompt, but the row has none that they can be added to: add them")
     turns = [{"role": role, "content": content} for turn in history or () for role, content in _turn(turn)]

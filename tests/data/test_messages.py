@@ -69,6 +69,13 @@ def test_kto_tag_labels_the_last_answer(tmp_path):
     assert texts(unpaired_preferences, row, tmp_path) == texts(unpaired_preferences, expected, tmp_path)
 
 
+def test_label_of_a_conversation_leaves_all_its_turns(tmp_path):
+    """Only `kto_tag` is about the last answer; a label may be a topic."""
+    row = {"messages": [user("hi"), assistant("yo"), user("and?"), assistant("no")], "label": "greeting"}
+    expected = {"messages": row["messages"]}
+    assert texts(demonstrations, row, tmp_path) == texts(demonstrations, expected, tmp_path)
+
+
 def test_shared_gpt_conversations_are_demonstrations(tmp_path):
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
     expected = {"messages": [user("hi"), assistant("yo")]}
@@ -167,6 +174,7 @@ def test_parquet_keeps_tool_calls_and_json_columns(tmp_path):
         (unpaired_preferences, {"prompt": "a", "completion": "b", "label": 1, "kto_tag": 1}, ["'kto_tag'", "'label'"]),
         (preferences, {**PAIR, "rejected": [user("no")]}, ["'rejected'", "'user'"]),
         (demonstrations, {"prompt": "a", "completion": "b", "images": ["x.png"]}, ["'images'", "text"]),
+        (demonstrations, {"system": "a", "messages": []}, ["'system'", "prompt"]),
         (demonstrations, {"system": "a", "text": "b"}, ["'system'", "prompt"]),
         (demonstrations, {"prompt": "a", "completion": "b", "history": ["c"]}, ["'history'", "pairs"]),
         (demonstrations, {"prompt": "a", "completion": "b", "user_id": 1.5}, ["'user_id'", "1.5"]),
